@@ -1,0 +1,174 @@
+"""The values that travel through the package: parameters, block maps, statistics."""
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Sequence
+
+import torch
+from torch import Tensor
+
+Threshold = float | Tensor
+TokenRanges = Sequence[tuple[int, int]]
+
+# name -> (lower bound, whether the bound itself is allowed, upper bound)
+_RANGES = {
+    "cdf_threshold": (0.0, False, 1.0),
+    "topk": (0.0, False, 1.0),
+    "similarity_threshold": (-1.0, True, 1.0),
+    "pv_threshold": (0.0, True, math.inf),
+}
+_FILE_FORMAT = "comfyui_spargeattn.SpargeParams"
+
+
+def _check_threshold(name: str, value: object) -> None:
+    low, closed, high = _RANGES[name]
+    rule = f"{name} must be a number or a 1-D tensor of one number a head, in {'[' if closed else '('}{low:g}, {high:g}]"
+    if isinstance(value, Tensor):
+        if value.ndim != 1 or value.numel() == 0 or not value.is_floating_point():
+            raise ValueError(f"{rule}; got a {value.dtype} tensor of shape {tuple(value.shape)}")
+        smallest, largest = value.min().item(), value.max().item()  # NaN makes both NaN
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        smallest = largest = float(value)
+    else:
+        raise TypeError(f"{rule}; got {type(value).__name__}")
+    if not (largest <= high and (smallest >= low if closed else smallest > low)):
+        raise ValueError(f"{rule}; got {smallest:g}" + ("" if smallest == largest else f" … {largest:g}"))
+
+
+@dataclass(frozen=True, eq=False)
+class SpargeParams:
+    """The thresholds of SpargeAttn, each a number or a floating tensor of shape (H,), one value a query head.
+
+    Exactly one of `cdf_threshold` and `topk` selects the blocks; with neither, `cdf_threshold` is 0.98.
+
+    cdf_threshold: τ in (0, 1]. A row of the block map keeps its largest predicted probabilities until their sum
+        reaches τ (the authors' `cdfthreshd`). 1 keeps every block.
+    topk: fraction in (0, 1] of the blocks of a row that is kept (the authors' `topk`), rounded up.
+    similarity_threshold: θ in [-1, 1]. A block whose rows' mean pairwise cosine is below θ is badly described by its
+        mean and is always computed (the authors' `simthreshd1`). Values ≤ 0 switch this judge off.
+    pv_threshold: -λ ≥ 0, in log2 units. A group of rows skips P·V of a block where all its probabilities are below
+        2^-pv_threshold of the running maximum (the authors' `pvthreshd`). `math.inf` switches the test off.
+
+    Source: SpargeAttn (arXiv 2502.18137), sections 3.3-3.5. Raises ValueError or TypeError for values out of range
+    and for NaN; the check of a GPU tensor waits for the device once, here, and never on the call path.
+    """
+
+    cdf_threshold: Threshold | None = None
+    topk: Threshold | None = None
+    similarity_threshold: Threshold = 0.6
+    pv_threshold: Threshold = math.inf
+
+    def __post_init__(self):
+        if self.cdf_threshold is not None and self.topk is not None:
+            raise ValueError("cdf_threshold and topk exclude each other; "
+                             f"got cdf_threshold={self.cdf_threshold} and topk={self.topk}")
+        if self.cdf_threshold is None and self.topk is None:
+            object.__setattr__(self, "cdf_threshold", 0.98)
+        for name, value in self.items():
+            _check_threshold(name, value)
+        sizes = {name: len(value) for name, value in self.items() if isinstance(value, Tensor)}
+        if len(set(sizes.values())) > 1:
+            raise ValueError(f"per-head thresholds must have one length; got {sizes}")
+
+    def items(self) -> list[tuple[str, Threshold]]:
+        """(name, value) of the thresholds that are set."""
+        return [(f.name, getattr(self, f.name)) for f in fields(self) if getattr(self, f.name) is not None]
+
+    @property
+    def selection(self) -> str:
+        """'topk' or 'cdf'."""
+        return "cdf" if self.topk is None else "topk"
+
+    @property
+    def amount(self) -> Threshold:
+        """The threshold of the chosen selection."""
+        return self.cdf_threshold if self.topk is None else self.topk
+
+    @property
+    def heads(self) -> int | None:
+        """Number of heads the thresholds are given for, None where all are plain numbers."""
+        return next((len(value) for _, value in self.items() if isinstance(value, Tensor)), None)
+
+    def to(self, device: torch.device | str) -> SpargeParams:
+        """The same parameters with their tensors on `device`."""
+        return SpargeParams(**{name: value.to(device) if isinstance(value, Tensor) else value
+                               for name, value in self.items()})
+
+    def save(self, path: str | Path) -> None:
+        """Write the thresholds to a .safetensors file (numbers as 0-D, per-head values as 1-D float32 tensors)."""
+        from safetensors.torch import save_file
+        tensors = {name: torch.as_tensor(value, dtype=torch.float32).cpu() for name, value in self.items()}
+        save_file(tensors, path, metadata={"format": _FILE_FORMAT, "version": "1"})
+
+    @classmethod
+    def load(cls, path: str | Path) -> SpargeParams:
+        """Read what `save` wrote. Raises ValueError where the file is something else."""
+        from safetensors import safe_open
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != _FILE_FORMAT or metadata.get("version") != "1":
+                raise ValueError(f"{path} must be a version 1 {_FILE_FORMAT} file; its metadata says {metadata}")
+            unknown = set(file.keys()) - set(_RANGES)
+            if unknown:
+                raise ValueError(f"{path} must hold only {sorted(_RANGES)}; it also holds {sorted(unknown)}")
+            values = {name: file.get_tensor(name) for name in file.keys()}
+        return cls(**{name: value.item() if value.ndim == 0 else value for name, value in values.items()})
+
+
+@dataclass(frozen=True)
+class BlockShape:
+    """Rows of Q (`q`) and of K and V (`k`) in one block of the map."""
+
+    q: int
+    k: int
+
+    def counts(self, n_q: int, n_k: int) -> tuple[int, int]:
+        """Number of query and key blocks of a call."""
+        return -(-n_q // self.q), -(-n_k // self.k)
+
+
+@dataclass(frozen=True)
+class BlockMap:
+    """Which key blocks each query block attends, as lists.
+
+    indices: int32 (B, H, nq, nk); the first `counts` entries of a row are ascending key block numbers, the rest is
+        undefined.
+    counts: int32 (B, H, nq).
+    block: the block shape in tokens, in the order used for blocking.
+    """
+
+    indices: Tensor
+    counts: Tensor
+    block: BlockShape
+
+    @classmethod
+    def from_mask(cls, mask: Tensor, block: BlockShape) -> BlockMap:
+        """Lists from a bool mask (B, H, nq, nk)."""
+        indices = torch.argsort(mask.logical_not(), dim=-1, stable=True).to(torch.int32)
+        return cls(indices, mask.sum(-1, dtype=torch.int32), block)
+
+    def mask(self) -> Tensor:
+        """The map as bool (B, H, nq, nk)."""
+        nk = self.indices.shape[-1]
+        listed = torch.arange(nk, device=self.counts.device) < self.counts[..., None]
+        mask = torch.zeros(*self.indices.shape[:-1], nk + 1, dtype=torch.bool, device=self.counts.device)
+        return mask.scatter_(-1, torch.where(listed, self.indices, nk).long(), True)[..., :nk]
+
+
+@dataclass(frozen=True)
+class SpargeStats:
+    """What a call computed, as device tensors (reading them is the caller's synchronisation).
+
+    kept: float32 (B, H), attended block pairs over the pairs that dense attention would compute.
+    pv_skipped: float32 (B, H), share of (row group, attended block) pairs whose P·V the λ test skipped.
+    """
+
+    kept: Tensor
+    pv_skipped: Tensor
+
+    @property
+    def sparsity(self) -> Tensor:
+        """float32 (B, H), the share of block pairs that was not attended."""
+        return 1 - self.kept
