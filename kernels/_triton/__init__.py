@@ -1,0 +1,1 @@
+"""The Triton implementation; importing it imports triton."""

@@ -1,0 +1,179 @@
+"""Attend: block-sparse quantised attention over the lists of kept blocks."""
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ..reference import FP8_MAX, ROW_GROUP
+from .blockmap import BlockLists
+from .config import AttendConfig
+from .prepare import PreparedKeys, PreparedQueries, PreparedValues
+from .primitives import rows_of, threshold_of, token_at, token_strides
+
+_TAIL_TILE = 64  # pooled blocks that a step of the tail takes together
+
+
+@triton.jit
+def _load_tile(source, row, column, PITCH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, TMA: tl.constexpr):
+    """A [ROWS, COLS] tile of a prepared tensor whose rows are `PITCH` long, zero past the pitch."""
+    if TMA:
+        return source.load([row, column])
+    else:
+        rows = row.to(tl.int64) + tl.arange(0, ROWS)
+        cols = tl.arange(0, COLS)
+        if PITCH < COLS:
+            return tl.load(source + rows[:, None] * PITCH + cols, mask=cols < PITCH, other=0)
+        else:
+            return tl.load(source + rows[:, None] * PITCH + cols)
+
+
+@triton.jit
+def _load_channels(source, row, column, pitch, ROWS: tl.constexpr, COLS: tl.constexpr, LIMIT: tl.constexpr,
+                   TMA: tl.constexpr):
+    """A [ROWS, COLS] tile of transposed values, rows being channels, of which LIMIT exist."""
+    if TMA:
+        return source.load([row, column])
+    else:
+        rows = tl.arange(0, ROWS)
+        pointers = source + (row + rows).to(tl.int64)[:, None] * pitch + column + tl.arange(0, COLS)
+        if LIMIT < ROWS:
+            return tl.load(pointers, mask=rows[:, None] < LIMIT, other=0)
+        else:
+            return tl.load(pointers)
+
+
+@triton.jit
+def _update(acc, total, top, s, alpha, shift: tl.constexpr):
+    """One step of the online softmax: scores s·alpha [M, N] in log2 units → P (times 2^shift) and the rescaled sums."""
+    local = tl.max(s, 1) * alpha
+    new_top = tl.maximum(top, local)
+    p = tl.exp2(s * alpha[:, None] - (new_top - shift)[:, None])
+    decay = tl.exp2(top - new_top)
+    return p, acc * decay[:, None], total * decay + tl.sum(p, 1), new_top, local
+
+
+@triton.jit(do_not_specialize=["stride_b", "stride_h", "stride_n", "nq", "nk", "n_q", "n_k", "heads", "group",
+                               "order_rows"])
+def _attend_kernel(q, q_scale, k, k_scale, v, v_scale, k_valid, indices, counts,
+                   pooled_k, pooled_scale, pooled_v, pooled_flags, k_count, out, order, per_head, skips, pv_threshold,
+                   stride_b: tl.int64, stride_h: tl.int64, stride_n: tl.int64,
+                   nq, nk, n_q, n_k, heads, group, order_rows,
+                   D: tl.constexpr, DP: tl.constexpr, PITCH: tl.constexpr, BLOCK_Q: tl.constexpr,
+                   BLOCK_K: tl.constexpr, ALIGN: tl.constexpr, FP8: tl.constexpr, CAUSAL: tl.constexpr,
+                   SKIP_PV: tl.constexpr, ROW_GROUP: tl.constexpr, TAIL_TILE: tl.constexpr, P_SHIFT: tl.constexpr,
+                   TMA: tl.constexpr):
+    pid = tl.program_id(0)
+    i, row = pid % nq, pid // nq
+    if CAUSAL:
+        i = nq - 1 - i  # long rows first
+    batch, head = row // heads, row % heads
+    kv_row = batch * (heads // group) + head // group
+    slot = row.to(tl.int64) * nq + i
+    lane = tl.arange(0, BLOCK_Q)
+    cols = tl.arange(0, DP)
+    places = i * BLOCK_Q + lane
+
+    q_tile = _load_tile(q, slot * BLOCK_Q, 0, PITCH, BLOCK_Q, DP, False)  # [BLOCK_Q, DP] int8
+    q_step = tl.load(q_scale + slot * BLOCK_Q + lane)
+    limit = threshold_of(per_head, 2, head, heads, pv_threshold)
+    acc = tl.zeros([BLOCK_Q, DP], tl.float32)
+    total = tl.zeros([BLOCK_Q], tl.float32)
+    top = tl.full([BLOCK_Q], -1e30, tl.float32)
+    n_skipped = 0
+    k_scale += kv_row.to(tl.int64) * nk
+    indices += slot * nk
+    n_unmasked = tl.load(counts + slot * 2)
+    n_kept = tl.load(counts + slot * 2 + 1)
+
+    # Blocks that need no mask inside come first in the list, in a loop of their own.
+    for MASKED in tl.static_range(2):
+        first = n_unmasked if MASKED else 0
+        last = n_kept if MASKED else n_unmasked
+        for entry in range(first, last):
+            j = tl.load(indices + entry)
+            k_tile = _load_tile(k, (kv_row * nk + j) * BLOCK_K, 0, PITCH, BLOCK_K, DP, TMA)
+            s = tl.dot(q_tile, k_tile.T).to(tl.float32)  # [BLOCK_Q, BLOCK_K]
+            if MASKED:
+                keys = j * BLOCK_K + tl.arange(0, BLOCK_K)
+                if k_valid is not None:
+                    exists = tl.load(k_valid + kv_row.to(tl.int64) * nk * BLOCK_K + keys) != 0
+                else:
+                    exists = keys < n_k
+                allowed = exists[None, :]
+                if CAUSAL:
+                    allowed = allowed & (keys[None, :] <= places[:, None])
+                s = tl.where(allowed, s, float("-inf"))
+            p, acc, total, top, local = _update(acc, total, top, s, q_step * tl.load(k_scale + j), P_SHIFT)
+            n_below = 0
+            if SKIP_PV:
+                below = tl.max(tl.reshape(local - top, [BLOCK_Q // ROW_GROUP, ROW_GROUP]), 1) < -limit
+                n_below = tl.sum(below.to(tl.int32), 0)
+                n_skipped += n_below
+                rows_below = tl.reshape(tl.broadcast_to(below[:, None], [BLOCK_Q // ROW_GROUP, ROW_GROUP]), [BLOCK_Q])
+                p = tl.where(rows_below[:, None], 0.0, p)
+            if n_below < BLOCK_Q // ROW_GROUP:
+                if FP8:
+                    v_tile = _load_channels(v, kv_row * D, j * BLOCK_K, nk * BLOCK_K, DP, BLOCK_K, D, TMA)
+                    p = tl.reshape(p, [BLOCK_Q, BLOCK_K // 16, 2, 4, 2])
+                    p = tl.reshape(tl.permute(p, [0, 1, 3, 2, 4]), [BLOCK_Q, BLOCK_K])
+                    acc = tl.dot(p.to(tl.float8e4nv), v_tile.T, acc)
+                else:
+                    v_tile = _load_tile(v, (kv_row * nk + j) * BLOCK_K, 0, PITCH, BLOCK_K, DP, TMA)
+                    acc = tl.dot(p.to(tl.float16), v_tile, acc)
+
+    if pooled_k is not None:
+        for start in range(0, nk, TAIL_TILE):
+            j = start + tl.arange(0, TAIL_TILE)
+            inside = j < nk
+            stands_in = tl.load(pooled_flags + slot * nk + j, mask=inside, other=0) != 0
+            if tl.max(stands_in.to(tl.int32), 0) > 0:
+                tail = kv_row.to(tl.int64) * nk + j
+                mask = inside[:, None] & (cols < PITCH)
+                k_tile = tl.load(pooled_k + tail[:, None] * PITCH + cols, mask=mask, other=0)
+                s = tl.dot(q_tile, k_tile.T).to(tl.float32)
+                s *= q_step[:, None] * tl.load(pooled_scale + tail, mask=inside, other=0.0)[None, :]
+                weight = tl.log2(tl.maximum(tl.load(k_count + tail, mask=inside, other=1), 1).to(tl.float32))
+                s = tl.where(stands_in[None, :], s + weight[None, :], float("-inf"))
+                p, acc, total, top, local = _update(acc, total, top, s, tl.full([BLOCK_Q], 1.0, tl.float32), P_SHIFT)
+                v_tile = tl.load(pooled_v + tail[:, None] * PITCH + cols, mask=mask, other=0.0)
+                acc = tl.dot(p.to(tl.float16), v_tile, acc)
+
+    scale = tl.load(v_scale + kv_row * D + cols, mask=cols < D, other=0.0)
+    acc = tl.where(total[:, None] > 0, acc / total[:, None], 0.0) * scale[None, :]
+    tokens = token_at(order, (head // group) % order_rows, places, n_q)
+    pointers = rows_of(out, batch, head, tokens, stride_b, stride_h, stride_n, ALIGN)
+    mask = (places < n_q)[:, None] & (cols < D)
+    tl.store(pointers[:, None] + cols, acc.to(out.dtype.element_ty), mask=mask)
+    if skips is not None:
+        tl.store(skips + slot, n_skipped)
+
+
+def attend(queries: PreparedQueries, keys: PreparedKeys, values: PreparedValues, lists: BlockLists, out: Tensor, *,
+           n_k: int, order: Tensor | None, per_head: Tensor | None, pv_threshold: float, causal: bool,
+           config: AttendConfig, count_skips: bool) -> Tensor | None:
+    """Write the attention of prepared tensors into out (B, H, Nq, D), any strides with a contiguous last dimension.
+
+    Returns int32 (B, H, nq), the row groups whose P·V was skipped, or None where the λ test is off or not counted.
+    """
+    batch, heads, n_q, dim = out.shape
+    kv_heads, nk = keys.similarity.shape[1:]
+    nq, pitch, padded = queries.similarity.shape[2], keys.quantised.shape[-1], triton.next_power_of_2(max(dim, 16))
+    block, fp8 = config.block, values.values.dtype == torch.float8_e4m3fn
+    skip_pv = per_head is not None or pv_threshold < float("inf")
+    skips = torch.empty_like(queries.similarity, dtype=torch.int32) if skip_pv and count_skips else None
+    k, v = keys.quantised.view(-1, pitch), values.values.view(-1, values.values.shape[-1])
+    if config.tma:
+        k = TensorDescriptor.from_tensor(k, [block.k, padded])
+        v = TensorDescriptor.from_tensor(v, [padded, block.k] if fp8 else [block.k, padded])
+    strides, align = token_strides(out)
+    _attend_kernel[(nq * batch * heads,)](
+        queries.quantised, queries.scale, k, keys.scale, v, values.scale, keys.valid, lists.indices, lists.counts,
+        keys.pooled, keys.pooled_scale, values.mean, lists.pooled, keys.count, out, order, per_head, skips, pv_threshold,
+        *strides, nq, nk, n_q, n_k, heads, heads // kv_heads, 1 if order is None or order.ndim == 1 else kv_heads,
+        D=dim, DP=padded, PITCH=pitch, BLOCK_Q=block.q, BLOCK_K=block.k, ALIGN=align, FP8=fp8, CAUSAL=causal,
+        SKIP_PV=skip_pv, ROW_GROUP=ROW_GROUP, TAIL_TILE=_TAIL_TILE,
+        P_SHIFT=torch.tensor(FP8_MAX).log2().item() if fp8 else 0.0, TMA=config.tma, **config.options())
+    return skips

@@ -1,0 +1,85 @@
+"""Launch configurations by architecture and head_dim. Pure tables: they change on other evidence than the kernels.
+
+Measured: sm90 (H100). All others are chosen by compile-only register and shared-memory data and by reasoning.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..types import BlockShape
+
+
+@dataclass(frozen=True)
+class AttendConfig:
+    """Launch of the attention kernel: block shape of the map, warps, pipeline stages, register cap (None: the
+    compiler's choice) and whether K and V come by the tensor memory accelerator."""
+
+    block: BlockShape
+    warps: int
+    stages: int
+    maxnreg: int | None = None
+    tma: bool = False
+
+    def options(self) -> dict:
+        """Triton's launch options."""
+        options = dict(num_warps=self.warps, num_stages=self.stages)
+        return options if self.maxnreg is None else options | dict(maxnreg=self.maxnreg)
+
+
+# family -> head_dim padded to a power of two -> configuration (fp16 P·V, fp8 P·V)
+_TABLE: dict[str, dict[int, tuple[AttendConfig, AttendConfig | None]]] = {
+    "sm90": {
+        64: (AttendConfig(BlockShape(64, 128), 4, 3, 168, tma=True), AttendConfig(BlockShape(64, 128), 4, 3, 168, tma=True)),
+        128: (AttendConfig(BlockShape(64, 128), 4, 2, 168, tma=True), AttendConfig(BlockShape(64, 128), 4, 2, 168, tma=True)),
+        256: (AttendConfig(BlockShape(64, 64), 4, 2, tma=True), AttendConfig(BlockShape(64, 64), 4, 2, tma=True)),
+    },
+    "sm100": {
+        64: (AttendConfig(BlockShape(128, 64), 4, 3, tma=True), AttendConfig(BlockShape(128, 64), 4, 3, tma=True)),
+        128: (AttendConfig(BlockShape(128, 64), 8, 3, tma=True), AttendConfig(BlockShape(128, 64), 8, 3, tma=True)),
+        256: (AttendConfig(BlockShape(64, 64), 4, 2, tma=True), AttendConfig(BlockShape(64, 64), 4, 2, tma=True)),
+    },
+    # A100: 163 KB of shared memory.
+    "sm80": {
+        64: (AttendConfig(BlockShape(128, 64), 4, 3), None),
+        128: (AttendConfig(BlockShape(128, 64), 8, 3), None),
+        256: (AttendConfig(BlockShape(64, 64), 8, 2), None),
+    },
+    # RTX 30, 40 and 50: 99 KB of shared memory.
+    "consumer": {
+        64: (AttendConfig(BlockShape(128, 64), 4, 3), AttendConfig(BlockShape(128, 64), 4, 3)),
+        128: (AttendConfig(BlockShape(128, 64), 8, 2), AttendConfig(BlockShape(128, 64), 8, 3)),
+        256: (AttendConfig(BlockShape(64, 32), 8, 2), AttendConfig(BlockShape(64, 32), 8, 2)),
+    },
+    # AMD: 64 KB of LDS a work group.
+    "amd": {
+        64: (AttendConfig(BlockShape(128, 64), 4, 2), None),
+        128: (AttendConfig(BlockShape(128, 64), 8, 1), None),
+        256: (AttendConfig(BlockShape(64, 32), 8, 1), None),
+    },
+    # Intel, and Triton's interpreter.
+    "other": {
+        64: (AttendConfig(BlockShape(128, 64), 4, 2), None),
+        128: (AttendConfig(BlockShape(128, 64), 8, 2), None),
+        256: (AttendConfig(BlockShape(64, 64), 8, 2), None),
+    },
+}
+_FAMILIES = {"sm80": "sm80", "sm90": "sm90", "sm100": "sm100", "sm103": "sm100"}
+
+
+def attend_config(arch: str, padded_dim: int, fp8: bool) -> AttendConfig:
+    """The configuration for an architecture ("sm90", "gfx942", …), a power-of-two head_dim and a P·V format."""
+    family = _FAMILIES.get(arch) or {"sm": "consumer", "gf": "amd"}.get(arch[:2], "other")
+    config = _TABLE[family][max(64, padded_dim)][fp8]
+    if config is None:
+        raise RuntimeError(f"pv_dtype='fp8' needs hardware for float8_e4m3fn (NVIDIA sm89 and newer); got {arch}")
+    return config
+
+
+def auto_fp8(arch: str) -> bool:
+    """Whether pv_dtype="auto" means fp8 on this architecture."""
+    return False
+
+
+def prepare_warps(block: int, padded_dim: int) -> int:
+    """Warps of a preparation program: about 64 elements a thread."""
+    return max(1, min(16, block * padded_dim // 2048))

@@ -1,0 +1,92 @@
+"""The fast path of a call: prepare → map → attend. Nothing here waits for the device."""
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from ..capability import arch_of
+from ..reference import LOG2E, ROW_GROUP
+from ..types import BlockMap
+from .attend import attend
+from .blockmap import BlockLists, select_blocks
+from .config import AttendConfig, attend_config, auto_fp8
+from .prepare import PreparedKeys, PreparedQueries, PreparedValues, prepare_keys, prepare_queries
+
+Ranges = list[tuple[int, int]]
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor, *, per_head: Tensor | None, thresholds: list[float],
+              selection: str, scale: float | None, causal: bool, key_padding_mask: Tensor | None,
+              order: Tensor | None, sink_keys: Ranges, dense_queries: Ranges, pv_dtype: str, skipped: str,
+              return_stats: bool) -> tuple[Tensor | None, Tensor | None]:
+    """`sparge_attention` of q (B, H, Nq, D), k, v (B, Hkv, Nk, D) into out like q; (kept, pv_skipped) if asked."""
+    config, fp8 = _configure(q, pv_dtype)
+    queries, keys, values, lists = _prepare(
+        q, k, v, config=config, fp8=fp8, pooled=skipped == "pooled", per_head=per_head, thresholds=thresholds,
+        selection=selection, scale=scale, causal=causal, key_padding_mask=key_padding_mask, order=order,
+        sink_keys=sink_keys, dense_queries=dense_queries)
+    skips = attend(queries, keys, values, lists, out, n_k=k.shape[2], order=order, per_head=per_head,
+                   pv_threshold=thresholds[2], causal=causal, config=config, count_skips=return_stats)
+    if not return_stats:
+        return None, None
+    n_kept = lists.counts[..., 1].sum(-1).float()
+    kept = n_kept / _n_visible(keys, lists, config, q.shape[2], causal).clamp(min=1)
+    if skips is None:
+        return kept, torch.zeros_like(kept)
+    return kept, skips.sum(-1) / (n_kept * (config.block.q // ROW_GROUP)).clamp(min=1)
+
+
+def predict(q: Tensor, k: Tensor, *, per_head: Tensor | None, thresholds: list[float], selection: str,
+            scale: float | None, causal: bool, key_padding_mask: Tensor | None, order: Tensor | None,
+            sink_keys, dense_queries) -> BlockMap:
+    """The block map alone."""
+    config, _ = _configure(q, "auto")
+    lists = _prepare(q, k, None, config=config, fp8=False, pooled=False, per_head=per_head, thresholds=thresholds,
+                     selection=selection, scale=scale, causal=causal, key_padding_mask=key_padding_mask, order=order,
+                     sink_keys=sink_keys or [], dense_queries=dense_queries or [])[-1]
+    return lists.public(config.block)
+
+
+def _configure(q: Tensor, pv_dtype: str) -> tuple[AttendConfig, bool]:
+    arch = arch_of(q.device)
+    fp8 = pv_dtype == "fp8" or (pv_dtype == "auto" and auto_fp8(arch))
+    return attend_config(arch, triton.next_power_of_2(q.shape[-1]), fp8), fp8
+
+
+def _prepare(q: Tensor, k: Tensor, v: Tensor | None, *, config: AttendConfig, fp8: bool, pooled: bool,
+             per_head: Tensor | None, thresholds: list[float], selection: str, scale: float | None, causal: bool,
+             key_padding_mask: Tensor | None, order: Tensor | None, sink_keys: Ranges, dense_queries: Ranges,
+             ) -> tuple[PreparedQueries, PreparedKeys, PreparedValues | None, BlockLists]:
+    q, k, v = (x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    order = None if order is None else order.contiguous()
+    padding = None if key_padding_mask is None else key_padding_mask.contiguous()
+    queries = prepare_queries(q, factor=scale * LOG2E, order=order, flags=_flags(dense_queries, q),
+                              kv_heads=k.shape[1], block=config.block)
+    keys, values = prepare_keys(k, v, order=order, flags=_flags(sink_keys, k), padding=padding, block=config.block,
+                                fp8=fp8, pooled=pooled)
+    lists = select_blocks(queries, keys, scale=scale, per_head=per_head, thresholds=thresholds, selection=selection,
+                          causal=causal, n_q=q.shape[2], n_k=k.shape[2], block=config.block, pooled=pooled)
+    return queries, keys, values, lists
+
+
+def _flags(ranges: Ranges, x: Tensor) -> Tensor | None:
+    """int8 (N,), 1 inside the token ranges; None where there are none."""
+    if not ranges:
+        return None
+    flags = torch.zeros(x.shape[2], dtype=torch.int8, device=x.device)
+    for start, stop in ranges:
+        flags[start:stop] = 1
+    return flags
+
+
+def _n_visible(keys: PreparedKeys, lists: BlockLists, config: AttendConfig, n_q: int, causal: bool) -> Tensor:
+    """float32 (B, H): block pairs that dense attention would compute."""
+    heads, nq, nk = lists.indices.shape[1:]
+    filled = (keys.count > 0).repeat_interleave(heads // keys.count.shape[1], 1)
+    if not causal:
+        return filled.sum(-1).float() * nq
+    last_row = torch.arange(1, nq + 1, device=filled.device).mul_(config.block.q).clamp_(max=n_q) - 1
+    reached = torch.arange(nk, device=filled.device) * config.block.k <= last_row[:, None]
+    return (filled[:, :, None] & reached).sum((-2, -1)).float()
