@@ -1,0 +1,1 @@
+"""The ComfyUI nodes: the only part of the package that knows ComfyUI."""

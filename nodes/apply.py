@@ -1,0 +1,133 @@
+"""The node Apply SpargeAttn."""
+from __future__ import annotations
+
+import math
+
+from comfy.patcher_extension import CallbacksMP
+from comfy_api.latest import io
+
+from ..kernels import SpargeParams
+from .blocks import BlockList
+from .override import SLOT, SpargeOverride, describe
+from .policy import Settings
+from .run_state import log
+
+PV_THRESHOLD_OFF = 50.0
+_CALLBACK_KEY = "spargeattn"
+
+
+def _similarity_threshold() -> io.Float.Input:
+    return io.Float.Input(
+        "similarity_threshold", default=0.6, min=-1.0, max=1.0, step=0.01, display_mode=io.NumberDisplay.slider,
+        tooltip="Blocks of tokens that are less alike than this (mean cosine similarity) are always computed, because "
+                "their average does not describe them. Higher is closer to dense attention; 0 and below switch the "
+                "test off, which is fast and can damage the picture. Called θ in the paper, simthreshd1 in its code.")
+
+
+class ApplySpargeAttn(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ApplySpargeAttn",
+            display_name="Apply SpargeAttn",
+            category="model/patch/SpargeAttn",
+            description="Makes the model's attention sparse and quantised, without training: blocks of the attention "
+                        "map that would hardly contribute are predicted and skipped. Put it between the model loader "
+                        "and the sampler, after other nodes that change attention. The longer the sequence (video, "
+                        "large images), the more it gains. What happened is written to the log after each run.",
+            search_aliases=["sparge", "sparse attention", "SpargeAttention", "sage attention", "faster attention",
+                            "speed up", "optimize attention", "block sparse"],
+            inputs=[
+                io.Model.Input("model", tooltip="The diffusion model. Only the output is patched."),
+                io.DynamicCombo.Input(
+                    "selection",
+                    options=[
+                        io.DynamicCombo.Option("cdf", [
+                            io.Float.Input(
+                                "cdf_threshold", default=0.98, min=0.01, max=1.0, step=0.001,
+                                display_mode=io.NumberDisplay.slider,
+                                tooltip="Blocks are kept until they hold this share of the predicted attention. "
+                                        "Higher is closer to dense attention, lower is faster; try 0.9 to 0.99. "
+                                        "Called τ in the paper, cdfthreshd in its code."),
+                            _similarity_threshold(),
+                        ]),
+                        io.DynamicCombo.Option("topk", [
+                            io.Float.Input(
+                                "keep_percent", default=50.0, min=0.1, max=100.0, step=0.1,
+                                display_mode=io.NumberDisplay.slider,
+                                tooltip="Share of the blocks that is kept, in percent. Speed is the same for every "
+                                        "prompt, quality is not; try 30 to 60."),
+                            _similarity_threshold(),
+                        ]),
+                    ],
+                    tooltip="How blocks are selected. cdf: as many as are needed to hold a share of the attention, "
+                            "more where attention is spread out (the paper's rule). topk: always the same number."),
+                io.Float.Input(
+                    "pv_threshold", default=PV_THRESHOLD_OFF, min=1.0, max=PV_THRESHOLD_OFF, step=0.5,
+                    display_mode=io.NumberDisplay.slider,
+                    tooltip="Inside a kept block, groups of rows whose probabilities are all below 2^-x of the largest "
+                            "one seen so far skip the product with V. Lower is faster; try 10 to 20. 50 is off. "
+                            "Called -λ in the paper, pvthreshd in its code."),
+                io.Float.Input(
+                    "start_percent", default=0.2, min=0.0, max=1.0, step=0.01, display_mode=io.NumberDisplay.slider,
+                    tooltip="Sampling before this point uses dense attention. The first steps lay out the picture and "
+                            "suffer most from sparse attention; 0 makes all steps sparse."),
+                io.Float.Input(
+                    "end_percent", default=1.0, min=0.0, max=1.0, step=0.01, display_mode=io.NumberDisplay.slider,
+                    tooltip="Sampling after this point uses dense attention."),
+                io.Combo.Input(
+                    "skipped_blocks", options=["drop", "pooled"], default="drop", advanced=True,
+                    tooltip="drop: skipped blocks do not count (the paper). pooled: each still contributes one averaged "
+                            "key and value, which helps where few blocks are kept and attention is spread out."),
+                io.Combo.Input(
+                    "pv_precision", options=["auto", "fp8", "fp16"], default="auto", advanced=True,
+                    tooltip="Number format of the product with V. auto takes the fastest one that is good on this GPU; "
+                            "fp8 needs an RTX 40, an H100 or newer. The product of Q and K is INT8."),
+                io.String.Input(
+                    "dense_blocks", default="", placeholder="0, 1, 47-49", advanced=True,
+                    tooltip="Transformer blocks that keep dense attention, such as 0, 1, 47-49. Where a model has "
+                            "several kinds of blocks, double:0 or single:0-3 names one kind (input, middle, output for "
+                            "SD 1.5 and SDXL) and a bare number means that block of each kind."),
+                io.Int.Input(
+                    "min_tokens", default=2048, min=1, max=1 << 20, step=256, advanced=True,
+                    tooltip="Attention over fewer tokens than this stays dense: there is nothing to gain."),
+                io.Boolean.Input(
+                    "verbose", default=False, advanced=True,
+                    tooltip="Also write the sparsity of every block and step to the log."),
+            ],
+            outputs=[io.Model.Output(tooltip="The patched model; the input stays as it was.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, dense_blocks: str | None = None, selection: dict | None = None) -> bool | str:
+        """Refuse a bad list before anything runs. ComfyUI passes a DynamicCombo to every validation."""
+        try:
+            BlockList.parse(dense_blocks or "")
+        except ValueError as problem:
+            return str(problem)
+        return True
+
+    @classmethod
+    def execute(cls, model, selection: dict, pv_threshold: float, start_percent: float, end_percent: float,
+                skipped_blocks: str, pv_precision: str, dense_blocks: str, min_tokens: int,
+                verbose: bool) -> io.NodeOutput:
+        settings = Settings(_params(selection, pv_threshold), start_percent, end_percent,
+                            BlockList.parse(dense_blocks), min_tokens, skipped_blocks, pv_precision, verbose)
+        patched = model.clone()
+        options = patched.model_options["transformer_options"]
+        previous = options.get(SLOT)
+        if previous is not None:
+            log.info("SpargeAttn: calls that stay dense go on to %s, found on the model", describe(previous))
+        override = options[SLOT] = SpargeOverride(settings, previous)
+        for event, callback in ((CallbacksMP.ON_PRE_RUN, override.on_pre_run),
+                                (CallbacksMP.ON_PREPARE_STATE, override.on_prepare_state),
+                                (CallbacksMP.ON_CLEANUP, override.on_cleanup)):
+            patched.add_callback_with_key(event, _CALLBACK_KEY, callback)
+        return io.NodeOutput(patched)
+
+
+def _params(selection: dict, pv_threshold: float) -> SpargeParams:
+    amount = {"topk": selection["keep_percent"] / 100} if selection["selection"] == "topk" else \
+        {"cdf_threshold": selection["cdf_threshold"]}
+    return SpargeParams(**amount, similarity_threshold=selection["similarity_threshold"],
+                        pv_threshold=math.inf if pv_threshold >= PV_THRESHOLD_OFF else pv_threshold)

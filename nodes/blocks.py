@@ -1,0 +1,61 @@
+"""Blocks of a diffusion model: how ComfyUI names them, and how a user lists them."""
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+_ITEM = re.compile(r"(?:(?P<kind>[a-z_]+):)?(?P<first>\d+)(?:-(?P<last>\d+))?", re.IGNORECASE)
+
+
+@dataclass(frozen=True, order=True)
+class Block:
+    """A transformer block: its kind where the model tells ("double", "single", …) and its index within that kind.
+
+    The blocks of a UNet are its "input", "middle" and "output" blocks.
+    """
+
+    kind: str
+    index: int
+
+    @classmethod
+    def of(cls, transformer_options: dict) -> Block | None:
+        """The block that is running, None where the model does not number its blocks."""
+        unet_block = transformer_options.get("block")
+        if isinstance(unet_block, tuple) and len(unet_block) >= 2:
+            return cls(unet_block[0], unet_block[1])
+        index = transformer_options.get("block_index")
+        if not isinstance(index, int):
+            return None
+        return cls(transformer_options.get("block_type") or "", index)
+
+    def __str__(self) -> str:
+        return f"{self.kind}:{self.index}" if self.kind else str(self.index)
+
+
+@dataclass(frozen=True)
+class BlockList:
+    """A user's choice of blocks, such as "0, 1, 47-49, single:0-3"; a bare number means that index of every kind."""
+
+    ranges: tuple[tuple[str | None, int, int], ...] = ()
+
+    @classmethod
+    def parse(cls, text: str) -> BlockList:
+        """Raises ValueError naming the item that is not a block number, a range, or one of them after `kind:`."""
+        ranges = []
+        for item in filter(None, (part.strip() for part in text.split(","))):
+            match = _ITEM.fullmatch(item.replace(" ", ""))
+            if match is None:
+                raise ValueError(f"dense_blocks must list block numbers and ranges, such as '0, 1, 47-49' "
+                                 f"or 'single:0-3'; got '{item}'")
+            first = int(match["first"])
+            last = int(match["last"] or first)
+            if last < first:
+                raise ValueError(f"dense_blocks must have ranges that go up; got '{item}'")
+            ranges.append((match["kind"] and match["kind"].lower(), first, last))
+        return cls(tuple(ranges))
+
+    def __contains__(self, block: Block) -> bool:
+        return any(first <= block.index <= last and kind in (None, block.kind) for kind, first, last in self.ranges)
+
+    def __bool__(self) -> bool:
+        return bool(self.ranges)

@@ -1,0 +1,9 @@
+"""What ComfyUI asks for when it loads the pack."""
+from comfy_api.latest import ComfyExtension, io
+
+from .apply import ApplySpargeAttn
+
+
+class SpargeAttnExtension(ComfyExtension):
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return [ApplySpargeAttn]

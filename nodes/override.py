@@ -1,0 +1,116 @@
+"""The object that takes a model's attention calls: some go sparse, the others to whoever had them before."""
+from __future__ import annotations
+
+import threading
+from typing import Any, Callable
+
+import torch
+from torch import Tensor
+
+from ..kernels import sparge_attention
+from .blocks import Block
+from .calling import AttentionCall, UnsupportedCall
+from .policy import Dense, Settings, SparsePlan, plan_call
+from .run_state import RunState, log
+from .sigma_window import SigmaWindow
+
+SLOT = "optimized_attention_override"  # ComfyUI's key in transformer_options; one slot, no chain
+
+
+class SpargeOverride:
+    """ComfyUI's attention override, and the ModelPatcher callbacks that tell it where the sampling is.
+
+    ComfyUI copies the dictionaries of a model's options at every turn and shares the objects in them, so this one
+    object serves all clones of one patched model, and its settings are frozen. Calls that stay dense go to
+    `previous`, the override that was found when the node ran, else to the backend chosen on the command line.
+    """
+
+    def __init__(self, settings: Settings, previous: Callable | None = None):
+        self.settings = settings
+        self.previous = previous
+        self.run = RunState(SigmaWindow(settings.start_percent, settings.end_percent))
+        self._slot: Any = self
+        self._thread = threading.local()
+
+    def __deepcopy__(self, memo: dict) -> SpargeOverride:
+        return self
+
+    def __call__(self, func: Callable, *args, **kwargs) -> Tensor:
+        if torch.compiler.is_compiling():
+            # A traced call would keep the decision of the step it was traced in: ComfyUI's node for torch.compile
+            # drops the guards on transformer_options. (As a decorator this would import the compiler for everybody.)
+            return torch.compiler.disable(self._attend)(func, args, kwargs)
+        return self._attend(func, args, kwargs)
+
+    def _attend(self, func: Callable, args: tuple, kwargs: dict) -> Tensor:
+        try:
+            call = AttentionCall.parse(args, kwargs)
+        except UnsupportedCall as problem:
+            return self._stay_dense(Dense("unsupported call", str(problem)), func, args, kwargs)
+        block = Block.of(call.transformer_options)
+        if block is None and self.settings.dense_blocks:
+            self.run.say_once("dense_blocks", "dense_blocks has no effect, this model does not number its blocks")
+        plan = plan_call(call, self.settings, block, self.run.window.inside)
+        if isinstance(plan, Dense):
+            return self._stay_dense(plan, func, args, kwargs)
+        return self._go_sparse(plan, call, block)
+
+    def _go_sparse(self, plan: SparsePlan, call: AttentionCall, block: Block | None) -> Tensor:
+        visible = call.visible_keys()
+        out, stats = sparge_attention(
+            call.q, call.k, call.v, params=plan.params, layout=call.layout, scale=call.scale,
+            key_padding_mask=None if visible is None else ~visible, order=plan.order,
+            pv_dtype=self.settings.pv_dtype, skipped=self.settings.skipped, return_stats=True)
+        self.run.add_sparse(block, stats)
+        return call.give_back(out)
+
+    def _stay_dense(self, dense: Dense, func: Callable, args: tuple, kwargs: dict) -> Tensor:
+        self.run.add_dense(dense)
+        # An override that puts itself on top at run time takes this one for its predecessor, and may be `previous`
+        # here: a declined call that comes back ends at the backend.
+        if self.previous is None or getattr(self._thread, "handing_on", False):
+            return func(*args, **kwargs)
+        self._thread.handing_on = True
+        try:
+            return self.previous(func, *args, **kwargs)
+        finally:
+            self._thread.handing_on = False
+
+    def on_pre_run(self, patcher) -> None:
+        """ModelPatcher callback: sampling starts; with several GPUs, once for each."""
+        self._slot = self
+        self.run.begin()
+
+    def on_prepare_state(self, patcher, timestep: Tensor, model_options: dict, *_) -> None:
+        """ModelPatcher callback: the sampler is about to evaluate the model, perhaps once for each condition."""
+        options = model_options.get("transformer_options", {})
+        self._slot = options.get(SLOT)
+        # Fetched here and not when the node ran: nodes further down may patch the model's sampling.
+        self.run.next_step(timestep, patcher.get_model_object("model_sampling").percent_to_sigma,
+                           options.get("sample_sigmas"))
+
+    def on_cleanup(self, patcher) -> None:
+        """ModelPatcher callback: sampling has ended, also by an error or an interruption."""
+        slot, self._slot = self._slot, self
+        summary = self.run.end()
+        if summary is None or summary.steps == 0:
+            return
+        log.info("SpargeAttn: %s", summary)
+        if self.settings.verbose and summary.by_step:
+            log.info("%s", summary.table())
+        if summary.sparse:
+            return
+        if not summary.dense and slot is not self:
+            log.warning("SpargeAttn: nothing was sparse in this run: no attention call arrived, %s took the model's "
+                        "attention over; put Apply SpargeAttn after the node that set it", describe(slot))
+        elif not summary.dense:
+            log.warning("SpargeAttn: nothing was sparse in this run: no attention call arrived; "
+                        "this model's attention can't be overridden")
+        else:
+            log.warning("SpargeAttn: nothing was sparse in this run: every attention call stayed dense")
+
+
+def describe(override: object) -> str:
+    """A name for somebody else's override, for the log."""
+    kind = override if hasattr(override, "__qualname__") else type(override)
+    return f"{kind.__module__}.{kind.__qualname__}"

@@ -1,0 +1,114 @@
+"""Which attention calls go sparse, and how: a pure decision, from what is known before anything is launched."""
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..kernels import SpargeParams, select_implementation
+from ..kernels.capability import MAX_HEAD_DIM, arch_of, supports_fp8
+from .blocks import Block, BlockList
+from .calling import AttentionCall
+
+# The eager path is for trying things out; on longer sequences it would keep a CPU busy for minutes a call.
+MAX_CPU_TOKENS = 16384
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the user chose on the node.
+
+    start_percent, end_percent: the part of the sampling, from 0 to 1, that may go sparse. min_tokens: shorter sequences
+    stay dense. dense_blocks: blocks that stay dense. skipped, pv_dtype: as in `sparge_attention`. verbose: log the
+    sparsity of every block and step.
+    """
+
+    params: SpargeParams
+    start_percent: float = 0.2
+    end_percent: float = 1.0
+    dense_blocks: BlockList = BlockList()
+    min_tokens: int = 2048
+    skipped: str = "drop"
+    pv_dtype: str = "auto"
+    verbose: bool = False
+
+
+@dataclass(frozen=True)
+class SparsePlan:
+    """How a call goes sparse. order: token order for blocking, as in `sparge_attention`; None keeps the model's."""
+
+    params: SpargeParams
+    order: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Why a call stays dense: `reason` is the same for every call of a kind, `detail` describes this one."""
+
+    reason: str
+    detail: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.reason} ({self.detail})" if self.detail else self.reason
+
+
+def plan_call(call: AttentionCall, settings: Settings, block: Block | None, in_window: bool) -> SparsePlan | Dense:
+    """What becomes of a call. `in_window`: the sampling step lies between start_percent and end_percent."""
+    declined = (_not_wanted(call, settings, block, in_window) or _no_implementation_takes(call)
+                or _no_implementation_here(call, settings))
+    return declined or SparsePlan(settings.params)
+
+
+def _not_wanted(call: AttentionCall, settings: Settings, block: Block | None, in_window: bool) -> Dense | None:
+    if call.queries != call.keys:
+        return Dense("cross-attention", f"{call.queries} queries, {call.keys} keys")
+    if call.queries < settings.min_tokens:
+        return Dense("fewer tokens than min_tokens", f"{call.queries} < {settings.min_tokens}")
+    if not call.low_precision:
+        return Dense("the model asks for full precision")
+    if block is not None and block in settings.dense_blocks:
+        return Dense("listed in dense_blocks", f"block {block}")
+    if not in_window:
+        return Dense("outside start_percent … end_percent")
+    return None
+
+
+def _no_implementation_takes(call: AttentionCall) -> Dense | None:
+    q, k, v = call.q, call.k, call.v
+    q_heads, k_heads = call.heads
+    tensors = {"q": q, "k": k, "v": v} | ({} if call.mask is None else {"mask": call.mask})
+    if q.dtype not in _DTYPES or not q.dtype == k.dtype == v.dtype:
+        return Dense("unsupported dtype", f"q {q.dtype}, k {k.dtype}, v {v.dtype}")
+    if len({x.device for x in tensors.values()}) > 1:
+        return Dense("tensors on different devices", ", ".join(f"{name} {x.device}" for name, x in tensors.items()))
+    if q.shape[-1] > MAX_HEAD_DIM:
+        return Dense("unsupported head_dim", f"{q.shape[-1]} > {MAX_HEAD_DIM}")
+    if k.shape != v.shape or k.shape[0] != q.shape[0] or k.shape[-1] != q.shape[-1] or 0 in q.shape + k.shape:
+        return Dense("shapes of q, k and v do not fit", f"{tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
+    if k_heads != q_heads and not (call.enable_gqa and q_heads % k_heads == 0):
+        return Dense("unsupported numbers of heads", f"{q_heads} of q, {k_heads} of k")
+    if call.mask is not None and call.visible_keys() is None:
+        return Dense("mask other than boolean key padding", f"{call.mask.dtype} {tuple(call.mask.shape)}")
+    if call.scale is not None and not (isinstance(call.scale, (int, float)) and math.isfinite(call.scale)):
+        return Dense("unsupported scale", f"{type(call.scale).__name__}")
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        return Dense("gradients are needed")
+    return None
+
+
+def _no_implementation_here(call: AttentionCall, settings: Settings) -> Dense | None:
+    """The eager reference serves short sequences on a CPU; on other devices dense attention is faster than it."""
+    device = call.q.device
+    name, reason = select_implementation(call.q)
+    if name != "reference":
+        if settings.pv_dtype == "fp8" and not supports_fp8(arch_of(device)):
+            return Dense("pv_precision fp8 needs hardware for it", f"{arch_of(device)}; choose auto or fp16")
+        return None
+    if device.type != "cpu":
+        return Dense("no fast kernel", reason)
+    if call.queries > MAX_CPU_TOKENS:
+        return Dense("too many tokens for the CPU", f"{call.queries} > {MAX_CPU_TOKENS}")
+    return None

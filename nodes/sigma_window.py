@@ -1,0 +1,55 @@
+"""The part of the sampling between start_percent and end_percent, followed without waiting for the device."""
+from __future__ import annotations
+
+import math
+from typing import Callable, Sequence
+
+# Schedulers compute in float32 and percent_to_sigma in float64: step n of N has to lie at n / N all the same.
+_TOLERANCE = 1e-5
+
+
+class SigmaWindow:
+    """Tells for each model evaluation whether its noise level lies between the two percentages, both included.
+
+    The noise level usually lives on the GPU, and reading it waits for everything queued there. It is read only where
+    the answer is open: the n-th evaluation of a falling schedule is not beyond the n-th step, which settles the
+    evaluations before the window, and once inside a falling schedule only an `end_percent` below 1 can end it.
+    """
+
+    def __init__(self, start_percent: float, end_percent: float):
+        self.percents = start_percent, end_percent
+        self.bounded = start_percent > 0 or end_percent < 1
+        self.reset()
+
+    def reset(self) -> None:
+        """End of a run. Without a run nothing tells the noise level, and only a window without bounds includes it."""
+        self.inside = not self.bounded
+        self._highest, self._lowest = math.inf, -math.inf
+        self._schedule: Sequence[float] = ()
+        self._falls = False
+        self._evaluations = 0
+
+    def begin(self, percent_to_sigma: Callable[[float], float], schedule: Sequence[float]) -> None:
+        """Start a run. percent_to_sigma: of the model's sampling. schedule: noise levels of the run, in order."""
+        self.reset()
+        start, end = self.percents
+        if start > 0:
+            self._highest = float(percent_to_sigma(start)) * (1 + _TOLERANCE)
+        if end < 1:
+            self._lowest = float(percent_to_sigma(end)) * (1 - _TOLERANCE)
+        self._schedule = schedule
+        self._falls = all(a >= b for a, b in zip(schedule, schedule[1:]))
+
+    def advance(self, read_sigma: Callable[[], float]) -> None:
+        """Go to the next evaluation of the model; `read_sigma` returns its noise level."""
+        if self.bounded and not self._settled():
+            self.inside = self._lowest <= read_sigma() <= self._highest
+        self._evaluations += 1
+
+    def _settled(self) -> bool:
+        """Whether `inside` is sure to hold for this evaluation too."""
+        if not self._falls:
+            return False
+        if self.inside:
+            return self._lowest == -math.inf
+        return self._evaluations < len(self._schedule) and self._schedule[self._evaluations] > self._highest
