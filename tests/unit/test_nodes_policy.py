@@ -1,0 +1,370 @@
+"""Which calls go sparse, when, and what is said about it: the node's decisions, without ComfyUI."""
+import copy
+import logging
+import threading
+
+import pytest
+import torch
+
+from comfyui_spargeattn.kernels import SpargeParams, SpargeStats
+from comfyui_spargeattn.nodes import policy
+from comfyui_spargeattn.nodes.blocks import Block, BlockList
+from comfyui_spargeattn.nodes.calling import AttentionCall
+from comfyui_spargeattn.nodes.override import SLOT, SpargeOverride
+from comfyui_spargeattn.nodes.policy import Dense, Settings, SparsePlan, plan_call
+from comfyui_spargeattn.nodes.run_state import RunState
+from comfyui_spargeattn.nodes.sigma_window import SigmaWindow
+
+PARAMS = SpargeParams(topk=0.5, similarity_threshold=-1.0)
+SETTINGS = Settings(PARAMS, start_percent=0.0, min_tokens=64)
+
+
+def make_call(tokens=128, keys=None, heads=2, kv_heads=None, head_dim=8, dtype=torch.float32, device="cpu", **kwargs):
+    """A call in layout BHND; `kwargs` are further arguments of AttentionCall."""
+    q = torch.zeros(1, heads, tokens, head_dim, dtype=dtype, device=device)
+    k = torch.zeros(1, kv_heads or heads, keys or tokens, head_dim, dtype=dtype, device=device)
+    return AttentionCall(q, k, k, "BHND", **kwargs)
+
+
+def reason(call, settings=SETTINGS, block=None, in_window=True):
+    plan = plan_call(call, settings, block, in_window)
+    return str(plan) if isinstance(plan, Dense) else None
+
+
+def test_self_attention_goes_sparse():
+    assert plan_call(make_call(), SETTINGS, None, True) == SparsePlan(PARAMS, order=None)
+
+
+@pytest.mark.parametrize("call, expected", (
+    (make_call(keys=77), "cross-attention (128 queries, 77 keys)"),
+    (make_call(tokens=63), "fewer tokens than min_tokens (63 < 64)"),
+    (make_call(low_precision=False), "the model asks for full precision"),
+    (make_call(dtype=torch.float64), "unsupported dtype"),
+    (make_call(dtype=torch.float8_e4m3fn), "unsupported dtype"),
+    (make_call(head_dim=264), "unsupported head_dim (264 > 256)"),
+    (make_call(heads=4, kv_heads=2), "unsupported numbers of heads (4 of q, 2 of k)"),
+    (make_call(heads=3, kv_heads=2, enable_gqa=True), "unsupported numbers of heads"),
+    (make_call(mask=torch.zeros(1, 1, 128)), "mask other than boolean key padding (torch.float32 (1, 1, 128))"),
+    (make_call(mask=torch.ones(1, 1, 1, 128, dtype=torch.bool, device="meta")), "tensors on different devices"),
+    (make_call(scale=torch.tensor(1.0)), "unsupported scale (Tensor)"),
+    (make_call(scale=float("nan")), "unsupported scale"),
+    (make_call(device="meta"), "no fast kernel (no kernels for device type meta)"),
+    (make_call(tokens=16385), "too many tokens for the CPU (16385 > 16384)"),
+), ids=lambda value: value if isinstance(value, str) else "")
+def test_calls_that_stay_dense(call, expected):
+    assert (reason(call) or "sparse").startswith(expected)
+
+
+@pytest.mark.parametrize("call", (
+    make_call(tokens=64), make_call(tokens=16384), make_call(head_dim=256), make_call(dtype=torch.bfloat16),
+    make_call(heads=4, kv_heads=2, enable_gqa=True), make_call(scale=0.1), make_call(scale=1),
+    make_call(mask=torch.ones(1, 1, 1, 128, dtype=torch.bool)),
+))
+def test_calls_at_the_limits_go_sparse(call):
+    assert reason(call) is None
+
+
+def test_tensors_that_do_not_fit_stay_dense():
+    q, k = torch.zeros(2, 2, 128, 8), torch.zeros(1, 2, 128, 8)
+    assert reason(AttentionCall(q, k, k, "BHND")).startswith("shapes of q, k and v do not fit")
+    assert reason(AttentionCall(k, k, k[..., :4], "BHND")).startswith("shapes of q, k and v do not fit")
+    empty = torch.zeros(0, 2, 128, 8)
+    assert reason(AttentionCall(empty, empty, empty, "BHND")).startswith("shapes of q, k and v do not fit")
+
+
+def test_calls_that_need_gradients_stay_dense():
+    q = torch.zeros(1, 2, 128, 8, requires_grad=True)
+    call = AttentionCall(q, q, q, "BHND")
+    assert reason(call) == "gradients are needed"
+    with torch.no_grad():
+        assert reason(call) is None
+
+
+def test_fp8_stays_dense_where_the_hardware_has_none(monkeypatch):
+    monkeypatch.setattr(policy, "select_implementation", lambda q: ("triton", None))
+    settings = Settings(PARAMS, min_tokens=64, pv_dtype="fp8")
+    for arch, expected in (("sm80", True), ("sm89", False), ("gfx1100", True)):
+        monkeypatch.setattr(policy, "arch_of", lambda device: arch)
+        assert (reason(make_call(), settings) is not None) == expected, arch
+        assert reason(make_call(), SETTINGS) is None
+
+
+def test_long_sequences_go_sparse_on_a_fast_kernel(monkeypatch):
+    monkeypatch.setattr(policy, "select_implementation", lambda q: ("triton", None))
+    assert reason(make_call(tokens=100_000, device="meta")) is None
+
+
+def test_window_and_dense_blocks():
+    settings = Settings(PARAMS, min_tokens=64, dense_blocks=BlockList.parse("1"))
+    assert reason(make_call(), settings, in_window=False) == "outside start_percent … end_percent"
+    assert reason(make_call(), settings, Block("double", 1)) == "listed in dense_blocks (block double:1)"
+    assert reason(make_call(), settings, Block("double", 0)) is None
+    assert reason(make_call(), settings, None) is None
+
+
+@pytest.mark.parametrize("text, inside, outside", (
+    ("", "", "0 single:0"),
+    ("0, 1, 47-49", "0 1 47 48 49 single:48", "2 46 50"),
+    ("single:0-3,double:7", "single:0 single:3 double:7", "0 double:0 single:7 single:4"),
+    (" 3 - 4 , Input : 2,", "3 4 input:2", "2 5"),
+))
+def test_block_lists(text, inside, outside):
+    blocks = BlockList.parse(text)
+    assert bool(blocks) == bool(inside)
+    for name in inside.split() + outside.split():
+        kind, _, index = name.rpartition(":")
+        assert (Block(kind, int(index)) in blocks) == (name in inside.split()), name
+
+
+@pytest.mark.parametrize("text", ("x", "3-1", "-1", "1.5", "0;1", "1-2-3", "single:"))
+def test_bad_block_lists(text):
+    with pytest.raises(ValueError, match=f"dense_blocks .*'{text}'"):
+        BlockList.parse(text)
+
+
+@pytest.mark.parametrize("options, expected", (
+    ({"block_index": 3, "block_type": "double"}, Block("double", 3)),
+    ({"block_index": 3}, Block("", 3)),
+    ({"block": ("input", 4), "block_index": 1}, Block("input", 4)),
+    ({}, None),
+))
+def test_block_that_runs(options, expected):
+    assert Block.of(options) == expected
+
+
+def flow(percent):
+    """percent_to_sigma of a flow model without shift."""
+    return 1.0 - percent
+
+
+def follow(window, sigmas, schedule=None):
+    """(inside at each evaluation, number of reads)."""
+    reads = []
+
+    def read(sigma):
+        reads.append(sigma)
+        return sigma
+
+    window.begin(flow, sigmas if schedule is None else schedule)
+    inside = []
+    for sigma in sigmas:
+        window.advance(lambda: read(sigma))
+        inside.append(window.inside)
+    return inside, len(reads)
+
+
+TEN_STEPS = torch.linspace(1, 0, 11).tolist()[:-1]  # float32 values, as a sampler has them
+
+
+@pytest.mark.parametrize("start, end, first, last, reads", (
+    (0.0, 1.0, 0, 9, 0),
+    (0.2, 1.0, 2, 9, 1),  # settled before the window by the schedule, inside it for good
+    (0.25, 1.0, 3, 9, 1),
+    (0.0, 0.5, 0, 5, 10),
+    (0.2, 0.5, 2, 5, 8),
+    (1.0, 1.0, None, None, 0),
+))
+def test_window(start, end, first, last, reads):
+    expected = [first is not None and first <= i <= last for i in range(10)]
+    assert follow(SigmaWindow(start, end), TEN_STEPS) == (expected, reads)
+
+
+def test_window_of_a_sampler_that_evaluates_twice_a_step():
+    sigmas = [sigma for pair in zip(TEN_STEPS, TEN_STEPS[1:]) for sigma in pair]
+    inside, _ = follow(SigmaWindow(0.3, 1.0), sigmas, TEN_STEPS)
+    assert inside == [sigma <= 0.7 + 1e-6 for sigma in sigmas]
+
+
+def test_window_of_a_schedule_that_rises_is_read_each_time():
+    sigmas = TEN_STEPS[::-1]
+    assert follow(SigmaWindow(0.3, 1.0), sigmas) == ([sigma <= 0.7 + 1e-6 for sigma in sigmas], 10)
+
+
+def test_window_outside_a_run():
+    assert SigmaWindow(0.0, 1.0).inside
+    for bounded in (SigmaWindow(0.1, 1.0), SigmaWindow(0.0, 0.9)):
+        assert not bounded.inside
+        follow(bounded, TEN_STEPS)
+        bounded.reset()
+        assert not bounded.inside
+
+
+class Patcher:
+    """The part of ComfyUI's ModelPatcher that the callbacks use."""
+
+    def get_model_object(self, name):
+        assert name == "model_sampling"
+        return self
+
+    percent_to_sigma = staticmethod(flow)
+
+
+def sample(override, evaluate, steps=10, slot=None, conditions=1):
+    """A sampling run as ComfyUI drives it: `evaluate(options)` stands for the diffusion model."""
+    patcher, sigmas = Patcher(), torch.linspace(1, 0, steps + 1)
+    override.on_pre_run(patcher)
+    try:
+        for sigma in sigmas[:-1]:
+            timestep = sigma.reshape(1)
+            for _ in range(conditions):
+                options = {SLOT: slot or override, "sample_sigmas": sigmas, "sigmas": timestep, "block_index": 0}
+                override.on_prepare_state(patcher, timestep, {"transformer_options": options})
+                evaluate(options)
+    finally:
+        override.on_cleanup(patcher)
+
+
+def attend(options, tokens=128, func=None, **kwargs):
+    """One attention call through the override in `options`; returns what the backend was called with."""
+    x = torch.randn(1, tokens, 16, generator=torch.Generator().manual_seed(0))
+    seen = []
+
+    def backend(*args, **kwargs):
+        seen.append((args, kwargs))
+        return args[0]
+
+    out = options[SLOT](func or backend, x, x, x, 2, transformer_options=options, **kwargs)
+    assert out.shape == x.shape
+    return seen
+
+
+def test_run_is_counted(caplog):
+    override = SpargeOverride(Settings(PARAMS, start_percent=0.3, min_tokens=64, verbose=True))
+    with caplog.at_level(logging.INFO):
+        sample(override, lambda options: (attend(options), attend(options, tokens=32)), conditions=2)
+    summary = override.run.summary
+    assert (summary.steps, summary.sparse) == (10, 14)
+    assert summary.dense == {"fewer tokens than min_tokens": 20, "outside start_percent … end_percent": 6}
+    assert summary.by_step.keys() == set(range(4, 11)) and summary.by_block.keys() == {Block("", 0)}
+    lines = [record.getMessage() for record in caplog.records]
+    assert sum("dense attention: fewer tokens than min_tokens (32 < 64)" in line for line in lines) == 1
+    assert sum("14 attention calls sparse" in line for line in lines) == 1
+    assert sum("sparsity by step: 4 " in line for line in lines) == 1
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def test_means_of_a_run():
+    run = RunState(SigmaWindow(0.0, 1.0))
+    run.begin()
+    for step, kept in enumerate((0.25, 0.75)):
+        run.next_step(torch.tensor([1.0 - step]), flow, None)
+        for block in range(2):
+            run.add_sparse(Block("", block), SpargeStats(torch.full((1, 2), kept), torch.full((1, 2), 0.5)))
+    summary = run.end()
+    assert summary.sparsity == pytest.approx(0.5) and summary.pv_skipped == pytest.approx(0.5)
+    assert summary.by_step == pytest.approx({1: 0.75, 2: 0.25})
+    assert summary.by_block == pytest.approx({Block("", 0): 0.5, Block("", 1): 0.5})
+    assert run.end() is None
+
+
+def test_error_ends_the_run_without_reading_statistics():
+    override = SpargeOverride(SETTINGS)
+
+    def fail(options):
+        attend(options)
+        raise RuntimeError("interrupted")
+
+    with pytest.raises(RuntimeError, match="interrupted"):
+        sample(override, fail)
+    summary = override.run.summary
+    assert (summary.sparse, summary.sparsity) == (1, None)
+    assert not override.run.running
+    sample(override, attend)
+    assert override.run.summary.sparse == 10 and override.run.summary.sparsity is not None
+
+
+def test_run_without_sparse_calls_warns(caplog):
+    def warnings(override, evaluate, **kwargs):
+        caplog.clear()
+        sample(override, evaluate, **kwargs)
+        return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+
+    [line] = warnings(SpargeOverride(SETTINGS), lambda options: attend(options, tokens=32))
+    assert "every attention call stayed dense" in line
+    [line] = warnings(SpargeOverride(SETTINGS), lambda options: None, slot=attend)
+    assert "took the model's attention over" in line and "attend" in line
+    [line] = warnings(SpargeOverride(SETTINGS), lambda options: None)
+    assert "can't be overridden" in line
+
+
+def test_declined_calls_go_on_as_they_came():
+    def previous(func, *args, **kwargs):
+        handed_on.append((func, args, kwargs))
+        return func(*args, **kwargs)
+
+    handed_on = []
+    override = SpargeOverride(SETTINGS, previous)
+    options = {SLOT: override}
+    seen = attend(options, tokens=32, scale=0.5, _inside_attn_wrapper=True)
+    [(_, args, kwargs)] = handed_on
+    assert seen == [(args, kwargs)]
+    assert len(args) == 4 and args[3] == 2
+    assert kwargs == {"transformer_options": options, "scale": 0.5, "_inside_attn_wrapper": True}
+    attend(options)
+    assert len(handed_on) == 1
+
+
+def test_unknown_call_goes_on():
+    assert len(attend({SLOT: SpargeOverride(SETTINGS)}, is_causal=True)) == 1
+
+
+def test_two_overrides_that_take_each_other_for_previous_end_at_the_backend():
+    def on_top(func, *args, **kwargs):
+        return override(func, *args, **kwargs)
+
+    override = SpargeOverride(SETTINGS, on_top)
+    assert len(attend({SLOT: on_top}, tokens=32)) == 1
+    assert len(attend({SLOT: override}, tokens=32)) == 1
+
+
+def test_masked_sparse_call_ignores_hidden_keys():
+    override = SpargeOverride(Settings(SpargeParams(cdf_threshold=1.0), start_percent=0.0, min_tokens=64))
+    q, k, v = torch.randn(3, 1, 128, 16, generator=torch.Generator().manual_seed(0))
+    mask = (torch.arange(128) < 100)[None, None, None]
+    out = override(None, q, k, v, 2, mask, transformer_options={})
+    heads = [x.unflatten(-1, (2, 8)).transpose(1, 2) for x in (q, k, v)]
+    expected = torch.nn.functional.scaled_dot_product_attention(*heads, attn_mask=mask)
+    torch.testing.assert_close(out, expected.transpose(1, 2).reshape(out.shape))
+
+
+def test_copies_of_a_models_options_share_the_override():
+    override = SpargeOverride(SETTINGS)
+    assert copy.deepcopy({SLOT: override})[SLOT] is override
+    assert not hasattr(override, "to") and not hasattr(override, "container_function")
+
+
+def test_compiled_models_follow_the_window():
+    """A decision must not be frozen into a compiled model."""
+    override = SpargeOverride(Settings(PARAMS, start_percent=0.5, min_tokens=64))
+    x = torch.randn(1, 128, 16, generator=torch.Generator().manual_seed(0))
+
+    def backend(q, k, v, heads, **kwargs):
+        return q * 2
+
+    def model(options):
+        return options[SLOT](backend, x, x, x, 2, transformer_options=options) + 1
+
+    def outputs(model):
+        collected = []
+        sample(override, lambda options: collected.append(model(options)), steps=4)
+        return collected
+
+    compiled, eager = outputs(torch.compile(model, backend="eager")), outputs(model)
+    assert all(torch.equal(a, b) for a, b in zip(compiled, eager, strict=True))
+    assert override.run.summary.sparse == 2 and not torch.equal(eager[0], eager[-1])
+
+
+def test_threads_are_counted_together():
+    override = SpargeOverride(SETTINGS)
+
+    def evaluate(options):
+        threads = [threading.Thread(target=attend, args=(options,), kwargs={"tokens": tokens})
+                   for tokens in (128, 32) * 4]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    sample(override, evaluate, steps=3)
+    assert override.run.summary.sparse == 12
+    assert override.run.summary.dense == {"fewer tokens than min_tokens": 12}
