@@ -1,0 +1,210 @@
+"""ComfyUI's attention calling convention, called as its models call it, from inside a sampling run."""
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from hypothesis import given, settings, strategies
+
+import checkpoints
+from sampling import apply, probed, relative_l1, sample
+
+TOKENS = 640
+BOUND = 0.02 if not torch.cuda.is_available() else 0.06
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPE = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+
+
+@pytest.fixture(scope="module")
+def wan(comfy_nodes, tmp_path_factory):
+    path = tmp_path_factory.mktemp("checkpoints") / "wan.safetensors"
+    checkpoints.write(checkpoints.FAMILIES["wan"], path)
+    return checkpoints.load(checkpoints.FAMILIES["wan"], path, None)
+
+
+@pytest.fixture
+def in_sampling(comfy_nodes, wan):
+    """Calls `body(attention, transformer_options, probe)` where the diffusion model would run; returns its result.
+
+    `attention` is ComfyUI's PyTorch attention, `probe` the override below ours: what we decline reaches it.
+    """
+    from comfy.ldm.modules.attention import attention_pytorch
+    from comfy.patcher_extension import WrappersMP
+
+    def run(body, **widgets):
+        below, probe = probed(wan)
+        patched = apply(comfy_nodes, below, **widgets)
+        results = []
+
+        def stand_in(executor, x, *args, **kwargs):
+            options = kwargs.get("transformer_options") or next(arg for arg in args if isinstance(arg, dict))
+            results.append(body(attention_pytorch, options, probe))
+            return torch.zeros_like(x)
+
+        patched.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "stand_in", stand_in)
+        sample(patched, checkpoints.FAMILIES["wan"], steps=1)
+        return results[0]
+
+    return run
+
+
+def tensors(batch, heads, kv_heads, tokens, head_dim, *, split, seed=0):
+    """q, k, v: (B, H, L, D) where `split`, else (B, L, H * D)."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def make(count):
+        x = torch.randn(batch, count, tokens, head_dim, generator=generator).to(DEVICE, DTYPE)
+        return x if split else x.transpose(1, 2).reshape(batch, tokens, -1)
+
+    return make(heads), make(kv_heads), make(kv_heads)
+
+
+def check(in_sampling, qkv, *args, goes_dense=False, **kwargs):
+    """Compare a call with the node against the same call without; the probe tells whether it went sparse."""
+
+    def body(attention, options, probe):
+        expected = attention(*qkv, *args, **kwargs)
+        probe.calls.clear()
+        actual = attention(*qkv, *args, **kwargs, transformer_options=options)
+        return expected, actual, len(probe.calls)
+
+    expected, actual, declined = in_sampling(body)
+    assert actual.shape == expected.shape and actual.dtype == expected.dtype
+    if goes_dense:
+        assert declined == 1 and torch.equal(actual, expected)
+    else:
+        assert declined == 0 and relative_l1(actual, expected) <= BOUND
+
+
+@pytest.mark.parametrize("skip_output_reshape", (False, True))
+@pytest.mark.parametrize("skip_reshape", (False, True))
+def test_layouts(in_sampling, skip_reshape, skip_output_reshape):
+    qkv = tensors(2, 3, 3, TOKENS, 64, split=skip_reshape)
+    check(in_sampling, qkv, 3, skip_reshape=skip_reshape, skip_output_reshape=skip_output_reshape)
+
+
+def test_heads_by_keyword(in_sampling):
+    check(in_sampling, tensors(1, 2, 2, TOKENS, 64, split=False), heads=2)
+
+
+def test_everything_positional(in_sampling):
+    """mask, attn_precision, skip_reshape and skip_output_reshape in their places."""
+    check(in_sampling, tensors(1, 2, 2, TOKENS, 64, split=True), 2, None, None, True, True)
+
+
+@pytest.mark.parametrize("split", (False, True))
+def test_grouped_queries(in_sampling, split):
+    check(in_sampling, tensors(1, 6, 2, TOKENS, 64, split=split), 6, skip_reshape=split, enable_gqa=True)
+
+
+def test_value_with_split_heads_beside_flat_queries(in_sampling):
+    q, k, v = tensors(1, 2, 2, TOKENS, 64, split=False)
+    check(in_sampling, (q, k, v.reshape(1, TOKENS, 2, 64)), 2)
+
+
+def test_strided_views(in_sampling):
+    """q, k and v cut from one projection, as single-stream blocks pass them."""
+    projected = torch.randn(1, TOKENS, 3, 2, 64, generator=torch.Generator().manual_seed(0)).to(DEVICE, DTYPE)
+    check(in_sampling, projected.permute(2, 0, 3, 1, 4).unbind(0), 2, skip_reshape=True)
+
+
+def test_scale(in_sampling):
+    check(in_sampling, tensors(1, 2, 2, TOKENS, 64, split=False), 2, scale=0.3)
+
+
+@pytest.mark.parametrize("positional", (False, True))
+def test_key_padding_mask(in_sampling, positional):
+    mask = torch.ones(2, 1, 1, TOKENS, dtype=torch.bool, device=DEVICE)
+    mask[0, ..., 500:] = False
+    qkv = tensors(2, 2, 2, TOKENS, 64, split=True)
+    args, kwargs = ((2, mask), {}) if positional else ((2,), {"mask": mask})
+    check(in_sampling, qkv, *args, skip_reshape=True, **kwargs)
+
+
+def test_general_mask_goes_dense(in_sampling):
+    causal = torch.ones(TOKENS, TOKENS, dtype=torch.bool, device=DEVICE).tril()
+    check(in_sampling, tensors(1, 2, 2, TOKENS, 64, split=True), 2, causal, skip_reshape=True, goes_dense=True)
+
+
+def test_additive_mask_goes_dense(in_sampling):
+    bias = torch.zeros(1, 1, TOKENS, device=DEVICE, dtype=DTYPE)
+    bias[..., 500:] = -1e4
+    check(in_sampling, tensors(1, 2, 2, TOKENS, 64, split=True), 2, bias, skip_reshape=True, goes_dense=True)
+
+
+def test_model_that_refuses_low_precision_goes_dense(in_sampling):
+    check(in_sampling, tensors(1, 2, 2, TOKENS, 64, split=False), 2, low_precision_attention=False, goes_dense=True)
+
+
+def test_cross_attention_goes_dense(in_sampling):
+    q = tensors(1, 2, 2, TOKENS, 64, split=False)[0]
+    check(in_sampling, (q, *tensors(1, 2, 2, 77, 64, split=False)[1:]), 2, goes_dense=True)
+
+
+def test_head_dim_above_the_kernels_limit_goes_dense(in_sampling):
+    check(in_sampling, tensors(1, 1, 1, TOKENS, 264, split=True), 1, skip_reshape=True, goes_dense=True)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="the limit of the eager path holds on a CPU")
+def test_more_tokens_than_the_eager_path_serves_go_dense(in_sampling):
+    check(in_sampling, tensors(1, 1, 1, 16385, 8, split=True), 1, skip_reshape=True, goes_dense=True)
+
+
+@pytest.mark.parametrize("tokens, declined", ((TOKENS, 0), (256, 1)))
+def test_containers(in_sampling, tokens, declined):
+    """Single-owner tensors: taken out, and the call then goes where any other would."""
+    from comfy.ldm.modules.attention import AttentionTensorContainer
+
+    qkv = tensors(1, 2, 2, tokens, 64, split=True)
+
+    def body(attention, options, probe):
+        expected = attention(*qkv, 2, skip_reshape=True)
+        containers = [AttentionTensorContainer(x) for x in qkv]
+        probe.calls.clear()
+        actual = attention(*containers, 2, skip_reshape=True, transformer_options=options)
+        return expected, actual, len(probe.calls), [container.tensor for container in containers]
+
+    expected, actual, calls, left = in_sampling(body)
+    assert left == [None, None, None]
+    assert calls == declined
+    assert relative_l1(actual, expected) <= BOUND
+
+
+def test_threads_do_not_share_state(in_sampling):
+    """ComfyUI's multi-GPU workers call from several threads at once."""
+    calls = [tensors(1, 2, 2, TOKENS, 64, split=False, seed=seed) for seed in range(4)]
+
+    def body(attention, options, probe):
+        def one(qkv):
+            with torch.inference_mode():
+                return attention(*qkv, 2, transformer_options=dict(options))
+
+        sequential = [one(qkv) for qkv in calls]
+        with ThreadPoolExecutor(4) as pool:
+            return sequential, list(pool.map(one, calls))
+
+    sequential, concurrent = in_sampling(body, selection={"selection": "topk", "keep_percent": 30.0,
+                                                          "similarity_threshold": -1.0})
+    assert all(map(torch.equal, sequential, concurrent))
+
+
+def test_any_shape(in_sampling):
+    """Whatever the shapes and flags: the answer is that of dense attention, in its shape and dtype."""
+
+    def body(attention, options, probe):
+        @settings(max_examples=40, deadline=None, database=None)
+        @given(batch=strategies.integers(1, 2), kv_heads=strategies.integers(1, 3), groups=strategies.integers(1, 3),
+               tokens=strategies.integers(512, 700), head_dim=strategies.sampled_from((8, 40, 64, 72, 96, 128, 160)),
+               split=strategies.booleans(), skip_output_reshape=strategies.booleans())
+        def property_(batch, kv_heads, groups, tokens, head_dim, split, skip_output_reshape):
+            heads = kv_heads * groups
+            qkv = tensors(batch, heads, kv_heads, tokens, head_dim, split=split)
+            flags = {"skip_reshape": split, "skip_output_reshape": skip_output_reshape, "enable_gqa": groups > 1}
+            expected = attention(*qkv, heads, **flags)
+            actual = attention(*qkv, heads, **flags, transformer_options=options)
+            assert actual.shape == expected.shape and actual.dtype == expected.dtype
+            assert relative_l1(actual, expected) <= BOUND
+
+        property_()
+        return len(probe.calls)
+
+    assert in_sampling(body) == 0

@@ -1,0 +1,149 @@
+"""ComfyUI's server with the pack, driven over HTTP on the loopback interface."""
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import checkpoints
+import comfy_host
+from sampling import relative_l1
+
+START_TIMEOUT = 180  # seconds, for imports on a slow disk
+RUN_TIMEOUT = 180
+
+
+class Server:
+    """A running `main.py`; `url` ends without a slash, `log()` is what it has printed so far."""
+
+    def __init__(self, process, url, log_path):
+        self.process, self.url, self.log_path = process, url, log_path
+
+    def log(self):
+        return self.log_path.read_text(errors="replace")
+
+    def get(self, path, data=None):
+        request = urllib.request.Request(self.url + path, data and json.dumps(data).encode(),
+                                         {"Content-Type": "application/json"} if data else {})
+        try:
+            with urllib.request.urlopen(request, timeout=10) as response:
+                return json.load(response)
+        except urllib.error.HTTPError as error:
+            raise AssertionError(f"{path}: {error} {error.read().decode()}") from error
+
+    def wait_until_up(self):
+        deadline = time.monotonic() + START_TIMEOUT
+        while time.monotonic() < deadline and self.process.poll() is None:
+            try:
+                return self.get("/system_stats")
+            except (urllib.error.URLError, ConnectionError, TimeoutError):
+                time.sleep(0.5)
+        raise AssertionError(f"the server did not start:\n{self.log()[-4000:]}")
+
+    def run(self, prompt):
+        """Queue `prompt` (API format) and wait for its entry in the history; returns it and the node errors."""
+        queued = self.get("/prompt", {"prompt": prompt})
+        prompt_id = queued["prompt_id"]
+        deadline = time.monotonic() + RUN_TIMEOUT
+        while time.monotonic() < deadline and self.process.poll() is None:
+            history = self.get(f"/history/{prompt_id}")
+            if prompt_id in history:
+                return history[prompt_id], queued["node_errors"]
+            time.sleep(0.25)
+        raise AssertionError(f"the prompt did not finish:\n{self.log()[-4000:]}")
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def server(comfy_nodes, tmp_path_factory):  # comfy_nodes: the checkpoint is written with ComfyUI's model class
+    base = tmp_path_factory.mktemp("server")
+    comfy_host.prepare_base_directory(base, Path(__file__).parent / "random_conditioning")
+    checkpoints.write(checkpoints.FAMILIES["wan"], base / "models/diffusion_models/tiny_wan.safetensors")
+    port = free_port()
+    command = [sys.executable, os.path.join(os.environ["COMFYUI_PATH"], "main.py"), "--listen", "127.0.0.1",
+               "--port", str(port), "--base-directory", str(base), "--database-url", "sqlite:///:memory:",
+               "--disable-auto-launch", "--disable-api-nodes", "--disable-dynamic-vram"]
+    if not torch.cuda.is_available():
+        command.append("--cpu")
+    log_path = base / "server.log"
+    with open(log_path, "wb") as log:
+        process = subprocess.Popen(command, cwd=base, stdout=log, stderr=subprocess.STDOUT)
+    try:
+        running = Server(process, f"http://127.0.0.1:{port}", log_path)
+        running.wait_until_up()
+        running.base = base
+        yield running
+    finally:
+        process.terminate()
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def node(class_type, **inputs):
+    return {"class_type": class_type, "inputs": inputs}
+
+
+def prompt(**widgets):
+    """Two branches from one loader: `plain` samples the model as loaded, `sparse` with Apply SpargeAttn."""
+    sampling = {"seed": 7, "steps": 3, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0,
+                "positive": ["condition", 0], "negative": ["condition", 0], "latent_image": ["latent", 0]}
+    widgets = {"selection": "cdf", "selection.cdf_threshold": 0.98, "selection.similarity_threshold": 0.6,
+               "pv_threshold": 50.0, "start_percent": 0.0, "end_percent": 1.0,
+               "skipped_blocks": "drop", "pv_precision": "auto", "dense_blocks": "", "min_tokens": 512,
+               "verbose": False, **widgets}
+    return {
+        "loader": node("UNETLoader", unet_name="tiny_wan.safetensors", weight_dtype="default"),
+        "condition": node("RandomConditioning", length=48, width=64, seed=1),
+        "latent": node("EmptyHunyuanLatentVideo", width=256, height=256, length=9, batch_size=1),
+        "patch": node("ApplySpargeAttn", model=["loader", 0], **widgets),
+        "plain": node("KSampler", model=["loader", 0], **sampling),
+        "sparse": node("KSampler", model=["patch", 0], **sampling),
+        "save_plain": node("SaveLatent", samples=["plain", 0], filename_prefix="plain"),
+        "save_sparse": node("SaveLatent", samples=["sparse", 0], filename_prefix="sparse"),
+    }
+
+
+def saved_latent(server, entry, name):
+    """The latent that SaveLatent node `name` wrote, as the history reports it."""
+    output = entry["outputs"][name]["latents"][0]
+    return load_file(server.base / "output" / output["subfolder"] / output["filename"])["latent_tensor"]
+
+
+def test_object_info(server):
+    info = server.get("/object_info/ApplySpargeAttn")["ApplySpargeAttn"]
+    assert info["display_name"] == "Apply SpargeAttn"
+    assert info["output"] == ["MODEL"]
+    assert {"model", "selection", "start_percent"} <= info["input"]["required"].keys()
+
+
+def test_prompt_with_the_node_finishes(server):
+    entry, errors = server.run(prompt())
+    assert not errors and entry["status"]["status_str"] == "success", entry["status"]
+    plain, sparse = (saved_latent(server, entry, f"save_{name}") for name in ("plain", "sparse"))
+    assert plain.shape == sparse.shape == (1, 16, 3, 32, 32)
+    assert relative_l1(sparse, plain) <= 0.02
+    # Two blocks, three steps.
+    assert "SpargeAttn: 6 attention calls sparse" in server.log(), server.log()[-4000:]
+
+
+def test_bad_widget_value_is_refused_before_anything_runs(server):
+    """ComfyUI reports it at the node and runs the branch that does not depend on it."""
+    entry, errors = server.run(prompt(dense_blocks="0, x"))
+    assert errors.keys() == {"patch"} and "dense_blocks" in json.dumps(errors)
+    assert entry["outputs"].keys() == {"save_plain"}
