@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ class Settings:
     params: SpargeParams
     start_percent: float = 0.2
     end_percent: float = 1.0
-    dense_blocks: BlockList = BlockList()
+    dense_blocks: BlockList = field(default_factory=BlockList)
     min_tokens: int = 2048
     skipped: str = "drop"
     pv_dtype: str = "auto"

@@ -5,7 +5,7 @@ import logging
 import sys
 import threading
 from collections import Counter
-from typing import Callable
+from collections.abc import Callable
 
 from torch import Tensor
 

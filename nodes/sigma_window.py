@@ -2,7 +2,8 @@
 from __future__ import annotations
 
 import math
-from typing import Callable, Sequence
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 # Schedulers compute in float32 and percent_to_sigma in float64: step n of N has to lie at n / N all the same.
 _TOLERANCE = 1e-5
@@ -38,7 +39,7 @@ class SigmaWindow:
         if end < 1:
             self._lowest = float(percent_to_sigma(end)) * (1 - _TOLERANCE)
         self._schedule = schedule
-        self._falls = all(a >= b for a, b in zip(schedule, schedule[1:]))
+        self._falls = all(a >= b for a, b in pairwise(schedule))
 
     def advance(self, read_sigma: Callable[[], float]) -> None:
         """Go to the next evaluation of the model; `read_sigma` returns its noise level."""

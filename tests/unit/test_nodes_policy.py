@@ -2,6 +2,8 @@
 import copy
 import logging
 import threading
+from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
@@ -84,7 +86,7 @@ def test_fp8_stays_dense_where_the_hardware_has_none(monkeypatch):
     monkeypatch.setattr(policy, "select_implementation", lambda q: ("triton", None))
     settings = Settings(PARAMS, min_tokens=64, pv_dtype="fp8")
     for arch, expected in (("sm80", True), ("sm89", False), ("gfx1100", True)):
-        monkeypatch.setattr(policy, "arch_of", lambda device: arch)
+        monkeypatch.setattr(policy, "arch_of", lambda device, arch=arch: arch)
         assert (reason(make_call(), settings) is not None) == expected, arch
         assert reason(make_call(), SETTINGS) is None
 
@@ -148,7 +150,7 @@ def follow(window, sigmas, schedule=None):
     window.begin(flow, sigmas if schedule is None else schedule)
     inside = []
     for sigma in sigmas:
-        window.advance(lambda: read(sigma))
+        window.advance(partial(read, sigma))
         inside.append(window.inside)
     return inside, len(reads)
 
@@ -170,7 +172,7 @@ def test_window(start, end, first, last, reads):
 
 
 def test_window_of_a_sampler_that_evaluates_twice_a_step():
-    sigmas = [sigma for pair in zip(TEN_STEPS, TEN_STEPS[1:]) for sigma in pair]
+    sigmas = [sigma for pair in pairwise(TEN_STEPS) for sigma in pair]
     inside, _ = follow(SigmaWindow(0.3, 1.0), sigmas, TEN_STEPS)
     assert inside == [sigma <= 0.7 + 1e-6 for sigma in sigmas]
 
