@@ -1,22 +1,65 @@
-"""The node in a real ComfyUI: every test of host/, run by ComfyUI's interpreter and reported here under its name."""
+"""The node in a real ComfyUI: every test of host/, run by ComfyUI's interpreter and reported here under its name.
+
+ComfyUI brings its own torch and a hundred packages more, which the environment of this test run need not have; and
+its top-level modules, such as `nodes`, must not meet this project's in one process.
+"""
+import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
-import host_runner
+HOST = Path(__file__).parent / "host"
+TIMEOUT = 900  # seconds for all host tests together
+
+
+def host_python():
+    """ComfyUI's virtual environment where its folder has one, else this interpreter."""
+    root = Path(os.environ["COMFYUI_PATH"])
+    candidates = root / ".venv/bin/python", root / ".venv/Scripts/python.exe"
+    return str(next(filter(Path.exists, candidates), sys.executable))
+
+
+def host_pytest(*arguments, report=None):
+    """A pytest of ComfyUI's interpreter on host/; `report`: file for its results, one JSON line a test."""
+    command = [host_python(), "-m", "pytest", "-c", str(HOST / "pytest.ini"), "--rootdir", str(HOST), "--confcutdir",
+               str(HOST), *arguments]
+    environment = {key: value for key, value in os.environ.items() if key != "PYTEST_ADDOPTS"}
+    if report:
+        environment["SPARGEATTN_HOST_REPORT"] = str(report)
+    return subprocess.run(command, cwd=HOST, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                          text=True, timeout=TIMEOUT, check=False)
+
+
+def collect():
+    """Ids of the host tests, e.g. `test_families.py::test_batch_of_two[wan]`."""
+    result = host_pytest("--collect-only")
+    ids = [line for line in result.stdout.splitlines() if "::" in line]
+    if result.returncode or not ids:
+        raise RuntimeError(f"{host_python()} could not collect the tests of {HOST}:\n{result.stdout}")
+    return ids
+
 
 if "COMFYUI_PATH" in os.environ:
-    CASES = host_runner.collect()
+    CASES = collect()
 else:
     CASES = [pytest.param("", marks=pytest.mark.skip("set COMFYUI_PATH to a ComfyUI folder to run the node tests"))]
 
 
 @pytest.fixture(scope="module")
-def outcomes(request):
-    """Results of the selected host tests, all from one ComfyUI process."""
-    selected = [item.callspec.params["case"] for item in request.session.items
-                if item.path == request.path]
-    return host_runner.run(selected)
+def outcomes(request, tmp_path_factory):
+    """{id: (outcome, text)} of the selected host tests, all run in one process."""
+    selected = [item.callspec.params["case"] for item in request.session.items if item.path == request.path]
+    report = tmp_path_factory.mktemp("host") / "report.jsonl"
+    result = host_pytest(*selected, report=report)
+    found = {case: ("failed", f"did not run:\n{result.stdout[-4000:]}") for case in selected}
+    lines = map(json.loads, report.read_text().splitlines() if report.exists() else ())
+    # A test that passes and then fails in its teardown has two lines.
+    for line in sorted(lines, key=lambda line: line["outcome"] != "passed"):
+        found[line["id"]] = line["outcome"], line["text"]
+    return found
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 
 import torch
 
-
 MIN_TOKENS = 512
 
 

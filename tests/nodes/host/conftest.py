@@ -1,9 +1,8 @@
 import json
 import os
 
-import pytest
-
 import comfy_host
+import pytest
 
 
 def pytest_runtest_logreport(report):

@@ -1,6 +1,5 @@
 """Sampling runs of a test family through ComfyUI's own sampler, and what is asked of them."""
 import torch
-
 from checkpoints import MIN_TOKENS
 
 

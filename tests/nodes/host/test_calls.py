@@ -1,11 +1,10 @@
 """ComfyUI's attention calling convention, called as its models call it, from inside a sampling run."""
 from concurrent.futures import ThreadPoolExecutor
 
+import checkpoints
 import pytest
 import torch
 from hypothesis import given, settings, strategies
-
-import checkpoints
 from sampling import apply, probed, relative_l1, sample
 
 TOKENS = 640

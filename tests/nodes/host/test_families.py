@@ -1,8 +1,7 @@
 """Model families, loaded and sampled by ComfyUI, dense and with the node."""
+import checkpoints
 import pytest
 import torch
-
-import checkpoints
 from checkpoints import FAMILIES
 from sampling import SPARSE, apply, condition, probed, relative_l1, sample
 

@@ -3,10 +3,9 @@ import gc
 import logging
 from dataclasses import replace
 
+import checkpoints
 import pytest
 import torch
-
-import checkpoints
 from sampling import SPARSE, apply, probed, sample
 
 FAMILY = replace(checkpoints.FAMILIES["wan"], latent=(1, 16, 2, 32, 32))  # 512 tokens

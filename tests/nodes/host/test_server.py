@@ -9,12 +9,11 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+import checkpoints
+import comfy_host
 import pytest
 import torch
 from safetensors.torch import load_file
-
-import checkpoints
-import comfy_host
 from sampling import relative_l1
 
 START_TIMEOUT = 180  # seconds, for imports on a slow disk
