@@ -1,6 +1,8 @@
 """Attend: block-sparse quantised attention over the lists of kept blocks."""
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -175,5 +177,5 @@ def attend(queries: PreparedQueries, keys: PreparedKeys, values: PreparedValues,
         *strides, nq, nk, n_q, n_k, heads, heads // kv_heads, 1 if order is None or order.ndim == 1 else kv_heads,
         D=dim, DP=padded, PITCH=pitch, BLOCK_Q=block.q, BLOCK_K=block.k, ALIGN=align, FP8=fp8, CAUSAL=causal,
         SKIP_PV=skip_pv, ROW_GROUP=ROW_GROUP, TAIL_TILE=_TAIL_TILE,
-        P_SHIFT=torch.tensor(FP8_MAX).log2().item() if fp8 else 0.0, TMA=config.tma, **config.options())
+        P_SHIFT=math.log2(FP8_MAX) if fp8 else 0.0, TMA=config.tma, **config.options())
     return skips

@@ -30,23 +30,23 @@ class AttendConfig:
 _TABLE: dict[str, dict[int, tuple[AttendConfig, AttendConfig | None]]] = {
     "sm90": {
         64: (AttendConfig(BlockShape(64, 128), 4, 3, 168, tma=True), AttendConfig(BlockShape(64, 128), 4, 3, 168, tma=True)),
-        128: (AttendConfig(BlockShape(64, 128), 4, 2, 168, tma=True), AttendConfig(BlockShape(64, 128), 4, 2, 168, tma=True)),
+        128: (AttendConfig(BlockShape(128, 64), 4, 3, tma=True), AttendConfig(BlockShape(64, 128), 4, 2, 168, tma=True)),
         256: (AttendConfig(BlockShape(64, 64), 4, 2, tma=True), AttendConfig(BlockShape(64, 64), 4, 2, tma=True)),
     },
     "sm100": {
-        64: (AttendConfig(BlockShape(128, 64), 4, 3, tma=True), AttendConfig(BlockShape(128, 64), 4, 3, tma=True)),
+        64: (AttendConfig(BlockShape(128, 64), 8, 3, tma=True), AttendConfig(BlockShape(128, 64), 8, 3, tma=True)),
         128: (AttendConfig(BlockShape(128, 64), 8, 3, tma=True), AttendConfig(BlockShape(128, 64), 8, 3, tma=True)),
-        256: (AttendConfig(BlockShape(64, 64), 4, 2, tma=True), AttendConfig(BlockShape(64, 64), 4, 2, tma=True)),
+        256: (AttendConfig(BlockShape(128, 64), 8, 2, tma=True), AttendConfig(BlockShape(128, 64), 8, 2, tma=True)),
     },
     # A100: 163 KB of shared memory.
     "sm80": {
-        64: (AttendConfig(BlockShape(128, 64), 4, 3), None),
+        64: (AttendConfig(BlockShape(128, 64), 8, 3), None),
         128: (AttendConfig(BlockShape(128, 64), 8, 3), None),
         256: (AttendConfig(BlockShape(64, 64), 8, 2), None),
     },
     # RTX 30, 40 and 50: 99 KB of shared memory.
     "consumer": {
-        64: (AttendConfig(BlockShape(128, 64), 4, 3), AttendConfig(BlockShape(128, 64), 4, 3)),
+        64: (AttendConfig(BlockShape(128, 64), 8, 3), AttendConfig(BlockShape(128, 64), 8, 3)),
         128: (AttendConfig(BlockShape(128, 64), 8, 2), AttendConfig(BlockShape(128, 64), 8, 3)),
         256: (AttendConfig(BlockShape(64, 32), 8, 2), AttendConfig(BlockShape(64, 32), 8, 2)),
     },

@@ -1,0 +1,95 @@
+"""Compile every kernel as a call on another architecture would, without its hardware: `python compile_all.py sm90`.
+
+Prints one JSON line a kernel: its name, the call, registers, spilled bytes and shared memory. The launchers run as they
+are; only the launch is replaced by a compilation, so types, specialisations and configurations are the real ones.
+Runs in a process of its own because the interpreter (TRITON_INTERPRET) and the compiler exclude each other.
+"""
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+os.environ.pop("TRITON_INTERPRET", None)
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from comfyui_spargeattn.kernels._triton import pipeline
+
+# Largest shared memory of one thread block in bytes.
+SHARED_LIMITS = {"sm80": 163 << 10, "sm86": 99 << 10, "sm89": 99 << 10, "sm90": 227 << 10, "sm100": 227 << 10,
+                 "sm120": 99 << 10, "gfx942": 64 << 10, "gfx1100": 64 << 10, "gfx1201": 64 << 10}
+
+
+class CompileOnlyDriver:
+    """As much of a Triton driver as compilation asks for."""
+
+    def __init__(self, arch: str):
+        self.target = (GPUTarget("cuda", int(arch[2:]), 32) if arch.startswith("sm") else
+                       GPUTarget("hip", arch, 64 if arch.startswith("gfx9") else 32))
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+
+def compile_calls(arch: str, dims, dtypes):
+    """Yield (call, compiled kernel) over head_dims, dtypes and every switch that makes another kernel."""
+    triton.runtime.driver.set_active(CompileOnlyDriver(arch))
+    compiled = []
+    launch = JITFunction.run
+
+    def compile_instead(self, *args, grid, warmup, **kwargs):
+        compiled.append(launch(self, *args, grid=grid, warmup=True, **kwargs))
+
+    JITFunction.run = compile_instead
+    pipeline.arch_of = lambda device: arch
+    formats = ("fp16", "fp8") if arch.startswith("sm") and int(arch[2:]) >= 89 else ("fp16",)
+    plain = dict(causal=False, skipped="drop", selection="cdf", thresholds=[0.9, 0.5, float("inf")], order=None)
+    switches = [plain, plain | dict(skipped="pooled", selection="topk"), plain | dict(causal=True),
+                plain | dict(thresholds=[0.9, 0.5, 10.0], order=torch.arange(256, dtype=torch.int32))]
+    for dim, dtype, pv_dtype, switch in itertools.product(dims, dtypes, formats, switches):
+        q = torch.zeros(1, 2, 256, dim, dtype=dtype)
+        pipeline.attention(q, q, q, torch.empty_like(q), per_head=None, scale=None, key_padding_mask=None,
+                           sink_keys=[], dense_queries=[], pv_dtype=pv_dtype, return_stats=True, **switch)
+        call = dict(dim=dim, dtype=str(dtype), pv_dtype=pv_dtype, causal=switch["causal"], skipped=switch["skipped"],
+                    skip_pv=switch["thresholds"][2] < 99)
+        for kernel in compiled:
+            yield call, kernel
+        compiled.clear()
+
+
+def resources(kernel) -> dict:
+    """Registers a thread, spilled bytes and shared memory of a compiled kernel."""
+    shared = kernel.metadata.shared
+    if "cubin" in kernel.asm:
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(kernel.asm["cubin"])
+            file.flush()
+            text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True).stdout
+        found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+        return dict(registers=int(found[1]), spilled=int(found[2]), shared=shared)
+    text = kernel.asm["amdgcn"]
+    registers, spilled = (int(re.search(rf"\.{name}:\s+(\d+)", text)[1]) for name in ("vgpr_count", "vgpr_spill_count"))
+    return dict(registers=registers, spilled=spilled * 4, shared=shared)
+
+
+if __name__ == "__main__":
+    arch, *dims = sys.argv[1:]
+    seen = set()
+    for call, kernel in compile_calls(arch, [int(d) for d in dims] or (64, 128), (torch.bfloat16,)):
+        if kernel.hash not in seen:
+            seen.add(kernel.hash)
+            print(json.dumps(dict(arch=arch, kernel=kernel.metadata.name, **call, **resources(kernel))), flush=True)
