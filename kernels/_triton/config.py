@@ -52,7 +52,7 @@ _TABLE: dict[str, dict[int, tuple[AttendConfig, AttendConfig | None]]] = {
     },
     # AMD: 64 KB of LDS a work group.
     "amd": {
-        64: (AttendConfig(BlockShape(128, 64), 4, 2), None),
+        64: (AttendConfig(BlockShape(128, 64), 8, 2), None),
         128: (AttendConfig(BlockShape(128, 64), 8, 1), None),
         256: (AttendConfig(BlockShape(64, 32), 8, 1), None),
     },

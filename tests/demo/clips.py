@@ -58,6 +58,13 @@ def _lift(device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 @cache
+def _tables(device: torch.device) -> tuple[Tensor, ...]:
+    """Colours, motion steps, preview bias, feature means and scales on the device; made once, since a copy
+    from host memory cannot be recorded in a CUDA graph."""
+    return tuple(x.to(device) for x in (_RGB, _STEP, _PREVIEW_BIAS, _FEATURE_MEAN, _FEATURE_SCALE))
+
+
+@cache
 def _vocabulary(device: torch.device) -> Tensor:
     """(slots, words, TEXT_DIM) unit-variance vectors, one for each word in each place of a prompt."""
     generator = torch.Generator().manual_seed(2502)
@@ -136,6 +143,7 @@ class _Scene:
     def __init__(self, batch: int, grid: tuple[int, int, int], device, generator):
         frames, height, width = grid
         self.batch, self.device, self.generator = batch, device, generator
+        self.colours, self.steps = _tables(device)[:2]
         self.aspect = width / height
         self.pixel = 2 / height
         self.wave = math.tau / (1.7 * math.sqrt(height) * self.pixel)  # radians per unit length
@@ -151,7 +159,7 @@ class _Scene:
 def _draw_object(scene: _Scene, words: Tensor, cx: Tensor, cy: Tensor, size: Tensor) -> dict[str, Tensor]:
     """One textured shape for each clip; words (B, 4), centre and size (B, 1, 1, 1)."""
     shape, colour, texture, motion = words.unbind(1)
-    step = 0.05 * _STEP.to(scene.device)[motion].view(-1, 2, 1, 1, 1)
+    step = 0.05 * scene.steps[motion].view(-1, 2, 1, 1, 1)
     orbit, spin, pulse = ((motion == MOTIONS.index(m)).view(-1, 1, 1, 1) for m in ("orbit", "spin", "pulse"))
     turn = scene.uniform(0, math.tau) + scene.t * (math.tau / 20)
     cx = cx + step[:, 0] * scene.t + orbit * 0.35 * turn.cos()
@@ -165,20 +173,20 @@ def _draw_object(scene: _Scene, words: Tensor, cx: Tensor, cy: Tensor, size: Ten
     phase = scene.uniform(0, math.tau)
     px, py = scene.wave * along + phase, scene.wave * across + phase
     light = (0.35 + 0.65 * _texture(px, py, texture)) * (1 - 0.12 * (along**2 + across**2) / size**2)
-    rgb = _RGB.to(scene.device)[colour].view(-1, 1, 1, 1, 3) * light.clamp_min(0)[..., None]
+    rgb = scene.colours[colour].view(-1, 1, 1, 1, 3) * light.clamp_min(0)[..., None]
     return dict(mask=torch.sigmoid(-2 * distance), distance=distance, rgb=rgb,
                 x=along / size, y=across / size, px=px, py=py)  # fmt: skip
 
 
 def _draw_background(scene: _Scene, words: Tensor) -> dict[str, Tensor]:
     colour, texture, pan = words.unbind(1)
-    step = 0.12 * math.tau * _STEP.to(scene.device)[pan].view(-1, 2, 1, 1, 1)
+    step = 0.12 * math.tau * scene.steps[pan].view(-1, 2, 1, 1, 1)
     px = scene.wave * 0.8 * scene.x - step[:, 0] * scene.t + scene.uniform(0, math.tau)
     py = scene.wave * 0.8 * scene.y - step[:, 1] * scene.t + scene.uniform(0, math.tau)
     px, py = px.expand_as(px + py), py.expand_as(px + py)
     slope = 0.5 + 0.25 * (scene.x / scene.aspect + scene.y)
     light = (0.5 + 0.5 * _texture(px, py, texture)) * (0.2 + 0.35 * slope)
-    tint = 0.75 * _RGB.to(scene.device)[colour].view(-1, 1, 1, 1, 3) + 0.15
+    tint = 0.75 * scene.colours[colour].view(-1, 1, 1, 1, 3) + 0.15
     return dict(rgb=tint * light[..., None], px=px, py=py, slope=(slope - 0.5).expand_as(px))
 
 
@@ -190,7 +198,7 @@ def render(prompts: Tensor, grid: tuple[int, int, int], generator=None) -> tuple
     """Draw clips of latent grid (T, H, W): RGB (B, T, H, W, 3) in 0..1 and features (B, T, H, W, 13)."""
     scene = _Scene(len(prompts), grid, prompts.device, generator)
     two = (prompts[:, 4] > 0).view(-1, 1, 1, 1)
-    side = torch.where(scene.uniform(-1, 1) > 0, 1.0, -1.0)
+    side = scene.uniform(-1, 1).sign()
     offset = two * side * scene.aspect * 0.4
     first = _draw_object(
         scene, prompts[:, :4], offset + scene.uniform(-0.15, 0.15), scene.uniform(-0.2, 0.2), scene.uniform(0.5, 0.65)
@@ -209,7 +217,7 @@ def render(prompts: Tensor, grid: tuple[int, int, int], generator=None) -> tuple
     m0 = 1 - m1 - m2
     rgb = m1[..., None] * first["rgb"] + m2[..., None] * second["rgb"] + m0[..., None] * back["rgb"]
     luma = rgb.mean(-1)
-    near = torch.minimum(first["distance"], torch.where(two, second["distance"], torch.inf))
+    near = torch.minimum(first["distance"], second["distance"] + 1e3 * ~two)
     gx, gy = _difference(luma, 3), _difference(luma, 2)
     features = torch.stack([
         m1, m2, torch.tanh(near / 4),
@@ -225,6 +233,6 @@ def clips(prompts: Tensor, grid: tuple[int, int, int], generator=None) -> Tensor
     """Latents (B, 16, T, H, W) of the prompts (B, 11), on the prompts' device, fp32."""
     rgb, features = render(prompts, grid, generator)
     seen, unseen = _lift(prompts.device)
-    features = (features - _FEATURE_MEAN.to(prompts.device)) / _FEATURE_SCALE.to(prompts.device)
-    latent = (2 * rgb - 1 - _PREVIEW_BIAS.to(prompts.device)) @ seen + features @ unseen
+    _, _, bias, mean, scale = _tables(prompts.device)
+    latent = (2 * rgb - 1 - bias) @ seen + (features - mean) / scale @ unseen
     return latent.movedim(-1, 1).contiguous()

@@ -18,9 +18,12 @@ def orthogonalise(g: Tensor, steps: int = 5) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Matrices of one shape are updated together; steps are scaled to the size of Adam's (RMS 0.2 lr)."""
+    """Matrices of one shape are updated together; steps are scaled to the size of Adam's (RMS 0.2 lr).
 
-    def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.01):
+    ``lr`` is a 0-d tensor on the parameters' device, so that a CUDA graph reads its present value.
+    """
+
+    def __init__(self, params, lr: Tensor, momentum: float = 0.95, weight_decay: float = 0.01):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
 
     @torch.no_grad()
@@ -37,6 +40,6 @@ class Muon(torch.optim.Optimizer):
                 blend = gradient.lerp(average, group["momentum"])
                 if blend.is_cuda:
                     blend = blend.bfloat16()
-                update = orthogonalise(blend).float() * (0.2 * max(shape) ** 0.5)
+                update = orthogonalise(blend).float() * (group["lr"] * 0.2 * max(shape) ** 0.5)
                 torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(params, list(update.unbind()), alpha=-group["lr"])
+                torch._foreach_sub_(params, list(update.unbind()))
