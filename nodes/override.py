@@ -99,7 +99,7 @@ class SpargeOverride:
         log.info("SpargeAttn: %s", summary)
         if self.settings.verbose and summary.by_step:
             log.info("%s", summary.table())
-        if summary.sparse:
+        if summary.sparse or (slot is not self and isinstance(slot, SpargeOverride)):
             return
         if not summary.dense and slot is not self:
             log.warning("SpargeAttn: nothing was sparse in this run: no attention call arrived, %s took the model's "

@@ -287,6 +287,8 @@ def test_run_without_sparse_calls_warns(caplog):
     assert "took the model's attention over" in line and "attend" in line
     [line] = warnings(SpargeOverride(SETTINGS), lambda options: None)
     assert "can't be overridden" in line
+    inner = SpargeOverride(Settings(PARAMS, start_percent=0.0, min_tokens=256))
+    assert warnings(inner, attend, slot=SpargeOverride(SETTINGS, inner)) == []  # another node's patch is on top
 
 
 def test_declined_calls_go_on_as_they_came():
