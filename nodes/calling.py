@@ -57,6 +57,9 @@ class AttentionCall:
             q, k, v, heads = (given[name] for name in ("q", "k", "v", "heads"))
         except KeyError as missing:
             raise UnsupportedCall(f"no argument {missing}") from None
+        for name in ("q", "k", "v", "mask"):
+            if not isinstance(given.get(name), Tensor if name != "mask" else Tensor | None):
+                raise UnsupportedCall(f"{name} is a {type(given[name]).__name__}")
         skip_reshape = bool(given.get("skip_reshape"))
         layout = "BHND" if given.get("skip_output_reshape") else "BNHD"
         head_dim = q.shape[-1] if skip_reshape else q.shape[-1] // heads
@@ -93,7 +96,7 @@ class AttentionCall:
         waiting for the device, so it never counts as one.
         """
         mask = self.mask
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or not 2 <= mask.ndim <= 4:
+        if mask is None or mask.dtype != torch.bool or not 2 <= mask.ndim <= 4:
             return None
         # ComfyUI reads fewer than four dimensions as (Nq, Nk) and (B, Nq, Nk).
         batch, heads = {2: (1, 1), 3: (mask.shape[0], 1), 4: mask.shape[:2]}[mask.ndim]

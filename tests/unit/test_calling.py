@@ -95,6 +95,8 @@ def test_cross_attention_lengths():
     ((flat(split()),) * 3 + (H, None, None, False, False, 1), {}, "9 positional"),
     ((flat(split()),) * 3 + (H,), {"is_causal": True}, "'is_causal'"),
     ((flat(split()),) * 3, {}, "'heads'"),
+    ((flat(split()),) * 3 + (H, [True]), {}, "mask is a list"),
+    ((flat(split()), None, flat(split()), H), {}, "k is a NoneType"),
     ((flat(split()),) * 3 + (H,), {"skip_reshape": True}, "3-D"),
     ((flat(split()), flat(split())[..., :-1], flat(split()), H), {}, "23 channels"),
 ))
@@ -118,7 +120,7 @@ def test_masks_over_keys(shape):
     torch.ones(L, L, dtype=torch.bool), torch.ones(B, L, L, dtype=torch.bool),
     torch.ones(B, H, 1, L, dtype=torch.bool), torch.ones(3, 1, 1, L, dtype=torch.bool),
     torch.ones(1, L + 1, dtype=torch.bool), torch.ones(L, dtype=torch.bool), torch.zeros(B, 1, 1, L),
-    torch.ones(B, 1, 1, L, dtype=torch.uint8), "mask",
-), ids=lambda mask: str(getattr(mask, "shape", mask)))
+    torch.ones(B, 1, 1, L, dtype=torch.uint8),
+), ids=lambda mask: str(tuple(mask.shape)))
 def test_other_masks(mask):
     assert parse(*(flat(split()),) * 3, H, mask).visible_keys() is None
