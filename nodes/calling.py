@@ -57,14 +57,15 @@ class AttentionCall:
             q, k, v, heads = (given[name] for name in ("q", "k", "v", "heads"))
         except KeyError as missing:
             raise UnsupportedCall(f"no argument {missing}") from None
-        for name in ("q", "k", "v", "mask"):
-            if not isinstance(given.get(name), Tensor if name != "mask" else Tensor | None):
+        mask = given.get("mask")
+        for name in ("q", "k", "v") if mask is None else ("q", "k", "v", "mask"):
+            if not isinstance(given[name], Tensor):
                 raise UnsupportedCall(f"{name} is a {type(given[name]).__name__}")
         skip_reshape = bool(given.get("skip_reshape"))
         layout = "BHND" if given.get("skip_output_reshape") else "BNHD"
         head_dim = q.shape[-1] if skip_reshape else q.shape[-1] // heads
         return cls(*(_split_heads(x, head_dim, skip_reshape, layout) for x in (q, k, v)), layout,
-                   mask=given.get("mask"), scale=given.get("scale"), enable_gqa=bool(given.get("enable_gqa")),
+                   mask=mask, scale=given.get("scale"), enable_gqa=bool(given.get("enable_gqa")),
                    low_precision=given.get("low_precision_attention") is not False,
                    transformer_options=given.get("transformer_options") or {})
 
