@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+from typing import Sequence
 
 import torch
 from torch import Tensor
@@ -99,6 +100,8 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, *, params: SpargeParams, layou
         raise TypeError(f"params must be SpargeParams; got {type(params).__name__}")
     if params.heads not in (None, heads):
         raise ValueError(f"params must hold one value a head, {heads}; got {params.heads}")
+    if scale is not None and not isinstance(scale, (int, float)):
+        raise TypeError(f"scale must be a number; got {type(scale).__name__}")
     if scale is not None and not math.isfinite(scale):
         raise ValueError(f"scale must be finite; got {scale}")
     if key_padding_mask is not None:
@@ -115,6 +118,8 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def _check_mask(mask: Tensor, shape: tuple[int, int], device: torch.device) -> None:
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"key_padding_mask must be a tensor; got {type(mask).__name__}")
     if mask.dtype != torch.bool:
         raise TypeError(f"key_padding_mask must be bool, True at padding; got {mask.dtype}")
     if tuple(mask.shape) != shape or mask.device != device:
@@ -123,6 +128,8 @@ def _check_mask(mask: Tensor, shape: tuple[int, int], device: torch.device) -> N
 
 
 def _check_order(order: Tensor, heads: int, n_q: int, n_k: int, causal: bool, device: torch.device) -> None:
+    if not isinstance(order, Tensor):
+        raise TypeError(f"order must be a tensor; got {type(order).__name__}")
     if order.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"order must be int32 or int64; got {order.dtype}")
     if n_q != n_k or causal:
@@ -135,6 +142,8 @@ def _check_order(order: Tensor, heads: int, n_q: int, n_k: int, causal: bool, de
 
 def _check_ranges(name: str, ranges: TokenRanges | None, n: int) -> None:
     for item in ranges or ():
+        if not isinstance(item, Sequence) or len(item) != 2 or not all(isinstance(end, int) for end in item):
+            raise TypeError(f"{name} must hold ranges (start, stop) of integers; got {item!r}")
         start, stop = item
         if not 0 <= start <= stop <= n:
             raise ValueError(f"{name} must hold ranges (start, stop) with 0 ≤ start ≤ stop ≤ {n}; got {tuple(item)}")

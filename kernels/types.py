@@ -73,8 +73,9 @@ class SpargeParams:
             raise ValueError(f"per-head thresholds must have one length; got {sizes}")
 
     def items(self) -> list[tuple[str, Threshold]]:
-        """(name, value) of the thresholds that are set."""
-        return [(f.name, getattr(self, f.name)) for f in fields(self) if getattr(self, f.name) is not None]
+        """(name, value) of the thresholds, without the selection that is not chosen."""
+        values = [(f.name, getattr(self, f.name)) for f in fields(self)]
+        return [(name, value) for name, value in values if value is not None or name not in ("cdf_threshold", "topk")]
 
     @property
     def selection(self) -> str:
@@ -105,15 +106,18 @@ class SpargeParams:
     @classmethod
     def load(cls, path: str | Path) -> SpargeParams:
         """Read what `save` wrote. Raises ValueError where the file is something else."""
-        from safetensors import safe_open
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != _FILE_FORMAT or metadata.get("version") != "1":
-                raise ValueError(f"{path} must be a version 1 {_FILE_FORMAT} file; its metadata says {metadata}")
-            unknown = set(file.keys()) - set(_RANGES)
-            if unknown:
-                raise ValueError(f"{path} must hold only {sorted(_RANGES)}; it also holds {sorted(unknown)}")
-            values = {name: file.get_tensor(name) for name in file.keys()}
+        from safetensors import SafetensorError, safe_open
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                values = {name: file.get_tensor(name) for name in file.keys()}
+        except SafetensorError as error:
+            raise ValueError(f"{path} must be a .safetensors file; {error}") from error
+        if metadata.get("format") != _FILE_FORMAT or metadata.get("version") != "1":
+            raise ValueError(f"{path} must be a version 1 {_FILE_FORMAT} file; its metadata says {metadata}")
+        unknown = set(values) - set(_RANGES)
+        if unknown:
+            raise ValueError(f"{path} must hold only {sorted(_RANGES)}; it also holds {sorted(unknown)}")
         return cls(**{name: value.item() if value.ndim == 0 else value for name, value in values.items()})
 
 
