@@ -1,0 +1,43 @@
+"""Comparisons that several tests share."""
+import torch
+from torch import Tensor
+
+
+def worst(error: Tensor, **values: Tensor) -> str:
+    """Where `error` is largest (NaN counts as largest), with the other tensors' values there."""
+    flat = error.nan_to_num(nan=torch.inf).flatten().argmax()
+    place = tuple(int(i) for i in torch.unravel_index(flat, error.shape))
+    return f"worst at {place}: error {error[place].item():.4g}" + "".join(
+        f", {name} {value[place].item():.6g}" for name, value in values.items())
+
+
+def assert_near(actual: Tensor, expected: Tensor, *, atol: float | Tensor, what: str = "value") -> None:
+    """|actual - expected| ≤ atol everywhere, NaN nowhere."""
+    assert actual.shape == expected.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    error = (actual.double() - expected.double()).abs()
+    atol = torch.as_tensor(atol, dtype=torch.float64, device=error.device).expand_as(error)
+    assert bool((error <= atol).all()), f"{what}: " + worst(
+        torch.where(error <= atol, 0.0, error), actual=actual, expected=expected, tolerance=atol)
+
+
+def assert_within_budget(actual: Tensor, emulated: Tensor, exact: Tensor, *, rms_slack: float = 1.05,
+                         max_slack: float = 1.5) -> None:
+    """The error of `actual` against float64 is no larger than that of an eager emulation of the same arithmetic.
+
+    `emulated` is the emulation before its rounding to the output's dtype; half a unit of that dtype, and float32's own
+    rounding, are added to the budget. The RMS may exceed the emulation's by 5%: both round the same numbers, in
+    another order. The maximum is one draw of a distribution's tail, hence its wider slack.
+    """
+    assert actual.shape == exact.shape and bool(actual.isfinite().all()), f"not finite or misshapen: {actual.shape}"
+    error, budget = (actual.double() - exact).abs(), (emulated.double() - exact).abs()
+    rounding = exact.abs() * torch.finfo(actual.dtype).eps / 2 + exact.abs().max() * 1e-6
+    rounding += torch.finfo(actual.dtype).smallest_normal * torch.finfo(actual.dtype).eps
+    details = worst(error, actual=actual, emulated=emulated, exact=exact)
+
+    def rms(x):
+        return x.square().mean().sqrt().item()
+
+    allowed = rms_slack * rms(budget) + rms(rounding)
+    assert rms(error) <= allowed, f"RMS error {rms(error):.4g} > {allowed:.4g}; {details}"
+    allowed = max_slack * budget.max().item() + rounding.max().item()
+    assert error.max().item() <= allowed, f"maximum error > {allowed:.4g}; {details}"

@@ -1,0 +1,63 @@
+"""Which calls the fast kernels take, and what is said of the others."""
+import sys
+
+import pytest
+import torch
+
+from comfyui_spargeattn.kernels import select_implementation
+from comfyui_spargeattn.kernels.capability import Facts, arch_of, supports_fp8, triton_declines
+
+HALF, BF16 = torch.float16, torch.bfloat16
+TAKEN = [("cuda", "sm80", HALF, 128), ("cuda", "sm86", BF16, 64), ("cuda", "sm120", torch.float32, 256),
+         ("cuda", "gfx942", BF16, 40), ("cuda", "gfx1100", HALF, 72), ("cuda", "gfx1201", HALF, 8),
+         ("xpu", "xpu", BF16, 128), ("cpu", "interpreter", HALF, 128), ("cpu", "interpreter", torch.float32, 1)]
+
+
+@pytest.mark.parametrize("device, arch, dtype, dim", TAKEN)
+def test_taken(device, arch, dtype, dim):
+    assert triton_declines(Facts(device, arch, dtype, dim, has_triton=True)) is None
+
+
+DECLINED = [
+    (("cpu", None, HALF, 64, True), ["device", "cpu"]),
+    (("mps", None, HALF, 64, False), ["device", "mps"]),
+    (("cuda", "sm75", HALF, 64, True), ["sm75", "sm80"]),
+    (("cuda", "sm61", HALF, 64, False), ["sm61", "sm80"]),
+    (("cuda", "gfx90a", HALF, 64, True), ["gfx90a"]),
+    (("cuda", "gfx1030", HALF, 64, True), ["gfx1030"]),
+    (("cuda", "sm90", HALF, 64, False), ["not installed", "pip install triton"]),
+    (("cuda", "sm90", torch.float64, 64, True), ["float64"]),
+    (("cpu", "interpreter", BF16, 64, True), ["interpreter", "bfloat16"]),
+    (("cuda", "sm90", HALF, 257, True), ["head_dim", "257", "256"]),
+]
+
+
+@pytest.mark.parametrize("facts, says", DECLINED)
+def test_declined(facts, says):
+    reason = triton_declines(Facts(*facts))
+    assert reason is not None
+    for part in says:
+        assert part in reason
+
+
+@pytest.mark.parametrize("platform, package", [("linux", "triton"), ("win32", "triton-windows")])
+def test_names_the_package_to_install(platform, package, monkeypatch):
+    monkeypatch.setattr(sys, "platform", platform)
+    reason = triton_declines(Facts("cuda", "sm90", HALF, 64, has_triton=False))
+    assert f"pip install {package})" in reason
+
+
+@pytest.mark.parametrize("arch, expected", [("sm80", False), ("sm86", False), ("sm89", True), ("sm90", True),
+                                            ("sm120", True), ("gfx942", False), ("xpu", False),
+                                            ("interpreter", False)])
+def test_fp8(arch, expected):
+    assert supports_fp8(arch) is expected
+
+
+def test_cpu_takes_the_reference():
+    name, reason = select_implementation(torch.zeros(1, 1, 4, 64))
+    assert name == "reference" and "cpu" in reason
+
+
+def test_meta_device_has_no_architecture():
+    assert arch_of(torch.device("meta")) is None
