@@ -20,6 +20,7 @@ CALLS = {
 @pytest.fixture(autouse=True)
 def fresh_compiler():
     torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
     yield
     torch.compiler.reset()
 
