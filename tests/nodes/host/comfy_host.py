@@ -20,14 +20,19 @@ def prepare_base_directory(base, *extra_packs):
         (base / "custom_nodes" / pack.name).symlink_to(pack, target_is_directory=True)
 
 
-def start(base):
-    """Import ComfyUI with `base` as its base directory and load the packs there; returns its `nodes` module."""
+def start(base, **options):
+    """Import ComfyUI with `base` as its base directory and load the packs there; returns its `nodes` module.
+
+    `options`: command-line options of ComfyUI by name, e.g. `highvram=True`.
+    """
     sys.path.insert(0, os.environ["COMFYUI_PATH"])
     from comfy.cli_args import args  # must be set before anything else of comfy is imported
 
     args.cpu = not torch.cuda.is_available()
     args.disable_dynamic_vram = True
     args.base_directory = str(base)
+    for name, value in options.items():
+        setattr(args, name, value)
     import nodes
 
     asyncio.run(nodes.init_external_custom_nodes())

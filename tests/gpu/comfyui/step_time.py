@@ -1,0 +1,183 @@
+"""Time of a sampling step of full-size architectures in ComfyUI, dense and with Apply SpargeAttn.
+
+    python tests/gpu/comfyui/step_time.py --comfyui PATH --out FILE [--only wan|flux] [--tiny]
+
+The weights are random, so the pictures mean nothing and only time and memory are measured: models are built by
+ComfyUI's loader from random state dicts, sampled by its euler sampler, and compared with ComfyUI's default attention.
+The node keeps a fixed share of the blocks (topk, the similarity judge off), which makes its time independent of the
+weights. `--tiny` runs the same code at a size for a CPU.
+"""
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+
+import in_comfyui
+
+KEEP_PERCENT = 50.0, 20.0
+STEPS = 6  # the first interval of a run is dropped
+
+
+def full_size():
+    """Wan 2.1 1.3B at 480p, 81 frames, and Flux.1 dev at 1024x1024, as test families."""
+    from checkpoints import Family
+
+    def wan():
+        from comfy.ldm.wan.model import WanModel
+
+        return WanModel(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30, **on_meta())
+
+    def flux():
+        from comfy.ldm.flux.model import Flux
+
+        return Flux(in_channels=16, out_channels=16, vec_in_dim=768, context_in_dim=4096, hidden_size=3072,
+                    mlp_ratio=4.0, num_heads=24, depth=19, depth_single_blocks=38, axes_dim=[16, 56, 56], theta=10000,
+                    patch_size=2, qkv_bias=True, guidance_embed=True, txt_ids_dims=[], **on_meta())
+
+    return {"wan": Family("Wan 2.1 1.3B 480p 81 frames", wan, (1, 16, 21, 60, 104), 32760, 30, (512, 4096)),
+            "flux": Family("Flux.1 dev 1024x1024", flux, (1, 16, 128, 128), 4608, 57, (512, 4096), pooled=768)}
+
+
+def on_meta():
+    import comfy.ops
+    import torch
+
+    return {"operations": comfy.ops.disable_weight_init, "dtype": torch.bfloat16, "device": "meta"}
+
+
+class Clock:
+    """Marks in the GPU's stream, or in time on a CPU; intervals are read after a run, without disturbing it."""
+
+    def __init__(self, device):
+        self.cuda = device.type == "cuda"
+
+    def mark(self):
+        import torch
+
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def milliseconds(self, start, end):
+        if not self.cuda:
+            return (end - start) * 1000
+        end.synchronize()
+        return start.elapsed_time(end)
+
+
+def timed_attention(model, clock):
+    """A clone of `model` with marks around each attention call; returns it and the list of (start, end)."""
+    clone, marks = model.clone(), []
+    options = clone.model_options["transformer_options"]
+    inner = options.get("optimized_attention_override", lambda func, *args, **kwargs: func(*args, **kwargs))
+
+    def override(func, *args, **kwargs):
+        start = clock.mark()
+        out = inner(func, *args, **kwargs)
+        marks.append((start, clock.mark()))
+        return out
+
+    options["optimized_attention_override"] = override
+    return clone, marks
+
+
+def measure(model, family, clock):
+    """Medians over the steps of one run: ms of a step, and in another run ms of its attention; peak memory in GiB."""
+    import torch
+    from sampling import sample
+
+    def run(patcher, steps=STEPS):
+        marks = []
+        out = sample(patcher, family, steps=steps, callback=lambda *_: marks.append(clock.mark()))
+        return [clock.milliseconds(*pair) for pair in zip(marks, marks[1:])], bool(out.isfinite().all())
+
+    run(model, steps=2)  # compiles and warms up
+    if clock.cuda:
+        torch.cuda.reset_peak_memory_stats()
+    steps, finite = run(model)
+    peak = torch.cuda.max_memory_allocated() / 2**30 if clock.cuda else None
+    timed, marks = timed_attention(model, clock)
+    run(timed)
+    calls = [clock.milliseconds(*pair) for pair in marks]
+    per_step = len(calls) // STEPS
+    attention = [sum(calls[i * per_step:(i + 1) * per_step]) for i in range(1, STEPS)]
+    return {"step_ms": statistics.median(steps), "steps_ms": steps, "attention_ms": statistics.median(attention),
+            "attention_calls": per_step, "peak_gib": peak, "finite": finite}
+
+
+def load(family, device):
+    """The family's architecture with random weights, through ComfyUI's loader."""
+    import comfy.sd
+    import torch
+    from checkpoints import random_weights
+
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    state = random_weights(family.build(), 0, dtype, device)
+    metadata = {"config": json.dumps({"transformer": family.metadata})} if family.metadata else None
+    return comfy.sd.load_diffusion_model_state_dict(state, model_options={"dtype": dtype}, metadata=metadata)
+
+
+def compare(nodes, log, family, device):
+    """One row for dense attention and one for each share of kept blocks."""
+    from sampling import apply
+
+    model, clock = load(family, device), Clock(device)
+    rows = [{"model": family.name, "tokens": family.tokens, "attention": "dense", **measure(model, family, clock)}]
+    for percent in KEEP_PERCENT:
+        log.lines.clear()
+        selection = {"selection": "topk", "keep_percent": percent, "similarity_threshold": -1.0}
+        row = measure(apply(nodes, model, selection=selection), family, clock)
+        sparse = [line for line in log.lines if "attention calls sparse" in line]
+        assert sparse and all(f"{count} attention calls sparse" in line for count, line in zip(
+            (2 * family.calls, STEPS * family.calls, STEPS * family.calls), sparse)), log.lines
+        rows.append({"model": family.name, "tokens": family.tokens, "attention": f"keep {percent:g}%",
+                     "speedup": rows[0]["step_ms"] / row["step_ms"], "log": sparse[-1], **row})
+    return rows
+
+
+def table(rows):
+    lines = ["| model | tokens | attention | step ms | × | attention ms | its share | peak GiB |", "|---|" + "---|" * 7]
+    for row in rows:
+        peak = "–" if row["peak_gib"] is None else f"{row['peak_gib']:.1f}"
+        lines.append(f"| {row['model']} | {row['tokens']} | {row['attention']} | {row['step_ms']:.1f} | "
+                     f"{row.get('speedup', 1):.2f} | {row['attention_ms']:.1f} | "
+                     f"{row['attention_ms'] / row['step_ms']:.0%} | {peak} |")
+    return "\n".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--comfyui", type=Path, required=True, help="ComfyUI's folder")
+    parser.add_argument("--out", type=Path, required=True, help="file for the results as JSON")
+    parser.add_argument("--only", choices=("wan", "flux"))
+    parser.add_argument("--tiny", action="store_true", help="models of the size of the tests")
+    options = parser.parse_args()
+
+    nodes, log = in_comfyui.start(options.comfyui, highvram=True)  # weights go straight to the GPU
+    import comfy.ldm.modules.attention
+    import comfy.model_management
+    import comfyui_version
+    import torch
+    from checkpoints import FAMILIES
+
+    device = comfy.model_management.get_torch_device()
+    families = {name: FAMILIES[name] for name in ("wan", "flux")} if options.tiny else full_size()
+    rows = []
+    for name, family in families.items():
+        if options.only in (None, name):
+            rows += compare(nodes, log, family, device)
+            comfy.model_management.unload_all_models()
+            comfy.model_management.soft_empty_cache()
+    print(table(rows))
+    options.out.write_text(json.dumps({
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu", "torch": torch.__version__,
+        "comfyui": comfyui_version.__version__,
+        "default_attention": comfy.ldm.modules.attention.optimized_attention.__name__, "steps": STEPS, "rows": rows,
+    }, indent=1))
+
+
+if __name__ == "__main__":
+    main()
