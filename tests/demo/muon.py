@@ -35,7 +35,9 @@ class Muon(torch.optim.Optimizer):
             for shape, params in by_shape.items():
                 gradient = torch.stack([p.grad for p in params])
                 state = self.state[params[0]]
-                average = state.setdefault("average", torch.zeros_like(gradient))
+                if not state:
+                    state["average"] = torch.zeros_like(gradient)
+                average = state["average"]
                 average.lerp_(gradient, 1 - group["momentum"])
                 blend = gradient.lerp(average, group["momentum"])
                 if blend.is_cuda:
