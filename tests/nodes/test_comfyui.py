@@ -5,6 +5,7 @@ its top-level modules, such as `nodes`, must not meet this project's in one proc
 """
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -23,22 +24,42 @@ def host_python():
 
 
 def host_pytest(*arguments, report=None):
-    """A pytest of ComfyUI's interpreter on host/; `report`: file for its results, one JSON line a test."""
+    """Exit code and output of a pytest of ComfyUI's interpreter on host/.
+
+    report: file for its results, one JSON line a test. Nothing that it started outlives it.
+    """
     command = [host_python(), "-m", "pytest", "-c", str(HOST / "pytest.ini"), "--rootdir", str(HOST), "--confcutdir",
                str(HOST), *arguments]
     environment = {key: value for key, value in os.environ.items() if key != "PYTEST_ADDOPTS"}
     if report:
         environment["SPARGEATTN_HOST_REPORT"] = str(report)
-    return subprocess.run(command, cwd=HOST, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                          text=True, timeout=TIMEOUT, check=False)
+    process = subprocess.Popen(command, cwd=HOST, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               text=True, start_new_session=True)
+    try:
+        output, _ = process.communicate(timeout=TIMEOUT)
+        return process.returncode, output
+    except subprocess.TimeoutExpired:
+        _kill_session(process)
+        return None, f"not finished after {TIMEOUT} seconds:\n{process.communicate()[0]}"
+    except BaseException:
+        _kill_session(process)
+        raise
+
+
+def _kill_session(process):
+    """End `process` and, where the system has process groups, its children: ComfyUI's server is one."""
+    if hasattr(os, "killpg"):
+        os.killpg(process.pid, signal.SIGKILL)
+    else:
+        process.kill()
 
 
 def collect():
     """Ids of the host tests, e.g. `test_families.py::test_batch_of_two[wan]`."""
-    result = host_pytest("--collect-only")
-    ids = [line for line in result.stdout.splitlines() if "::" in line]
-    if result.returncode or not ids:
-        raise RuntimeError(f"{host_python()} could not collect the tests of {HOST}:\n{result.stdout}")
+    code, output = host_pytest("--collect-only")
+    ids = [line for line in output.splitlines() if "::" in line]
+    if code != 0 or not ids:
+        raise RuntimeError(f"{host_python()} could not collect the tests of {HOST}:\n{output}")
     return ids
 
 
@@ -53,8 +74,8 @@ def outcomes(request, tmp_path_factory):
     """{id: (outcome, text)} of the selected host tests, all run in one process."""
     selected = [item.callspec.params["case"] for item in request.session.items if item.path == request.path]
     report = tmp_path_factory.mktemp("host") / "report.jsonl"
-    result = host_pytest(*selected, report=report)
-    found = {case: ("failed", f"did not run:\n{result.stdout[-4000:]}") for case in selected}
+    _, output = host_pytest(*selected, report=report)
+    found = {case: ("failed", f"has no result:\n{output[-4000:]}") for case in selected}
     lines = map(json.loads, report.read_text().splitlines() if report.exists() else ())
     # A test that passes and then fails in its teardown has two lines.
     for line in sorted(lines, key=lambda line: line["outcome"] != "passed"):

@@ -1,6 +1,9 @@
 import json
 import os
 
+# Before torch: threads that spin while they wait would make a busy machine several times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import comfy_host
 import pytest
 
