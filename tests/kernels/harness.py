@@ -58,11 +58,12 @@ def check_call(q: Tensor, k: Tensor, v: Tensor, *, params: SpargeParams = Sparge
     assert torch.equal(maps[0].counts, expected_lists.counts)
     assert torch.equal(maps[0].indices.where(listed, 0), expected_lists.indices.where(listed, 0)), "not ascending"
 
-    exact_params = SpargeParams(**dict(params.items()) | dict(pv_threshold=float("inf")))
-    exact, _ = reference_with(mask, q.double(), k.double(), v.double(), params=exact_params, block=maps[0].block, **call)
+    call["block"] = maps[0].block
+    unskipped = SpargeParams(**dict(params.items()) | dict(pv_threshold=float("inf")))
+    exact, _ = reference_with(mask, q.double(), k.double(), v.double(), params=unskipped, **call)
     with undecided_groups() as undecided:
-        emulated, expected = reference_with(mask, q.float(), k.float(), v.float(), params=params, block=maps[0].block,
-                                            quantise=pv_dtype, **call)
+        emulated, expected = reference_with(mask, q.float(), k.float(), v.float(), params=params, quantise=pv_dtype,
+                                            **call)
     assert_within_budget(out, emulated, exact)
     torch.testing.assert_close(stats.kept, expected.kept, rtol=0, atol=1e-6)
     groups = (mask.sum((-2, -1)) * (maps[0].block.q // reference.ROW_GROUP)).clamp(min=1)

@@ -34,7 +34,8 @@ def test_counts_blocks():
 
 def test_is_the_map_that_attention_uses():
     q, k, v = drifting_qkv(2, 4, 500, 16, kv_heads=2)
-    call = dict(params=SpargeParams(topk=0.25, similarity_threshold=-1.0), sink_keys=[(0, 3)], dense_queries=[(499, 500)])
+    call = dict(params=SpargeParams(topk=0.25, similarity_threshold=-1.0), sink_keys=[(0, 3)],
+                dense_queries=[(499, 500)])
     shown = block_map(q, k, **call)
     _, stats = sparge_attention(q, k, v, return_stats=True, **call)
     mask = shown.mask()

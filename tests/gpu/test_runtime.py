@@ -1,0 +1,151 @@
+"""How a call behaves: compiled, captured, without synchronisation, recompilation or memory beyond its copies."""
+import pytest
+import torch
+
+from comfyui_spargeattn.kernels import SpargeParams, sparge_attention
+from comfyui_spargeattn.tests.cases import drifting_qkv
+from comfyui_spargeattn.tests.gpu.device import needs_gpu
+from comfyui_spargeattn.tests.kernels.harness import PV_FORMATS, recorded_maps
+
+pytestmark = needs_gpu
+BF16 = torch.bfloat16
+SPARSE = SpargeParams(topk=0.3, similarity_threshold=0.3)
+
+
+def inputs(n=2000, dim=128, seed=0, heads=4, batch=1):
+    return drifting_qkv(batch, heads, n, dim, kv_heads=2, dtype=BF16, device="cuda", seed=seed)
+
+
+def everything(n, heads=4, batch=1):
+    """Arguments that use every path of a call."""
+    return dict(params=SpargeParams(cdf_threshold=torch.full((heads,), 0.9), pv_threshold=5.0).to("cuda"),
+                key_padding_mask=torch.arange(n, device="cuda").expand(batch, -1) >= n - n // 9,
+                order=torch.arange(n, device="cuda", dtype=torch.int32).flip(0), sink_keys=[(0, 5)],
+                dense_queries=[(n // 2, n // 2 + 3)], skipped="pooled", return_stats=True)
+
+
+@pytest.mark.parametrize("pv_dtype", PV_FORMATS)
+def test_repeats_bit_for_bit(pv_dtype):
+    """No race decides a bit, on whatever stream."""
+    qkv = inputs(8000)
+    first = sparge_attention(*qkv, params=SPARSE, pv_dtype=pv_dtype, impl="triton")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        others = [sparge_attention(*qkv, params=SPARSE, pv_dtype=pv_dtype, impl="triton") for _ in range(5)]
+    torch.cuda.current_stream().wait_stream(stream)
+    assert all(torch.equal(other, first) for other in others)
+
+
+@pytest.mark.parametrize("call", ("plain", "everything"))
+def test_torch_compile(call):
+    qkv = inputs()
+    call = {} if call == "plain" else everything(2000)
+
+    def run(q, k, v):
+        result = sparge_attention(q, k, v, **call)
+        return result if isinstance(result, torch.Tensor) else (result[0], result[1].kept, result[1].pv_skipped)
+
+    torch.compiler.reset()
+    compiled = torch.compile(run, fullgraph=True)(*qkv)
+    torch.testing.assert_close(compiled, run(*qkv), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("pv_dtype", PV_FORMATS)
+def test_cuda_graph(pv_dtype):
+    """A captured call reads its inputs anew at every replay."""
+    qkv = inputs()
+    call = everything(2000) | dict(pv_dtype=pv_dtype, impl="triton")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        sparge_attention(*qkv, **call)  # compiles
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, stats = sparge_attention(*qkv, **call)
+    for seed in (1, 2):
+        for static, fresh in zip(qkv, inputs(seed=seed), strict=True):
+            static.copy_(fresh)
+        graph.replay()
+        expected, expected_stats = sparge_attention(*qkv, **call)
+        assert torch.equal(out, expected)
+        assert torch.equal(stats.kept, expected_stats.kept) and torch.equal(stats.pv_skipped, expected_stats.pv_skipped)
+
+
+@pytest.mark.parametrize("pv_dtype", PV_FORMATS)
+def test_no_synchronisation(pv_dtype):
+    qkv = inputs()
+    calls = [dict(), dict(params=SPARSE), everything(2000), dict(causal=True, return_stats=True)]
+    for call in calls:
+        sparge_attention(*qkv, pv_dtype=pv_dtype, impl="triton", **call)  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for call in calls:
+            sparge_attention(*qkv, pv_dtype=pv_dtype, impl="triton", **call)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("pv_dtype", PV_FORMATS)
+@pytest.mark.parametrize("kind", ("plain", "everything"))
+def test_no_recompilation(kind, pv_dtype, monkeypatch):
+    """Another length, batch, number of heads, threshold or scale finds its kernels compiled."""
+    import triton
+
+    from comfyui_spargeattn.kernels._triton import prepare
+    compiled = []
+    monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", lambda **event: compiled.append(event["fn"].name))
+
+    def run(n, heads, batch, tau, theta, scale):
+        call = dict(params=SpargeParams(cdf_threshold=tau, similarity_threshold=theta))
+        if kind == "everything":
+            call = everything(n, heads, batch)
+        qkv = inputs(n, 64, heads=heads, batch=batch)
+        sparge_attention(*qkv, scale=scale, pv_dtype=pv_dtype, impl="triton", **call)
+
+    prepare._queries_kernel.device_caches.clear()
+    run(1000, 4, 1, 0.9, 0.5, None)
+    assert compiled, "the hook did not see the compilation of a kernel whose cache is empty"
+    compiled.clear()
+    for n in (1, 15, 16, 17, 64, 128, 1001, 1024, 4097, 20000):
+        run(n, 4, 1, 0.9, 0.5, None)
+    for heads, batch in ((2, 1), (6, 3), (16, 2), (32, 1)):
+        run(1000, heads, batch, 0.9, 0.5, None)
+    for tau, theta, scale in ((1.0, 0.5, None), (0.5, -1.0, 1.0), (0.25, 1.0, 16.0), (0.125, 0.0, 0.0)):
+        run(1000, 4, 1, tau, theta, scale)
+    assert not compiled, f"compiled again: {compiled}"
+
+
+def round_up(n, multiple):
+    return -(-n // multiple) * multiple
+
+
+@pytest.mark.parametrize("pv_dtype", PV_FORMATS)
+@pytest.mark.parametrize("dim", (72, 128))
+def test_peak_memory(dim, pv_dtype):
+    """Beyond its inputs a call holds the output, the INT8 copies of Q and K, the copy of V, one float32 mean a block,
+    the partial sums of the means, and four bytes for every block pair."""
+    batch, heads, kv_heads, n = 1, 8, 2, 30_000
+    qkv = drifting_qkv(batch, heads, n, dim, kv_heads=kv_heads, dtype=BF16, device="cuda")
+    with recorded_maps() as maps:  # compiles, and allocates cuBLAS's workspace
+        sparge_attention(*qkv, params=SPARSE, pv_dtype=pv_dtype, impl="triton")
+    block = maps.pop().block
+    nq, nk = block.counts(n, n)
+    pitch, padded = round_up(dim, 16), max(16, 1 << (dim - 1).bit_length())
+    q_copy = heads * nq * (block.q * (pitch + 4) + 4 * dim + 4)
+    k_copy = kv_heads * nk * (block.k * pitch + 4 * dim + 12)
+    v_copy = kv_heads * nk * block.k * (dim if pv_dtype == "fp8" else 2 * pitch)
+    sums = kv_heads * 33 * (8 * padded + 4)
+    lists = heads * nq * (4 * nk + 8)
+    output = 2 * heads * n * dim
+    expected = batch * (q_copy + k_copy + v_copy + sums + lists + output)
+
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    out = sparge_attention(*qkv, params=SPARSE, pv_dtype=pv_dtype, impl="triton")
+    peak = torch.cuda.max_memory_allocated() - before
+    assert peak <= expected * 1.01 + 2 ** 16, f"{peak / 2**20:.1f} MiB > {expected / 2**20:.1f} MiB"
+    assert torch.cuda.memory_allocated() - before <= out.numel() * 2 + 1024, "something outlives the call"
