@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.comfy
 HOST = Path(__file__).parent / "host"
 TIMEOUT = 900  # seconds for all host tests together
 

@@ -1,6 +1,8 @@
 """What the scripts here share: ComfyUI started in this process with the pack, and the pack's log lines kept."""
+import atexit
 import logging
 import os
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -27,6 +29,7 @@ def start(comfyui, **options):
     import comfy_host
 
     base = Path(tempfile.mkdtemp(prefix="comfyui-"))
+    atexit.register(shutil.rmtree, base, ignore_errors=True)
     comfy_host.prepare_base_directory(base)
     kept = KeptLines()
     logging.getLogger().addHandler(kept)

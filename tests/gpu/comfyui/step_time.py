@@ -11,6 +11,7 @@ import argparse
 import json
 import statistics
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import in_comfyui
@@ -92,7 +93,7 @@ def measure(model, family, clock):
     def run(patcher, steps=STEPS):
         marks = []
         out = sample(patcher, family, steps=steps, callback=lambda *_: marks.append(clock.mark()))
-        return [clock.milliseconds(*pair) for pair in zip(marks, marks[1:])], bool(out.isfinite().all())
+        return [clock.milliseconds(*pair) for pair in pairwise(marks)], bool(out.isfinite().all())
 
     run(model, steps=2)  # compiles and warms up
     if clock.cuda:
@@ -139,7 +140,7 @@ def compare(nodes, log, family, device):
 
 
 def table(rows):
-    lines = ["| model | tokens | attention | step ms | × | attention ms | its share | peak GiB |", "|---|" + "---|" * 7]
+    lines = ["| model | tokens | attention | step ms | × | attention ms | its share | peak GiB |", "|" + "---|" * 8]
     for row in rows:
         peak = "–" if row["peak_gib"] is None else f"{row['peak_gib']:.1f}"
         lines.append(f"| {row['model']} | {row['tokens']} | {row['attention']} | {row['step_ms']:.1f} | "

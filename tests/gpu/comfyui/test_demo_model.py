@@ -10,6 +10,8 @@ import torch
 
 SCRIPT = Path(__file__).with_name("demo_model.py")
 pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.comfy,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
     pytest.mark.skipif("COMFYUI_PATH" not in os.environ, reason="set COMFYUI_PATH to a ComfyUI folder"),
 ]

@@ -1,0 +1,83 @@
+"""The demo's trained video model in ComfyUI: attention with structure, where skipping blocks does little harm."""
+import re
+import sys
+
+import comfy_host
+import pytest
+import torch
+from sampling import apply, relative_l1
+
+TESTS = comfy_host.REPOSITORY / "tests"
+CHECKPOINT = TESTS / "demo/wan_shapes.safetensors"
+GRID = 4, 16, 24  # tokens: 1536
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def demo():
+    """The demo's modules, as a package."""
+    sys.path.insert(0, str(TESTS))
+    import demo.clips
+    import demo.model
+    import demo.sampling
+
+    yield demo
+    sys.path.remove(str(TESTS))
+
+
+@pytest.fixture(scope="module")
+def prompts(demo):
+    return demo.clips.prompt("star red stripes right", "blue checker left")[None]
+
+
+@pytest.fixture(scope="module")
+def sample(comfy_nodes, demo, prompts):
+    """Model-space latent (1, 16, T, H, W) of the prompt from a ModelPatcher, by ComfyUI's sampler."""
+    import comfy.sample
+
+    shape = (1, 16, GRID[0], 2 * GRID[1], 2 * GRID[2])
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    condition = [[demo.clips.encode(prompts), {}]]
+
+    def run(model):
+        latent = comfy.sample.sample(model, noise, STEPS, 1.0, "euler", "simple", condition, condition,
+                                     torch.zeros(shape), seed=0, disable_pbar=True)
+        return model.model.process_latent_in(latent)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def model(comfy_nodes):
+    import comfy.sd
+
+    return comfy.sd.load_diffusion_model(str(CHECKPOINT))
+
+
+@pytest.fixture(scope="module")
+def dense(model, sample):
+    return sample(model)
+
+
+def test_comfyui_and_the_demo_make_the_same_clip(demo, prompts, dense):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    plain = demo.model.load(CHECKPOINT, device)
+    latent = demo.sampling.sample(plain, prompts, (GRID[0], 2 * GRID[1], 2 * GRID[2]), STEPS).cpu()
+    # ComfyUI's schedule is a table of 1000 levels; on a GPU it also runs the 16-bit weights in 16 bit.
+    assert relative_l1(dense, latent) < 0.02
+
+
+# On a GPU the products are quantised too.
+@pytest.mark.parametrize("similarity, least_sparsity, least_psnr",
+                         ((0.6, 0.0, 40 if torch.cuda.is_available() else 60), (-1.0, 0.1, 35)))
+def test_sparse_clip_is_close_to_dense(comfy_nodes, demo, model, sample, dense, caplog, similarity, least_sparsity,
+                                       least_psnr):
+    """The defaults, and the defaults without the similarity judge, which on its own keeps nearly all at this size."""
+    selection = {"selection": "cdf", "cdf_threshold": 0.98, "similarity_threshold": similarity}
+    with caplog.at_level("INFO"):
+        sparse = sample(apply(comfy_nodes, model, selection=selection))
+    calls, sparsity = re.search(r"(\d+) attention calls sparse \(mean sparsity ([\d.]+)%", caplog.text).groups()
+    assert int(calls) == STEPS * 6
+    assert float(sparsity) / 100 >= least_sparsity
+    error = (demo.clips.preview(sparse) - demo.clips.preview(dense)).square().mean()
+    assert -10 * torch.log10(error) > least_psnr
