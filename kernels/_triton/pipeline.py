@@ -84,8 +84,7 @@ def _flags(ranges: Ranges, x: Tensor) -> Tensor | None:
 def _n_visible(keys: PreparedKeys, lists: BlockLists, config: AttendConfig, n_q: int, causal: bool) -> Tensor:
     """float32 (B, H): block pairs that dense attention would compute."""
     heads, nq, nk = lists.indices.shape[1:]
-    # Not repeat_interleave, which waits for the device.
-    filled = (keys.count > 0)[:, :, None].expand(-1, -1, heads // keys.count.shape[1], -1).flatten(1, 2)
+    filled = (keys.count > 0).repeat_interleave(heads // keys.count.shape[1], 1)
     if not causal:
         return filled.sum(-1).float() * nq
     last_row = torch.arange(1, nq + 1, device=filled.device).mul_(config.block.q).clamp_(max=n_q) - 1
