@@ -1,5 +1,4 @@
 """The pack as ComfyUI finds it: a folder in custom_nodes under a name Python could not import."""
-import asyncio
 import sys
 
 import comfy_host
@@ -9,13 +8,6 @@ from sampling import node_class, widget_defaults
 def test_loads_from_a_folder_with_hyphens_and_dots(comfy_nodes):
     assert node_class(comfy_nodes).RELATIVE_PYTHON_MODULE == f"custom_nodes.{comfy_host.PACK_FOLDER}"
     assert comfy_nodes.NODE_DISPLAY_NAME_MAPPINGS["ApplySpargeAttn"] == "Apply SpargeAttn"
-
-
-def test_a_second_copy_loads_beside_the_first(comfy_nodes, tmp_path):
-    """Users keep an old folder around, or have the package installed too: both live in one process."""
-    copy = tmp_path / "an older copy"
-    copy.symlink_to(comfy_host.REPOSITORY, target_is_directory=True)
-    assert asyncio.run(comfy_nodes.load_custom_node(str(copy), ignore={"ApplySpargeAttn"}))
 
 
 def test_leaves_comfyuis_own_module_names_alone(comfy_nodes):
