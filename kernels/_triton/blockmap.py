@@ -63,7 +63,7 @@ def _select_kernel(scores, indices, q_similarity, k_similarity, k_count, counts,
         j = start + tl.arange(0, CHUNK)
         visible = (j < end) & (tl.load(k_count + j, mask=j < end, other=0) > 0)
         judged = visible & (tl.load(k_similarity + j, mask=j < end, other=0.0) >= theta) & (j < diagonal)
-        x = tl.load(scores + j, mask=judged, other=float("-inf")) * factor
+        x = tl.where(judged, tl.load(scores + j, mask=judged, other=0.0) * factor, float("-inf"))
         tl.store(scores + j, x, mask=j < end)
         high = tl.maximum(high, tl.max(x, 0))
         low = tl.minimum(low, tl.min(tl.where(judged, x, float("inf")), 0))

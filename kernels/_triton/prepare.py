@@ -75,10 +75,12 @@ def _queries_kernel(x, order, flags, quantised, scales, means, similarity, facto
     tl.store(similarity + slot, alike)
     tl.store(means + slot * D + cols, tl.sum(q, 0) / count, mask=cols < D)
 
+    # The attention kernel finds row maxima before it applies the scales, which therefore have to be positive.
+    q = tl.where(factor < 0, -q, q)
     step = tl.maximum(tl.max(tl.abs(q), 1), 1e-12) / 127.0
     places = slot * BLOCK + tl.arange(0, BLOCK)
     tl.store(quantised + places[:, None] * PITCH + cols, to_int8(q / step[:, None]), mask=cols < PITCH)
-    tl.store(scales + places, step * factor)
+    tl.store(scales + places, step * tl.maximum(tl.abs(factor), 1e-18))
 
 
 @triton.jit(do_not_specialize=["k_stride_b", "k_stride_h", "k_stride_n", "v_stride_b", "v_stride_h", "v_stride_n", "n",
