@@ -1,6 +1,7 @@
 """Attend: block-sparse quantised attention over the lists of kept blocks."""
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -11,7 +12,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..reference import FP8_MAX, ROW_GROUP
 from .blockmap import BlockLists
-from .config import AttendConfig
+from .config import AUTOTUNE_CHOICES, AttendConfig, autotune
 from .prepare import PreparedKeys, PreparedQueries, PreparedValues
 from .primitives import rows_of, threshold_of, token_at, token_strides
 
@@ -153,6 +154,12 @@ def _attend_kernel(q, q_scale, k, k_scale, v, v_scale, k_valid, indices, counts,
         tl.store(skips + slot, n_skipped)
 
 
+@functools.lru_cache
+def _autotuned_kernel():
+    choices = [triton.Config({}, num_warps=warps, num_stages=stages) for warps, stages in AUTOTUNE_CHOICES]
+    return triton.autotune(choices, key=["DP", "FP8", "CAUSAL", "SKIP_PV"])(_attend_kernel)
+
+
 def attend(queries: PreparedQueries, keys: PreparedKeys, values: PreparedValues, lists: BlockLists, out: Tensor, *,
            n_k: int, order: Tensor | None, per_head: Tensor | None, pv_threshold: float, causal: bool,
            config: AttendConfig, count_skips: bool) -> Tensor | None:
@@ -171,11 +178,12 @@ def attend(queries: PreparedQueries, keys: PreparedKeys, values: PreparedValues,
         k = TensorDescriptor.from_tensor(k, [block.k, padded])
         v = TensorDescriptor.from_tensor(v, [padded, block.k] if fp8 else [block.k, padded])
     strides, align = token_strides(out)
-    _attend_kernel[(nq * batch * heads,)](
+    kernel, options = (_autotuned_kernel(), {}) if autotune() else (_attend_kernel, config.options())
+    kernel[(nq * batch * heads,)](
         queries.quantised, queries.scale, k, keys.scale, v, values.scale, keys.valid, lists.indices, lists.counts,
         keys.pooled, keys.pooled_scale, values.mean, lists.pooled, keys.count, out, order, per_head, skips, pv_threshold,
         *strides, nq, nk, n_q, n_k, heads, heads // kv_heads, 1 if order is None or order.ndim == 1 else kv_heads,
         D=dim, DP=padded, PITCH=pitch, BLOCK_Q=block.q, BLOCK_K=block.k, ALIGN=align, FP8=fp8, CAUSAL=causal,
         SKIP_PV=skip_pv, ROW_GROUP=ROW_GROUP, TAIL_TILE=_TAIL_TILE,
-        P_SHIFT=math.log2(FP8_MAX) if fp8 else 0.0, TMA=config.tma, **config.options())
+        P_SHIFT=math.log2(FP8_MAX) if fp8 else 0.0, TMA=config.tma, **options)
     return skips
