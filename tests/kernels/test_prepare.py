@@ -1,0 +1,150 @@
+"""Preparation on its own: means, similarities, INT8 and its scales, the formats of V, the pooled tail's blocks."""
+import pytest
+import torch
+
+from comfyui_spargeattn.kernels import BlockShape, reference
+from comfyui_spargeattn.tests.assertions import assert_near
+from comfyui_spargeattn.tests.cases import drifting_qkv
+from comfyui_spargeattn.tests.kernels.harness import DEVICE, DTYPES, PV_FORMATS
+
+BLOCK = BlockShape(64, 32)
+N = 170  # the last block is ragged
+FACTOR = 0.3
+CASES = {
+    "plain": {},
+    "order": dict(order=torch.arange(N).flip(0)),
+    "order per head": dict(order=torch.stack([torch.arange(N).roll(50), torch.arange(N).flip(0)])),
+    "flags": dict(flagged=[(0, 3), (100, 101)]),
+    "padding": dict(padding=torch.rand(2, N, generator=torch.Generator().manual_seed(0)) < 0.3),
+    "whole blocks of padding": dict(padding=torch.arange(N).expand(2, -1) >= torch.tensor([[60], [0]])),
+    "everything": dict(order=torch.arange(N).roll(50), flagged=[(7, 9)],
+                       padding=torch.rand(2, N, generator=torch.Generator().manual_seed(0)) < 0.3),
+}
+cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+formats = pytest.mark.parametrize("dtype, dim", [(DTYPES[0], 64), (DTYPES[-1], 72), *((x, 128) for x in DTYPES[1:-1])])
+
+
+def expected_tokens(x, block, order=None, flagged=(), padding=None, centre=False):
+    """`reference.compress` of x (B, H, N, D) in float64, and the order as (H, N)."""
+    heads = x.shape[1]
+    order = None if order is None else order.to(DEVICE).expand(heads, -1)
+    padding = None if padding is None else padding.to(DEVICE)[:, None].expand(-1, heads, -1)
+    x = x.double() if padding is None else x.double().masked_fill(padding[..., None], 0.0)
+    return reference.compress(reference._reorder(x, order), block, flags=reference._flags(flagged, order, heads, x),
+                              padding=reference._reorder(padding, order), centre=centre), order
+
+
+def flags_of(ranges):
+    flags = torch.zeros(N, dtype=torch.int8, device=DEVICE)
+    for start, stop in ranges:
+        flags[start:stop] = 1
+    return flags
+
+
+def kernel_arguments(order=None, flagged=(), padding=None):
+    return dict(order=None if order is None else order.int().to(DEVICE), flags=flags_of(flagged) if flagged else None,
+                padding=None if padding is None else padding.to(DEVICE))
+
+
+def check_similarity(similarity, expected):
+    assert torch.equal(similarity == -torch.inf, expected.always.expand_as(similarity))
+    assert_near(similarity.where(similarity > -torch.inf, 0.0),
+                expected.similarity.where(~expected.always, 0.0), atol=1e-5, what="similarity")
+
+
+def check_int8(quantised, step, expected, what):
+    """Symmetric INT8 of `expected` (..., D) with `step` broadcast over it: largest value 127, half a step of error."""
+    dim = expected.shape[-1]
+    assert quantised.dtype == torch.int8 and not bool(quantised[..., dim:].any()), f"{what}: padded channels"
+    assert_near(quantised[..., :dim].double() * step.double(), expected,
+                atol=step.double() * 0.5 * (1 + 1e-3) + expected.abs() * 1e-5, what=what)
+
+
+def check_step(step, expected, dims, factor=1.0):
+    largest = expected.abs().amax(dims)
+    assert_near(step, largest.clamp(min=1e-12) / 127 * factor, atol=largest * 1e-7 * factor + 1e-18, what="step")
+
+
+@cases
+@formats
+def test_queries(dtype, dim, case):
+    from comfyui_spargeattn.kernels._triton.prepare import prepare_queries
+    q = drifting_qkv(2, 4, N, dim, dtype=dtype, device=DEVICE)[0]
+    case = {name: value for name, value in case.items() if name != "padding"}
+    arguments = kernel_arguments(**case)
+    arguments.pop("padding")
+    found = prepare_queries(q, factor=FACTOR, kv_heads=2, block=BLOCK, **arguments)
+    if case.get("order") is not None and case["order"].ndim == 2:
+        case["order"] = case["order"].repeat_interleave(2, 0)  # one row a key head serves two query heads
+    expected, _ = expected_tokens(q, BLOCK.q, **case)
+    assert_near(found.mean, expected.mean, atol=1e-5, what="mean")
+    check_similarity(found.similarity, expected)
+    tokens = expected.tokens.flatten(2, 3)
+    check_step(found.scale, tokens, -1, FACTOR)
+    check_int8(found.quantised, found.scale[..., None] / FACTOR, tokens, "q")
+    assert bool((found.quantised.abs().amax(-1) == 127)[:, :, :N].all()), "the range is not used"
+
+
+@cases
+@formats
+@pytest.mark.parametrize("pv_dtype", PV_FORMATS)
+def test_keys_and_values(pv_dtype, dtype, dim, case):
+    from comfyui_spargeattn.kernels._triton.prepare import prepare_keys
+    fp8 = pv_dtype == "fp8"
+    _, k, v = drifting_qkv(2, 2, N, dim, dtype=dtype, device=DEVICE)
+    k, v = k + 3, v * torch.linspace(0.1, 30.0, dim, device=DEVICE).to(dtype)
+    if case.get("padding") is not None:  # NaN there must reach nothing
+        k, v = (x.masked_fill(case["padding"].to(DEVICE)[:, None, :, None], torch.nan) for x in (k, v))
+    keys, values = prepare_keys(k, v, block=BLOCK, fp8=fp8, pooled=True, **kernel_arguments(**case))
+
+    expected, order = expected_tokens(k, BLOCK.k, **case, centre=True)
+    assert torch.equal(keys.count, expected.valid.sum(-1).expand_as(keys.count))
+    if case.get("padding") is None:
+        assert keys.valid is None
+    else:
+        assert torch.equal(keys.valid != 0, expected.valid.flatten(2))
+    assert_near(keys.mean, expected.mean, atol=1e-5, what="mean")
+    check_similarity(keys.similarity, expected)
+    tokens = expected.tokens
+    check_step(keys.scale, tokens, (-2, -1))
+    check_int8(keys.quantised.unflatten(2, (-1, BLOCK.k)), keys.scale[..., None, None], tokens, "k")
+    check_step(keys.pooled_scale, expected.mean, -1)
+    check_int8(keys.pooled, keys.pooled_scale[..., None], expected.mean, "pooled k")
+
+    padding = None if case.get("padding") is None else case["padding"].to(DEVICE)[:, None, :, None]
+    v = v.double() if padding is None else v.double().masked_fill(padding, 0.0)
+    limit = reference.FP8_MAX if fp8 else 1.0
+    largest = v.abs().amax(2)
+    assert_near(values.scale, largest.clamp(min=1e-12) / limit, atol=largest * 1e-6 / limit + 1e-18, what="scale of V")
+    blocks = reference._blocks(reference._reorder(v, order), BLOCK.k) / values.scale.double()[:, :, None, None]
+    count = keys.count.clamp(min=1)[..., None].double()
+    means = blocks.sum(3) / count
+    assert_near(values.mean[..., :dim], means, atol=means.abs() * 2 ** -10 + limit * 2 ** -20, what="pooled V")
+    assert not bool(values.mean[..., dim:].any())
+    if fp8:
+        # Inside each 16 keys, place p holds key (p // 2 % 2) * 8 + (p // 4) * 2 + p % 2.
+        place = torch.arange(16, device=DEVICE)
+        permutation = place // 2 % 2 * 8 + place // 4 * 2 + place % 2
+        assert permutation.sort().values.tolist() == list(range(16))
+        stored = values.values.float().mT.unflatten(2, (-1, 16))  # [B, H, n, 16, D]
+        plain = torch.empty_like(stored)
+        plain[:, :, :, permutation] = stored
+        rounded = blocks.float().to(torch.float8_e4m3fn).double()
+        plain = plain.flatten(2, 3).unflatten(2, (-1, BLOCK.k)).double()
+        assert_near(plain, blocks, atol=blocks.abs() * 2 ** -4 * (1 + 1e-4) + 2 ** -10, what="V in float8")
+        assert (plain == rounded).double().mean() > 0.999, "not rounded to the nearest"
+    else:
+        stored = values.values.unflatten(2, (-1, BLOCK.k))
+        assert not bool(stored[..., dim:].any())
+        assert_near(stored[..., :dim], blocks, atol=blocks.abs() * 2 ** -11 * (1 + 1e-3) + 2 ** -24, what="V in float16")
+
+
+def test_keys_without_values():
+    from comfyui_spargeattn.kernels._triton.prepare import prepare_keys
+    _, k, v = drifting_qkv(1, 2, N, 64, device=DEVICE)
+    arguments = dict(order=None, flags=None, padding=None, block=BLOCK, fp8=False, pooled=False)
+    alone, nothing = prepare_keys(k, None, **arguments)
+    both, _ = prepare_keys(k, v, **arguments)
+    assert nothing is None and alone.pooled is None and alone.pooled_scale is None
+    assert torch.equal(alone.quantised, both.quantised) and torch.equal(alone.mean, both.mean)
+    assert torch.equal(alone.similarity, both.similarity)
