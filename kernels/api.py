@@ -62,13 +62,17 @@ def sparge_attention(q: Tensor, k: Tensor, v: Tensor, *, params: SpargeParams = 
 def block_map(q: Tensor, k: Tensor, *, params: SpargeParams = SpargeParams(), layout: str = "BHND",
               scale: float | None = None, causal: bool = False, key_padding_mask: Tensor | None = None,
               order: Tensor | None = None, sink_keys: TokenRanges | None = None,
-              dense_queries: TokenRanges | None = None, impl: str = "auto") -> BlockMap:
-    """The block map that `sparge_attention` predicts for these arguments, for looking at and for tuning."""
+              dense_queries: TokenRanges | None = None, pv_dtype: str = "auto", impl: str = "auto") -> BlockMap:
+    """The block map that `sparge_attention` predicts for these arguments, for looking at and for tuning.
+
+    `pv_dtype` matters because the block shape of the fast kernels depends on it.
+    """
     check_inputs(q, k, k, params=params, layout=layout, scale=scale, causal=causal,
                  key_padding_mask=key_padding_mask, order=order, sink_keys=sink_keys, dense_queries=dense_queries)
+    _check_choice("pv_dtype", pv_dtype, PV_DTYPES)
     _check_choice("impl", impl, IMPLEMENTATIONS)
     return run_map(q, k, params=params, layout=layout, scale=scale, causal=causal, key_padding_mask=key_padding_mask,
-                   order=order, sink_keys=sink_keys, dense_queries=dense_queries, impl=impl)
+                   order=order, sink_keys=sink_keys, dense_queries=dense_queries, pv_dtype=pv_dtype, impl=impl)
 
 
 def check_inputs(q: Tensor, k: Tensor, v: Tensor, *, params: SpargeParams, layout: str, scale: float | None,

@@ -23,14 +23,15 @@ def run(q: Tensor, k: Tensor, v: Tensor, *, params: SpargeParams, sink_keys: Tok
     return attention(q, k, v, **call)
 
 
-def run_map(q: Tensor, k: Tensor, *, params: SpargeParams, layout: str, impl: str, **call) -> BlockMap:
+def run_map(q: Tensor, k: Tensor, *, params: SpargeParams, layout: str, pv_dtype: str, impl: str,
+            **call) -> BlockMap:
     """The block map of a checked `block_map` call."""
     q, k = (_heads_first(x, layout) for x in (q, k))
     if choose(impl, q) == "reference":
         return reference.sparge_attention(q, k, k, params=params, **call)[1]
     from ._triton.pipeline import predict
     return predict(q, k, per_head=pack_thresholds(params, q.device), thresholds=_plain(params),
-                   selection=params.selection, **call)
+                   selection=params.selection, pv_dtype=pv_dtype, **call)
 
 
 def choose(impl: str, q: Tensor) -> str:

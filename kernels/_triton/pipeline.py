@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..capability import arch_of
 from ..reference import LOG2E, ROW_GROUP
-from ..types import BlockMap
+from ..types import BlockMap, TokenRanges
 from .attend import attend
 from .blockmap import BlockLists, select_blocks
 from .config import AttendConfig, attend_config, auto_fp8
@@ -39,9 +39,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor, *, per_head: Tensor 
 
 def predict(q: Tensor, k: Tensor, *, per_head: Tensor | None, thresholds: list[float], selection: str,
             scale: float | None, causal: bool, key_padding_mask: Tensor | None, order: Tensor | None,
-            sink_keys, dense_queries) -> BlockMap:
+            sink_keys: TokenRanges | None, dense_queries: TokenRanges | None, pv_dtype: str) -> BlockMap:
     """The block map alone."""
-    config, _ = _configure(q, "auto")
+    config, _ = _configure(q, pv_dtype)
     lists = _prepare(q, k, None, config=config, fp8=False, pooled=False, per_head=per_head, thresholds=thresholds,
                      selection=selection, scale=scale, causal=causal, key_padding_mask=key_padding_mask, order=order,
                      sink_keys=sink_keys or [], dense_queries=dense_queries or [])[-1]

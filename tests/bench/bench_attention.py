@@ -81,7 +81,7 @@ def exact_sample(q: Tensor, k: Tensor, v: Tensor, chosen: BlockMap | None, start
 
 def passes(method: Method, out: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[bool, float]:
     """Whether the output is as near to exact arithmetic as the method's number format allows, and its L1."""
-    chosen = None if method.params is None else block_map(q, k, params=method.params, impl="triton")
+    chosen = None if method.params is None else block_map(q, k, params=method.params, pv_dtype=method.gate, impl="triton")
     rows = 64 if chosen is None else chosen.block.q
     worst = 0.0
     for start in (0, q.shape[2] // 2 // rows * rows, (q.shape[2] - 1) // rows * rows):
