@@ -88,8 +88,8 @@ def _attend_kernel(q, q_scale, k, k_scale, v, v_scale, k_valid, indices, counts,
     n_skipped = 0
     k_scale += kv_row.to(tl.int64) * nk
     indices += slot * nk
-    n_unmasked = tl.load(counts + slot * 2)
-    n_kept = tl.load(counts + slot * 2 + 1)
+    n_unmasked = tl.load(counts + slot * 3)
+    n_kept = tl.load(counts + slot * 3 + 1)
 
     # Blocks that need no mask inside come first in the list, in a loop of their own.
     for MASKED in tl.static_range(2):

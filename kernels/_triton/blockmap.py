@@ -19,8 +19,8 @@ _BISECTIONS = 26  # leaves 2^-26 of a row's range of scores undecided, below flo
 
 @dataclass(frozen=True)
 class BlockLists:
-    """indices int32 (B, H, nq, nk); counts int32 (B, H, nq, 2): how many leading entries need no mask inside their
-    block, and how many entries there are; pooled int8 (B, H, nq, nk), 1 where the pooled tail stands in, or None."""
+    """indices int32 (B, H, nq, nk); counts int32 (B, H, nq, 3): how many leading entries need no mask inside their
+    block, how many entries there are, and how many dense attention would have; pooled int8 (B, H, nq, nk), 1 where the pooled tail stands in, or None."""
 
     indices: Tensor
     counts: Tensor
@@ -118,8 +118,9 @@ def _select_kernel(scores, indices, q_similarity, k_similarity, k_count, counts,
         for start in range(end // CHUNK * CHUNK, nk, CHUNK):
             j = start + tl.arange(0, CHUNK)
             tl.store(pooled + row * nk + j, tl.zeros([CHUNK], tl.int8), mask=(j >= end) & (j < nk))
-    tl.store(counts + row * 2, tl.minimum(n_unmasked, n_kept))
-    tl.store(counts + row * 2 + 1, n_kept)
+    tl.store(counts + row * 3, tl.minimum(n_unmasked, n_kept))
+    tl.store(counts + row * 3 + 1, n_kept)
+    tl.store(counts + row * 3 + 2, n_visible)
 
 
 def select_blocks(queries: PreparedQueries, keys: PreparedKeys, *, scale: float, per_head: Tensor | None,
@@ -132,7 +133,7 @@ def select_blocks(queries: PreparedQueries, keys: PreparedKeys, *, scale: float,
     torch.bmm(queries.mean.view(batch * kv_heads, -1, queries.mean.shape[-1]), keys.mean.flatten(0, 1).mT,
               out=scores.view(batch * kv_heads, -1, nk))
     lists = BlockLists(indices=scores.view(torch.int32),
-                       counts=torch.empty((batch, heads, nq, 2), dtype=torch.int32, device=scores.device),
+                       counts=torch.empty((batch, heads, nq, 3), dtype=torch.int32, device=scores.device),
                        pooled=torch.empty_like(scores, dtype=torch.int8) if pooled else None)
     _select_kernel[(batch * heads * nq,)](
         scores, lists.indices, queries.similarity, keys.similarity, keys.count, lists.counts, lists.pooled, per_head,

@@ -30,8 +30,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor, *, per_head: Tensor 
                    pv_threshold=thresholds[2], causal=causal, config=config, count_skips=return_stats)
     if not return_stats:
         return None, None
-    n_kept = lists.counts[..., 1].sum(-1).float()
-    kept = n_kept / _n_visible(keys, lists, config, q.shape[2], causal).clamp(min=1)
+    _, n_kept, n_visible = lists.counts.sum(2, dtype=torch.float32).unbind(-1)
+    kept = n_kept / n_visible.clamp(min=1)
     if skips is None:
         return kept, torch.zeros_like(kept)
     return kept, skips.sum(-1) / (n_kept * (config.block.q // ROW_GROUP)).clamp(min=1)
@@ -80,13 +80,3 @@ def _flags(ranges: Ranges, x: Tensor) -> Tensor | None:
         flags[start:stop] = 1
     return flags
 
-
-def _n_visible(keys: PreparedKeys, lists: BlockLists, config: AttendConfig, n_q: int, causal: bool) -> Tensor:
-    """float32 (B, H): block pairs that dense attention would compute."""
-    heads, nq, nk = lists.indices.shape[1:]
-    filled = (keys.count > 0).repeat_interleave(heads // keys.count.shape[1], 1)
-    if not causal:
-        return filled.sum(-1).float() * nq
-    last_row = torch.arange(1, nq + 1, device=filled.device).mul_(config.block.q).clamp_(max=n_q) - 1
-    reached = torch.arange(nk, device=filled.device) * config.block.k <= last_row[:, None]
-    return (filled[:, :, None] & reached).sum((-2, -1)).float()

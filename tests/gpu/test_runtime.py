@@ -20,8 +20,8 @@ def everything(n, heads=4, batch=1):
     """Arguments that use every path of a call."""
     return dict(params=SpargeParams(cdf_threshold=torch.full((heads,), 0.9), pv_threshold=5.0).to("cuda"),
                 key_padding_mask=torch.arange(n, device="cuda").expand(batch, -1) >= n - n // 9,
-                order=torch.arange(n, device="cuda", dtype=torch.int32).flip(0), sink_keys=[(0, 5)],
-                dense_queries=[(n // 2, n // 2 + 3)], skipped="pooled", return_stats=True)
+                order=torch.arange(n, device="cuda", dtype=torch.int32).flip(0), sink_keys=[(0, min(n, 5))],
+                dense_queries=[(n // 2, min(n, n // 2 + 3))], skipped="pooled", return_stats=True)
 
 
 @pytest.mark.parametrize("pv_dtype", PV_FORMATS)
@@ -138,7 +138,7 @@ def test_peak_memory(dim, pv_dtype):
     k_copy = kv_heads * nk * (block.k * pitch + 4 * dim + 12)
     v_copy = kv_heads * nk * block.k * (dim if pv_dtype == "fp8" else 2 * pitch)
     sums = kv_heads * 33 * (8 * padded + 4)
-    lists = heads * nq * (4 * nk + 8)
+    lists = heads * nq * (4 * nk + 12)
     output = 2 * heads * n * dim
     expected = batch * (q_copy + k_copy + v_copy + sums + lists + output)
 

@@ -169,7 +169,8 @@ def test_extremes(kind, pv_dtype, small_blocks):
     elif kind == "zero values":
         v = torch.zeros_like(v)
     elif kind == "huge":
-        q, k, v = (x.sign() * 1e4 for x in (q, k, v))
+        # Scores of a million: beyond, float32 no longer tells neighbouring exponents apart.
+        q, k, v = q.sign() * 300, k.sign() * 300, v.sign() * 1e4
     elif kind == "huge values":
         v = v.clamp(-1, 1) * 6e4
     elif kind == "tiny":
