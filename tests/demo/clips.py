@@ -174,8 +174,8 @@ def _draw_object(scene: _Scene, words: Tensor, cx: Tensor, cy: Tensor, size: Ten
     px, py = scene.wave * along + phase, scene.wave * across + phase
     light = (0.35 + 0.65 * _texture(px, py, texture)) * (1 - 0.12 * (along**2 + across**2) / size**2)
     rgb = scene.colours[colour].view(-1, 1, 1, 1, 3) * light.clamp_min(0)[..., None]
-    return dict(mask=torch.sigmoid(-2 * distance), distance=distance, rgb=rgb,
-                x=along / size, y=across / size, px=px, py=py)  # fmt: skip
+    return {"mask": torch.sigmoid(-2 * distance), "distance": distance, "rgb": rgb,
+                "x": along / size, "y": across / size, "px": px, "py": py}  # fmt: skip
 
 
 def _draw_background(scene: _Scene, words: Tensor) -> dict[str, Tensor]:
@@ -187,7 +187,7 @@ def _draw_background(scene: _Scene, words: Tensor) -> dict[str, Tensor]:
     slope = 0.5 + 0.25 * (scene.x / scene.aspect + scene.y)
     light = (0.5 + 0.5 * _texture(px, py, texture)) * (0.2 + 0.35 * slope)
     tint = 0.75 * scene.colours[colour].view(-1, 1, 1, 1, 3) + 0.15
-    return dict(rgb=tint * light[..., None], px=px, py=py, slope=(slope - 0.5).expand_as(px))
+    return {"rgb": tint * light[..., None], "px": px, "py": py, "slope": (slope - 0.5).expand_as(px)}
 
 
 def _difference(x: Tensor, dim: int) -> Tensor:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 PATCH = (1, 2, 2)
@@ -190,8 +190,8 @@ def save(path: str | Path, state: dict[str, Tensor], config: WanConfig, dtype=to
 
 def load(path: str | Path, device="cpu", dtype=torch.float32) -> WanT2V:
     """Read such a file: sizes from the tensors, the rest from the metadata."""
+    state = load_file(path)
     with safe_open(path, "pt") as f:
-        state = {k: f.get_tensor(k) for k in f.keys()}
         extra = json.loads(f.metadata()["config"])["transformer"]
     layers = 1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks."))
     config = WanConfig(

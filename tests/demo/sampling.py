@@ -1,5 +1,7 @@
 """Euler sampling of a flow model on ComfyUI's "simple" schedule, and pictures of the clips."""
 
+import itertools
+
 import torch
 from PIL import Image
 from torch import Tensor
@@ -32,7 +34,7 @@ def sample(model, prompts: Tensor, grid: tuple[int, int, int], steps: int = 20, 
         t = torch.full((len(x),), level * 1000, device=x.device)
         return model(x.to(weight.dtype), t, context).float()
 
-    for i, (level, following) in enumerate(zip(levels, levels[1:])):
+    for i, (level, following) in enumerate(itertools.pairwise(levels)):
         if before_step is not None:
             before_step(i)
         v = velocity(context, level)

@@ -17,7 +17,7 @@ from torch.func import functional_call
 from .clips import clips, encode, prompt, random_prompts
 from .model import WanConfig, WanT2V, load, save
 from .muon import Muon
-from .sampling import sample, shifted, sheet
+from .sampling import sample, sheet, shifted
 
 # Grids in tokens; latents are twice as high and wide. Shares of the steps for the three thirds of a run.
 GRIDS = {
