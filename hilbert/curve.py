@@ -6,9 +6,9 @@ of them at a corner and leaves it at another one, next to the corner at which it
 Which corners a path can join is a matter of parity. A step changes one coordinate by one, so a path of V - 1 steps ends
 at a Manhattan distance from its start that is even where V - 1 is even, and odd where it is odd. For the corners of a
 box this is all that is asked, except that they differ where V > 1: some cut leads to boxes for which it holds again,
-down to single lines. An even and an odd cut near the middle of every axis are at hand, so whether one fits depends on
-nothing but the parity of the sizes once they exceed four, and a finite number of cases, which the tests go through,
-covers all. The ends of the whole curve are free, so that no size forces a diagonal step or a jump.
+down to single lines. The middles of all axes are among the cuts, so whether one fits depends on nothing but the sizes
+modulo four once they exceed three, and the sizes from 1 to 7, which the tests go through, stand for all. The ends of
+the whole curve are free, so that no size forces a diagonal step or a jump.
 
 Cuts at multiples of a small edge come first, and what exceeds the last multiple is visited at the end, so that runs of
 64 tokens fill a box exactly, instead of straddling two, wherever the grid allows it.
@@ -137,9 +137,8 @@ def _edge(dims: Cell) -> int:
 
 
 def _cuts(n: int, edge: int) -> list[int]:
-    """The multiple of `edge` nearest to the middle, and two neighbours there, one even and one odd."""
-    cuts = [max(1, round(n / 2 / edge)) * edge, n // 2, n // 2 + (1 if n % 2 else -1)]
-    return [cut for cut in dict.fromkeys(cuts) if 0 < cut < n]
+    """The multiple of `edge` nearest to the middle, and the middle."""
+    return [cut for cut in sorted({max(1, round(n / 2 / edge)) * edge, n // 2}) if 0 < cut < n]
 
 
 def _elongation(sizes: Cell) -> float:

@@ -66,7 +66,7 @@ def test_every_way_into_a_core_and_remainders():
 
 
 def test_all_pairs_of_corners_of_the_right_parity_are_joined():
-    """Sizes of 1 to 4 and an odd and an even one above stand for all sizes: larger ones are cut into parts above 1."""
+    """Sizes of 1 to 7 stand for all: from 4 on, the parts of a middle cut exceed 1, and their parities repeat."""
     paths, joined = _Paths(), 0
     for dims in itertools.combinations_with_replacement(range(1, 8), 3):
         for flips in itertools.product((0, 1), repeat=3):
