@@ -2,6 +2,7 @@
 
 Prints one JSON line a kernel: its name, the call, registers, spilled bytes and shared memory. The launchers run as they
 are; only the launch is replaced by a compilation, so types, specialisations and configurations are the real ones.
+Options: head_dims (64 128 unless given), --thin (see `compile_calls`).
 Runs in a process of its own because the interpreter (TRITON_INTERPRET) and the compiler exclude each other.
 """
 import itertools
@@ -44,8 +45,11 @@ class CompileOnlyDriver:
         return 0
 
 
-def compile_calls(arch: str, dims, dtypes):
-    """Yield (call, compiled kernel) over head_dims, dtypes and every switch that makes another kernel."""
+def compile_calls(arch: str, dims, dtypes, thin: bool = False):
+    """Yield (call, compiled kernel) over head_dims, dtypes and every switch that makes another kernel.
+
+    thin: every configuration without switches, and every switch at one of the head_dims only.
+    """
     triton.runtime.driver.set_active(CompileOnlyDriver(arch))
     compiled = []
     launch = JITFunction.run
@@ -59,7 +63,11 @@ def compile_calls(arch: str, dims, dtypes):
     plain = dict(causal=False, skipped="drop", selection="cdf", thresholds=[0.9, 0.5, float("inf")], order=None)
     switches = [plain, plain | dict(skipped="pooled", selection="topk"), plain | dict(causal=True),
                 plain | dict(thresholds=[0.9, 0.5, 10.0], order=torch.arange(256, dtype=torch.int32))]
-    for dim, dtype, pv_dtype, switch in itertools.product(dims, dtypes, formats, switches):
+    calls = itertools.product(range(len(dims)), dtypes, formats, range(len(switches)))
+    for i, dtype, pv_dtype, j in calls:
+        if thin and j > 0 and j % len(dims) != i:
+            continue
+        dim, switch = dims[i], switches[j]
         q = torch.zeros(1, 2, 256, dim, dtype=dtype)
         pipeline.attention(q, q, q, torch.empty_like(q), per_head=None, scale=None, key_padding_mask=None,
                            sink_keys=[], dense_queries=[], pv_dtype=pv_dtype, return_stats=True, **switch)
@@ -87,9 +95,11 @@ def resources(kernel) -> dict:
 
 
 if __name__ == "__main__":
-    arch, *dims = sys.argv[1:]
+    arch, *dims = (argument for argument in sys.argv[1:] if argument != "--thin")
     seen = set()
-    for call, kernel in compile_calls(arch, [int(d) for d in dims] or (64, 128), (torch.bfloat16,)):
+    for call, kernel in compile_calls(arch, [int(d) for d in dims] or (64, 128), (torch.bfloat16,),
+                                      thin="--thin" in sys.argv):
         if kernel.hash not in seen:
             seen.add(kernel.hash)
-            print(json.dumps(dict(arch=arch, kernel=kernel.metadata.name, **call, **resources(kernel))), flush=True)
+            print(json.dumps(dict(arch=arch, kernel=kernel.metadata.name, **call, **resources(kernel),
+                                  limit=SHARED_LIMITS[arch])), flush=True)
