@@ -49,10 +49,12 @@ def methods() -> list[Method]:
     found = [Method("SDPA flash", lambda *qkv: _sdpa(SDPBackend.FLASH_ATTENTION, *qkv), "exact"),
              Method(BASELINE, lambda *qkv: _sdpa(SDPBackend.CUDNN_ATTENTION, *qkv), "exact")]
     try:
-        from comfy_kitchen import int8_attention
-        found.append(Method("comfy-kitchen int8", lambda q, k, v: int8_attention(q, k, v), "fp8"))
+        from comfy_kitchen import int8_attention, int8_attention_is_available
     except ImportError:
         pass
+    else:
+        if int8_attention_is_available():
+            found.append(Method("comfy-kitchen int8", int8_attention, "fp8"))
     settings = [(f"topk {topk}", SpargeParams(topk=topk, similarity_threshold=-1.0)) for topk in (1.0, 0.5, 0.3, 0.1)]
     settings.append(("defaults", SpargeParams()))
     for label, params in settings:

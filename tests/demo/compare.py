@@ -81,6 +81,15 @@ def psnr(a: Tensor, b: Tensor) -> float:
 
 
 @torch.no_grad()
+def step_at(model, attention, prompt: Tensor, clip: Tensor, level: float, seed: int = 0) -> None:
+    """Evaluate the model once on a clip (16, T, H, W) at a noise level, with another self-attention."""
+    weight = model.head.head.weight
+    noise = torch.randn(clip.shape, generator=torch.Generator().manual_seed(seed))
+    x = clip.lerp(noise, level)[None].to(weight.device, weight.dtype)
+    model.attention = attention
+    model(x, torch.tensor([1000 * level], device=x.device), encode(prompt[None]).to(weight.device, weight.dtype))
+
+
 def probe(model, prompt: Tensor, clip: Tensor, params: list[SpargeParams], level: float = 0.5, seed: int = 0):
     """Single attention calls inside one step of a dense run, on the clip (16, T, H, W) at a noise level.
 
@@ -96,11 +105,7 @@ def probe(model, prompt: Tensor, clip: Tensor, params: list[SpargeParams], level
         maps.append(block_map(q, k, params=params[-1]).mask()[0].cpu())
         return dense
 
-    weight = model.head.head.weight
-    noise = torch.randn(clip.shape, generator=torch.Generator().manual_seed(seed))
-    x = clip.lerp(noise, level)[None].to(weight.device, weight.dtype)
-    model.attention = attention
-    model(x, torch.tensor([1000 * level], device=x.device), encode(prompt[None]).to(weight.device, weight.dtype))
+    step_at(model, attention, prompt, clip, level, seed)
     return [sum(e) / len(e) for e in errors], torch.stack(maps)
 
 

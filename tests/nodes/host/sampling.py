@@ -39,18 +39,18 @@ class Probe:
     """An attention override that records the calls which reach it and passes them on unchanged."""
 
     def __init__(self):
-        self.calls = []  # (sigma, queries, keys)
+        self.calls = []  # (sigma, queries, keys); sigma as a tensor: reading it here would wait for a GPU
 
     def __call__(self, func, *args, **kwargs):
         axis = -2 if kwargs.get("skip_reshape") else 1  # (B, H, L, D), else (B, L, H * D)
-        sigma = kwargs["transformer_options"]["sigmas"].flatten()[0].item()
+        sigma = kwargs["transformer_options"]["sigmas"].flatten()[0]
         self.calls.append((sigma, args[0].shape[axis], args[1].shape[axis]))
         return func(*args, **kwargs)
 
     @property
     def declined(self):
         """Noise levels of the self-attention calls long enough to be sparse, one entry a call, in order."""
-        return [sigma for sigma, queries, keys in self.calls if queries == keys >= MIN_TOKENS]
+        return [sigma.item() for sigma, queries, keys in self.calls if queries == keys >= MIN_TOKENS]
 
 
 def probed(model):

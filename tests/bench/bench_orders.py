@@ -1,0 +1,133 @@
+"""What the order of visual tokens is worth: `python -m tests.bench.bench_orders --out orders.json`.
+
+For every order of a (T, H, W) grid: how alike the tokens of a block are, how many blocks attention needs for a given
+error, with the self-similarity judge off and on, and the time of a call; on structured random inputs and on the
+self-attention calls of the demo's trained model, there also the PSNR of a whole clip.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from comfyui_spargeattn.hilbert import CURVES, sequence_order
+from comfyui_spargeattn.kernels import SpargeParams, sparge_attention
+from comfyui_spargeattn.kernels.reference import compress
+from tests.bench.bench_attention import error, median_ms
+from tests.cases import video_qkv
+from tests.demo import compare
+from tests.demo.clips import prompt
+from tests.demo.model import load, scaled_dot_product
+
+GRID = (21, 30, 52)
+BLOCK_Q, BLOCK_K = 128, 64
+TARGET_L1 = 0.05
+JUDGES = (-1.0, 0.3, 0.5)  # similarity_threshold; -1 switches the judge off
+CLIP = SpargeParams(cdf_threshold=0.95, similarity_threshold=0.3)
+WORDS = ("star red plain right", "blue checker left", "ring yellow plain left")
+Call = tuple[Tensor, Tensor, Tensor]
+
+
+def orders(device: str) -> dict[str, Tensor | None]:
+    """Name → order; None is the model's own, row-major."""
+    generator = torch.Generator().manual_seed(0)
+    found = {"random": torch.randperm(math.prod(GRID), generator=generator).int().to(device), "row-major": None}
+    return found | {curve: sequence_order(GRID, curve=curve, device=device) for curve in CURVES if curve != "row-major"}
+
+
+def demo_calls(model, words: Tensor, clip: Tensor, level: float = 0.5) -> list[Call]:
+    """q, k, v of every self-attention of one step, on a clip (16, T, H, W) at a noise level."""
+    calls: list[Call] = []
+
+    def keep(q, k, v):
+        calls.append((q.clone(), k.clone(), v.clone()))
+        return scaled_dot_product(q, k, v)
+
+    compare.step_at(model, keep, words, clip, level)
+    return calls
+
+
+def similarity(calls: list[Call], order: Tensor | None) -> tuple[float, float]:
+    """Mean self-similarity of the blocks of Q and K."""
+    means = []
+    for which, block in ((0, BLOCK_Q), (1, BLOCK_K)):
+        values = []
+        for call in calls:
+            x = call[which].float() if order is None else call[which][:, :, order.long()].float()
+            flags = torch.zeros(x.shape[1:3], dtype=torch.bool, device=x.device)
+            values.append(compress(x, block, flags=flags, centre=which == 1).similarity.mean())
+        means.append(torch.stack(values).mean().item())
+    return means[0], means[1]
+
+
+def sparsity_at_error(calls: list[Call], dense: list[Tensor], order: Tensor | None, theta: float) -> float:
+    """Largest mean sparsity, over one cdf_threshold for all calls, whose mean L1 is below the target."""
+    low, high, best = 0.3, 1.0, 0.0
+    for _ in range(9):
+        middle = (low + high) / 2
+        params = SpargeParams(cdf_threshold=middle, similarity_threshold=theta)
+        results = [sparge_attention(*call, params=params, order=order, pv_dtype="fp16", return_stats=True)
+                   for call in calls]
+        mean = sum(error(out, exact)["L1"] for (out, _), exact in zip(results, dense)) / len(calls)
+        if mean <= TARGET_L1:
+            high, best = middle, sum(stats.sparsity.mean().item() for _, stats in results) / len(calls)
+        else:
+            low = middle
+    return best
+
+
+def measure(name: str, calls: list[Call], device: str) -> list[dict]:
+    """One row an order."""
+    dense, rows = [scaled_dot_product(*call) for call in calls], []
+    topk = SpargeParams(topk=0.3, similarity_threshold=-1.0)
+    for label, order in orders(device).items():
+        row = dict(inputs=name, order=label)
+        row["similarity_q"], row["similarity_k"] = similarity(calls, order)
+        for theta in JUDGES:
+            row[f"sparsity θ={theta:g}"] = sparsity_at_error(calls, dense, order, theta)
+        row["ms"] = median_ms(lambda: sparge_attention(*calls[0], params=topk, order=order), 30)
+        rows.append(row)
+    return rows
+
+
+def clip_psnr(model, words: Tensor, device: str, steps: int = 20) -> dict[str, tuple[float, float]]:
+    """Order → (PSNR in dB against dense, sparsity) of a clip at fixed thresholds."""
+    first = compare.dense_share(steps, 0.2)
+    dense, found = compare.generate(model, "dense", None, words, GRID, steps, 0, first), {}
+    attention = compare.sparge_attention
+    for label, order in orders(device).items():
+        compare.sparge_attention = partial(attention, order=order)
+        run = compare.generate(model, label, CLIP, words, GRID, steps, 0, first)
+        found[label] = compare.psnr(run.latent, dense.latent), 1 - run.kept
+    compare.sparge_attention = attention
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", help="JSON file for the rows")
+    args = parser.parse_args()
+    device, words = "cuda", prompt(*WORDS)
+    model = load(Path(compare.__file__).parent / "wan_shapes.safetensors", device, torch.bfloat16)
+    clip = compare.generate(model, "dense", None, words, GRID, 20, 0, 0).latent
+    rows = measure("structured", [video_qkv(GRID, 12, 128)], device)
+    psnr = clip_psnr(model, words, device)
+    for row in measure("demo model", demo_calls(model, words, clip), device):
+        row["psnr_db"], row["clip_sparsity"] = psnr[row["order"]]
+        rows.append(row)
+    names = list(rows[-1])
+    print("| " + " | ".join(names) + " |\n" + "|---" * len(names) + "|")
+    for row in rows:
+        values = (row.get(name, "") for name in names)
+        print("| " + " | ".join(f"{x:.3f}" if isinstance(x, float) else str(x) for x in values) + " |")
+    if args.out:
+        Path(args.out).write_text(json.dumps(dict(card=torch.cuda.get_device_name(), rows=rows), indent=1))
+
+
+if __name__ == "__main__":
+    main()
