@@ -173,12 +173,16 @@ def attend(queries: Compressed, keys: Compressed, value: Tensor, mask: Tensor, r
     n_q, n_k = sizes
     batch, heads, nq, block_q, _ = queries.tokens.shape
     q, k, v, rounding = queries.tokens * (scale * LOG2E), keys.tokens, value, None
-    v_scale = v.new_ones(1, 1, 1, 1, 1)
+    v_centre, v_scale = v.new_zeros(1, 1, 1, 1, 1), v.new_ones(1, 1, 1, 1, 1)
     if quantise is not None:
         q, k = _int8(q, dims=(-1,)), _int8(k, dims=(-2, -1))
         rounding = _to_fp8 if quantise == "fp8" else _to_fp16
-        v_scale = v.abs().amax((2, 3), keepdim=True).clamp(min=1e-12) / (FP8_MAX if quantise == "fp8" else 1.0)
-        v = rounding(v / v_scale)
+        # What is subtracted from every value comes back at the end, because the weights of a row sum to one.
+        valid = keys.valid[..., None]
+        v_centre = v.sum((2, 3), keepdim=True) / valid.sum((2, 3), keepdim=True).clamp(min=1)
+        value = (v - v_centre) * valid
+        v_scale = value.abs().amax((2, 3), keepdim=True).clamp(min=1e-12) / (FP8_MAX if quantise == "fp8" else 1.0)
+        v = rounding(value / v_scale)
     # P is at most 1 and is stretched over the format's range; the factor cancels in the quotient.
     p_scale = FP8_MAX if quantise == "fp8" else 1.0
     k_flat, v_flat, valid = k.flatten(2, 3), v.flatten(2, 3), keys.valid.flatten(2, 3)
@@ -211,7 +215,7 @@ def attend(queries: Compressed, keys: Compressed, value: Tensor, mask: Tensor, r
             p = (tail - top).exp2()
             total = total + p.sum(-1, keepdim=True)
             acc = acc + p @ (value.sum(3) / keys.valid.sum(-1, keepdim=True).clamp(min=1) / v_scale[:, :, 0])
-        out.append(torch.where(total > 0, acc / total, 0.0) * v_scale[:, :, 0])
+        out.append(torch.where(total > 0, acc / total * v_scale[:, :, 0] + v_centre[:, :, 0], 0.0))
     groups = mask.sum((-2, -1)) * (block_q // ROW_GROUP)
     return torch.cat(out, 2)[:, :, :n_q], (skips / groups.clamp(min=1)).float()
 

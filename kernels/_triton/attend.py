@@ -49,18 +49,22 @@ def _load_channels(source, row, column, pitch, ROWS: tl.constexpr, COLS: tl.cons
 
 
 @triton.jit
-def _update(acc, total, top, s, alpha, shift: tl.constexpr):
-    """One step of the online softmax: scores s·alpha [M, N] in log2 units → P (times 2^shift) and the rescaled sums."""
+def _softmax_step(total, top, s, alpha, shift: tl.constexpr):
+    """One step of the online softmax over scores s·alpha [M, N] in log2 units.
+
+    Returns P times 2^shift, the factor that the sums so far shrink by, the denominator, the running maximum, and the
+    maximum of this step.
+    """
     local = tl.max(s, 1) * alpha
     new_top = tl.maximum(top, local)
     p = tl.exp2(s * alpha[:, None] - (new_top - shift)[:, None])
     decay = tl.exp2(top - new_top)
-    return p, acc * decay[:, None], total * decay + tl.sum(p, 1), new_top, local
+    return p, decay, total * decay + tl.sum(p, 1), new_top, local
 
 
 @triton.jit(do_not_specialize=["stride_b", "stride_h", "stride_n", "nq", "nk", "n_q", "n_k", "heads", "group",
                                "order_rows"])
-def _attend_kernel(q, q_scale, k, k_scale, v, v_scale, k_valid, indices, counts,
+def _attend_kernel(q, q_scale, k, k_scale, v, v_scale, v_centre, k_valid, indices, counts,
                    pooled_k, pooled_scale, pooled_v, pooled_flags, k_count, out, order, per_head, skips, pv_threshold,
                    stride_b: tl.int64, stride_h: tl.int64, stride_n: tl.int64,
                    nq, nk, n_q, n_k, heads, group, order_rows,
@@ -109,7 +113,8 @@ def _attend_kernel(q, q_scale, k, k_scale, v, v_scale, k_valid, indices, counts,
                 if CAUSAL:
                     allowed = allowed & (keys[None, :] <= places[:, None])
                 s = tl.where(allowed, s, float("-inf"))
-            p, acc, total, top, local = _update(acc, total, top, s, q_step * tl.load(k_scale + j), P_SHIFT)
+            p, decay, total, top, local = _softmax_step(total, top, s, q_step * tl.load(k_scale + j), P_SHIFT)
+            acc *= decay[:, None]
             n_below = 0
             if SKIP_PV:
                 below = tl.max(tl.reshape(local - top, [BLOCK_Q // ROW_GROUP, ROW_GROUP]), 1) < -limit
@@ -122,7 +127,8 @@ def _attend_kernel(q, q_scale, k, k_scale, v, v_scale, k_valid, indices, counts,
                     v_tile = _load_channels(v, kv_row * D, j * BLOCK_K, nk * BLOCK_K, DP, BLOCK_K, D, TMA)
                     p = tl.reshape(p, [BLOCK_Q, BLOCK_K // 16, 2, 4, 2])
                     p = tl.reshape(tl.permute(p, [0, 1, 3, 2, 4]), [BLOCK_Q, BLOCK_K])
-                    acc = tl.dot(p.to(tl.float8e4nv), v_tile.T, acc)
+                    # Not accumulated inside the product: FP8 tensor cores keep 14 bits of a sum, and truncate.
+                    acc += tl.dot(p.to(tl.float8e4nv), v_tile.T, max_num_imprecise_acc=BLOCK_K)
                 else:
                     v_tile = _load_tile(v, (kv_row * nk + j) * BLOCK_K, 0, PITCH, BLOCK_K, DP, TMA)
                     acc = tl.dot(p.to(tl.float16), v_tile, acc)
@@ -140,12 +146,13 @@ def _attend_kernel(q, q_scale, k, k_scale, v, v_scale, k_valid, indices, counts,
                 s *= q_step[:, None] * tl.load(pooled_scale + tail, mask=inside, other=0.0)[None, :]
                 weight = tl.log2(tl.maximum(tl.load(k_count + tail, mask=inside, other=1), 1).to(tl.float32))
                 s = tl.where(stands_in[None, :], s + weight[None, :], float("-inf"))
-                p, acc, total, top, local = _update(acc, total, top, s, tl.full([BLOCK_Q], 1.0, tl.float32), P_SHIFT)
+                p, decay, total, top, local = _softmax_step(total, top, s, tl.full([BLOCK_Q], 1.0, tl.float32), P_SHIFT)
                 v_tile = tl.load(pooled_v + tail[:, None] * PITCH + cols, mask=mask, other=0.0)
-                acc = tl.dot(p.to(tl.float16), v_tile, acc)
+                acc = tl.dot(p.to(tl.float16), v_tile, acc * decay[:, None])
 
     scale = tl.load(v_scale + kv_row * D + cols, mask=cols < D, other=0.0)
-    acc = tl.where(total[:, None] > 0, acc / total[:, None], 0.0) * scale[None, :]
+    centre = tl.load(v_centre + kv_row * D + cols, mask=cols < D, other=0.0)
+    acc = tl.where(total[:, None] > 0, acc / total[:, None] * scale[None, :] + centre[None, :], 0.0)
     tokens = token_at(order, (head // group) % order_rows, places, n_q)
     pointers = rows_of(out, batch, head, tokens, stride_b, stride_h, stride_n, ALIGN)
     mask = (places < n_q)[:, None] & (cols < D)
@@ -180,8 +187,8 @@ def attend(queries: PreparedQueries, keys: PreparedKeys, values: PreparedValues,
     strides, align = token_strides(out)
     kernel, options = (_autotuned_kernel(), {}) if autotune() else (_attend_kernel, config.options())
     kernel[(nq * batch * heads,)](
-        queries.quantised, queries.scale, k, keys.scale, v, values.scale, keys.valid, lists.indices, lists.counts,
-        keys.pooled, keys.pooled_scale, values.mean, lists.pooled, keys.count, out, order, per_head, skips, pv_threshold,
+        queries.quantised, queries.scale, k, keys.scale, v, values.scale, values.centre, keys.valid, lists.indices, lists.counts,
+        keys.pooled, keys.pooled_scale, values.pooled, lists.pooled, keys.count, out, order, per_head, skips, pv_threshold,
         *strides, nq, nk, n_q, n_k, heads, heads // kv_heads, 1 if order is None or order.ndim == 1 else kv_heads,
         D=dim, DP=padded, PITCH=pitch, BLOCK_Q=block.q, BLOCK_K=block.k, ALIGN=align, FP8=fp8, CAUSAL=causal,
         SKIP_PV=skip_pv, ROW_GROUP=ROW_GROUP, TAIL_TILE=_TAIL_TILE,

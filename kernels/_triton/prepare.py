@@ -45,12 +45,14 @@ class PreparedKeys:
 
 @dataclass(frozen=True)
 class PreparedValues:
-    """V over its per-channel scale: float16 (B, Hkv, n·b, pitch), or float8 (B, Hkv, D, n·b) whose keys are permuted
-    inside each 16; scale float32 (B, Hkv, D); block means float16 (B, Hkv, n, pitch) or None."""
+    """V less its mean over its per-channel scale: float16 (B, Hkv, n·b, pitch), or float8 (B, Hkv, D, n·b) whose keys
+    are permuted inside each 16; scale and centre float32 (B, Hkv, D); pooled float16 (B, Hkv, n, pitch), the means of
+    its blocks, or None."""
 
     values: Tensor
     scale: Tensor
-    mean: Tensor | None
+    centre: Tensor
+    pooled: Tensor | None
 
 
 @triton.jit(do_not_specialize=["stride_b", "stride_h", "stride_n", "n", "blocks", "heads", "order_rows", "group"])
@@ -85,17 +87,19 @@ def _queries_kernel(x, order, flags, quantised, scales, means, similarity, facto
 
 @triton.jit(do_not_specialize=["k_stride_b", "k_stride_h", "k_stride_n", "v_stride_b", "v_stride_h", "v_stride_n", "n",
                                "heads", "rows_each"])
-def _key_sums_kernel(k, v, padding, k_sums, v_maxima, counts,
+def _sums_kernel(k, v, padding, k_sums, v_sums, v_highs, v_lows, counts,
                      k_stride_b: tl.int64, k_stride_h: tl.int64, k_stride_n: tl.int64,
                      v_stride_b: tl.int64, v_stride_h: tl.int64, v_stride_n: tl.int64, n, heads, rows_each,
                      D: tl.constexpr, DP: tl.constexpr, K_ALIGN: tl.constexpr, V_ALIGN: tl.constexpr,
                      TILE: tl.constexpr):
-    """Sum of K, maximum of |V| per channel and number of valid keys over one stretch of a head."""
+    """Sums of K and V and the range of V per channel, and the number of valid keys, over one stretch of a head."""
     split, row = tl.program_id(0), tl.program_id(1)
     batch, head = row // heads, row % heads
     cols = tl.arange(0, DP)
     k_sum = tl.zeros([TILE, DP], tl.float32)
-    v_max = tl.zeros([TILE, DP], tl.float32)
+    v_sum = tl.zeros([TILE, DP], tl.float32)
+    v_high = tl.full([TILE, DP], float("-inf"), tl.float32)
+    v_low = tl.full([TILE, DP], float("inf"), tl.float32)
     count = tl.zeros([TILE], tl.int32)
     for start in range(split * rows_each, tl.minimum((split + 1) * rows_each, n), TILE):
         rows = start + tl.arange(0, TILE)
@@ -106,31 +110,39 @@ def _key_sums_kernel(k, v, padding, k_sums, v_maxima, counts,
         k_rows = rows_of(k, batch, head, rows, k_stride_b, k_stride_h, k_stride_n, K_ALIGN)
         v_rows = rows_of(v, batch, head, rows, v_stride_b, v_stride_h, v_stride_n, V_ALIGN)
         k_sum += tl.load(k_rows[:, None] + cols, mask=mask, other=0.0).to(tl.float32)
-        v_max = tl.maximum(v_max, tl.abs(tl.load(v_rows[:, None] + cols, mask=mask, other=0.0).to(tl.float32)))
+        x = tl.load(v_rows[:, None] + cols, mask=mask, other=0.0).to(tl.float32)
+        v_sum += x
+        v_high = tl.where(mask, tl.maximum(v_high, x), v_high)
+        v_low = tl.where(mask, tl.minimum(v_low, x), v_low)
         count += exists.to(tl.int32)
     slot = row * tl.num_programs(0) + split
     tl.store(k_sums + slot * DP + cols, tl.sum(k_sum, 0))
-    tl.store(v_maxima + slot * DP + cols, tl.max(v_max, 0))
+    tl.store(v_sums + slot * DP + cols, tl.sum(v_sum, 0))
+    tl.store(v_highs + slot * DP + cols, tl.max(v_high, 0))
+    tl.store(v_lows + slot * DP + cols, tl.min(v_low, 0))
     tl.store(counts + slot, tl.sum(count, 0))
 
 
 @triton.jit
-def _finish_sums_kernel(k_sums, v_maxima, counts, k_mean, v_scale, v_limit,
+def _finish_sums_kernel(k_sums, v_sums, v_highs, v_lows, counts, k_mean, v_centre, v_scale, v_limit,
                         D: tl.constexpr, DP: tl.constexpr, SPLITS: tl.constexpr):
-    """K's mean and V's scale per channel of one head, from its stretches."""
+    """Means of K and V and V's scale per channel of one head, from its stretches."""
     row = tl.program_id(0)
     cols = tl.arange(0, DP)
     slots = row * SPLITS + tl.arange(0, SPLITS)
     count = tl.maximum(tl.sum(tl.load(counts + slots), 0), 1).to(tl.float32)
-    tl.store(k_mean + row * DP + cols, tl.sum(tl.load(k_sums + slots[:, None] * DP + cols), 0) / count)
-    largest = tl.max(tl.load(v_maxima + slots[:, None] * DP + cols), 0)
-    tl.store(v_scale + row * D + cols, tl.maximum(largest, 1e-12) / v_limit, mask=cols < D)
+    tile = slots[:, None] * DP + cols
+    tl.store(k_mean + row * DP + cols, tl.sum(tl.load(k_sums + tile), 0) / count)
+    centre = tl.sum(tl.load(v_sums + tile), 0) / count
+    reach = tl.maximum(tl.max(tl.load(v_highs + tile), 0) - centre, centre - tl.min(tl.load(v_lows + tile), 0))
+    tl.store(v_centre + row * D + cols, centre, mask=cols < D)
+    tl.store(v_scale + row * D + cols, tl.maximum(reach, 1e-12) / v_limit, mask=cols < D)
 
 
 @triton.jit(do_not_specialize=["k_stride_b", "k_stride_h", "k_stride_n", "v_stride_b", "v_stride_h", "v_stride_n", "n",
                                "blocks", "heads", "order_rows"])
-def _keys_kernel(k, v, order, flags, padding, k_mean, v_scale,
-                 quantised, scales, means, similarity, counts, valid, pooled, pooled_scales, values, v_means,
+def _keys_kernel(k, v, order, flags, padding, k_mean, v_centre, v_scale,
+                 quantised, scales, means, similarity, counts, valid, pooled, pooled_scales, values, v_pooled,
                  k_stride_b: tl.int64, k_stride_h: tl.int64, k_stride_n: tl.int64,
                  v_stride_b: tl.int64, v_stride_h: tl.int64, v_stride_n: tl.int64, n, blocks, heads, order_rows,
                  D: tl.constexpr, DP: tl.constexpr, PITCH: tl.constexpr, BLOCK: tl.constexpr,
@@ -182,9 +194,10 @@ def _keys_kernel(k, v, order, flags, padding, k_mean, v_scale,
             exists = exists & (tl.load(padding + batch.to(tl.int64) * n + tokens, mask=exists, other=1) == 0)
         rows = rows_of(v, batch, head, tokens, v_stride_b, v_stride_h, v_stride_n, V_ALIGN)
         x = tl.load(rows[:, None] + cols, mask=exists[:, None] & (cols < D), other=0.0).to(tl.float32)
-        x = x / tl.load(v_scale + row * D + cols, mask=cols < D, other=1.0)[None, :]
-        if v_means is not None:
-            tl.store(v_means + slot * PITCH + cols, (tl.sum(x, 0) / count).to(tl.float16), mask=cols < PITCH)
+        x -= tl.load(v_centre + row * D + cols, mask=cols < D, other=0.0)[None, :]
+        x = tl.where(exists[:, None], x / tl.load(v_scale + row * D + cols, mask=cols < D, other=1.0)[None, :], 0.0)
+        if v_pooled is not None:
+            tl.store(v_pooled + slot * PITCH + cols, (tl.sum(x, 0) / count).to(tl.float16), mask=cols < PITCH)
         lane = tl.arange(0, BLOCK)
         if FP8:
             channels = row.to(tl.int64) * D + cols
@@ -215,7 +228,11 @@ def prepare_queries(q: Tensor, *, factor: float, order: Tensor | None, flags: Te
 
 def prepare_keys(k: Tensor, v: Tensor | None, *, order: Tensor | None, flags: Tensor | None, padding: Tensor | None,
                  block: BlockShape, fp8: bool, pooled: bool) -> tuple[PreparedKeys, PreparedValues | None]:
-    """Centre, pool and quantise k (B, Hkv, N, D) and, unless it is None, scale and convert v of the same shape."""
+    """Centre, pool and quantise k (B, Hkv, N, D) and, unless it is None, centre, scale and convert v of its shape.
+
+    The weights of a row of attention sum to one: what is subtracted from every value comes back by one addition at the
+    end, and costs no bits of the number format until then.
+    """
     batch, heads, n, dim = k.shape
     blocks, pitch, padded = -(-n // block.k), round_up(dim, 16), triton.next_power_of_2(max(dim, 16))
     (k_strides, k_align), (v_strides, v_align) = token_strides(k), token_strides(k if v is None else v)
@@ -223,13 +240,13 @@ def prepare_keys(k: Tensor, v: Tensor | None, *, order: Tensor | None, flags: Te
     def new(*shape, dtype=torch.float32):
         return torch.empty((batch, heads, *shape), dtype=dtype, device=k.device)
 
-    sums, maxima, counts = new(_SPLITS, padded), new(_SPLITS, padded), new(_SPLITS, dtype=torch.int32)
-    k_mean, v_scale = new(padded), new(dim)
+    sums, counts = [new(_SPLITS, padded) for _ in range(4)], new(_SPLITS, dtype=torch.int32)
+    k_mean, v_centre, v_scale = new(padded), new(dim), new(dim)
     tile = max(16, 4096 // padded)
-    _key_sums_kernel[_SPLITS, batch * heads](
-        k, k if v is None else v, padding, sums, maxima, counts, *k_strides, *v_strides, n, heads,
+    _sums_kernel[_SPLITS, batch * heads](
+        k, k if v is None else v, padding, *sums, counts, *k_strides, *v_strides, n, heads,
         round_up(-(-n // _SPLITS), tile), D=dim, DP=padded, K_ALIGN=k_align, V_ALIGN=v_align, TILE=tile, num_warps=4)
-    _finish_sums_kernel[(batch * heads,)](sums, maxima, counts, k_mean, v_scale, FP8_MAX if fp8 else 1.0,
+    _finish_sums_kernel[(batch * heads,)](*sums, counts, k_mean, v_centre, v_scale, FP8_MAX if fp8 else 1.0,
                                           D=dim, DP=padded, SPLITS=_SPLITS, num_warps=4)
 
     keys = PreparedKeys(quantised=new(blocks * block.k, pitch, dtype=torch.int8), scale=new(blocks),
@@ -241,10 +258,10 @@ def prepare_keys(k: Tensor, v: Tensor | None, *, order: Tensor | None, flags: Te
     if v is not None:
         stored = (new(dim, blocks * block.k, dtype=torch.float8_e4m3fn) if fp8 else
                   new(blocks * block.k, pitch, dtype=torch.float16))
-        values = PreparedValues(stored, v_scale, new(blocks, pitch, dtype=torch.float16) if pooled else None)
+        values = PreparedValues(stored, v_scale, v_centre, new(blocks, pitch, dtype=torch.float16) if pooled else None)
     _keys_kernel[blocks, batch * heads](
-        k, v, order, flags, padding, k_mean, v_scale, keys.quantised, keys.scale, keys.mean, keys.similarity,
-        keys.count, keys.valid, keys.pooled, keys.pooled_scale, values and values.values, values and values.mean,
+        k, v, order, flags, padding, k_mean, v_centre, v_scale, keys.quantised, keys.scale, keys.mean, keys.similarity,
+        keys.count, keys.valid, keys.pooled, keys.pooled_scale, values and values.values, values and values.pooled,
         *k_strides, *v_strides, n, blocks, heads, _rows(order), D=dim, DP=padded, PITCH=pitch, BLOCK=block.k,
         K_ALIGN=k_align, V_ALIGN=v_align, FP8=fp8, num_warps=prepare_warps(block.k, padded))
     return keys, values

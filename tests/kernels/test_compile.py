@@ -11,7 +11,7 @@ import pytest
 pytestmark = pytest.mark.slow
 HERE = Path(__file__).parent
 ARCHES = ("sm80", "sm86", "sm89", "sm90", "sm100", "sm120", "gfx942", "gfx1100", "gfx1201")
-KERNELS = {"_queries_kernel", "_key_sums_kernel", "_finish_sums_kernel", "_keys_kernel", "_select_kernel",
+KERNELS = {"_queries_kernel", "_sums_kernel", "_finish_sums_kernel", "_keys_kernel", "_select_kernel",
            "_attend_kernel"}
 # Bytes a thread that the assembler may keep on its stack to fit one more thread block on a multiprocessor.
 MAX_STACK = 16
