@@ -111,7 +111,7 @@ def check(queries, keys, *, n_q, n_k, selection, causal, amounts, theta=0.3, poo
     return mask
 
 
-SIZES = [(300, 290), (64, 32), (65, 33), (1, 700), (700, 1)] + ([(700, 70_000)] if ON_GPU else [])
+SIZES = [(300, 290), (64, 32), (65, 33), (1, 700), (700, 1), (64, 60_000)] + ([(700, 70_000)] if ON_GPU else [])
 
 
 @pytest.mark.parametrize("n_q, n_k", SIZES)
