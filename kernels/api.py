@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import math
-from typing import Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -37,8 +37,9 @@ def sparge_attention(q: Tensor, k: Tensor, v: Tensor, *, params: SpargeParams = 
         order. Needs Nq = Nk and causal=False.
     sink_keys, dense_queries: ranges (start, stop) of tokens, in the caller's order, that are always attended, or
         always attend everything, in whole blocks.
-    pv_dtype: number format of P·V in the fast kernels. "auto" is chosen by architecture; "fp8" needs hardware for it.
-        Q·Kᵀ is INT8. The reference computes exactly with "auto" and emulates the format otherwise.
+    pv_dtype: number format of P·V in the fast kernels: "fp16", "fp8", or "auto", which is fp8 where the hardware has
+        it (NVIDIA sm89 and newer) and fp16 elsewhere. Q·Kᵀ is INT8. The reference computes exactly with "auto" and
+        emulates the format otherwise.
     skipped: "drop" ignores the blocks that are not selected (the paper); "pooled" lets each contribute one pooled
         key and value (Sol-Attn, arXiv 2607.24027).
     impl: "auto", "triton" or "reference"; a name never falls back.

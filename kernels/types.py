@@ -2,9 +2,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Sequence
 
 import torch
 from torch import Tensor
@@ -24,7 +24,8 @@ _FILE_FORMAT = "comfyui_spargeattn.SpargeParams"
 
 def _check_threshold(name: str, value: object) -> None:
     low, closed, high = _RANGES[name]
-    rule = f"{name} must be a number or a 1-D tensor of one number a head, in {'[' if closed else '('}{low:g}, {high:g}]"
+    interval = f"{'[' if closed else '('}{low:g}, {high:g}]"
+    rule = f"{name} must be a number or a 1-D tensor of one number a head, in {interval}"
     if isinstance(value, Tensor):
         if value.ndim != 1 or value.numel() == 0 or not value.is_floating_point():
             raise ValueError(f"{rule}; got a {value.dtype} tensor of shape {tuple(value.shape)}")
@@ -41,7 +42,7 @@ def _check_threshold(name: str, value: object) -> None:
 class SpargeParams:
     """The thresholds of SpargeAttn, each a number or a floating tensor of shape (H,), one value a query head.
 
-    Exactly one of `cdf_threshold` and `topk` selects the blocks; with neither, `cdf_threshold` is 0.98.
+    Exactly one of `cdf_threshold` and `topk` selects the blocks; with neither, `cdf_threshold` is 0.99.
 
     cdf_threshold: τ in (0, 1]. A row of the block map keeps its largest predicted probabilities until their sum
         reaches τ (the authors' `cdfthreshd`). 1 keeps every block.
@@ -57,7 +58,7 @@ class SpargeParams:
 
     cdf_threshold: Threshold | None = None
     topk: Threshold | None = None
-    similarity_threshold: Threshold = 0.6
+    similarity_threshold: Threshold = 0.5
     pv_threshold: Threshold = math.inf
 
     def __post_init__(self):
@@ -65,7 +66,7 @@ class SpargeParams:
             raise ValueError("cdf_threshold and topk exclude each other; "
                              f"got cdf_threshold={self.cdf_threshold} and topk={self.topk}")
         if self.cdf_threshold is None and self.topk is None:
-            object.__setattr__(self, "cdf_threshold", 0.98)
+            object.__setattr__(self, "cdf_threshold", 0.99)
         for name, value in self.items():
             _check_threshold(name, value)
         sizes = {name: len(value) for name, value in self.items() if isinstance(value, Tensor)}

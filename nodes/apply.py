@@ -18,7 +18,7 @@ _CALLBACK_KEY = "spargeattn"
 
 def _similarity_threshold() -> io.Float.Input:
     return io.Float.Input(
-        "similarity_threshold", default=0.6, min=-1.0, max=1.0, step=0.01, display_mode=io.NumberDisplay.slider,
+        "similarity_threshold", default=0.5, min=-1.0, max=1.0, step=0.01, display_mode=io.NumberDisplay.slider,
         tooltip="Blocks of tokens that are less alike than this (mean cosine similarity) are always computed, because "
                 "their average does not describe them. Higher is closer to dense attention; 0 and below switch the "
                 "test off, which is fast and can damage the picture. Called θ in the paper, simthreshd1 in its code.")
@@ -44,7 +44,7 @@ class ApplySpargeAttn(io.ComfyNode):
                     options=[
                         io.DynamicCombo.Option("cdf", [
                             io.Float.Input(
-                                "cdf_threshold", default=0.98, min=0.01, max=1.0, step=0.001,
+                                "cdf_threshold", default=0.99, min=0.01, max=1.0, step=0.001,
                                 display_mode=io.NumberDisplay.slider,
                                 tooltip="Blocks are kept until they hold this share of the predicted attention. "
                                         "Higher is closer to dense attention, lower is faster; try 0.9 to 0.99. "
@@ -77,12 +77,12 @@ class ApplySpargeAttn(io.ComfyNode):
                     tooltip="Sampling after this point uses dense attention."),
                 io.Combo.Input(
                     "skipped_blocks", options=["drop", "pooled"], default="drop", advanced=True,
-                    tooltip="drop: skipped blocks do not count (the paper). pooled: each still contributes one averaged "
+                    tooltip="drop: skipped blocks do not count (the paper). pooled: each still counts with one average "
                             "key and value, which helps where few blocks are kept and attention is spread out."),
                 io.Combo.Input(
                     "pv_precision", options=["auto", "fp8", "fp16"], default="auto", advanced=True,
-                    tooltip="Number format of the product with V. auto takes the fastest one that is good on this GPU; "
-                            "fp8 needs an RTX 40, an H100 or newer. The product of Q and K is INT8."),
+                    tooltip="Number format of the product with V. auto is fp8 where the GPU has it (RTX 40, H100 and "
+                            "newer) and fp16 elsewhere. The product of Q and K is INT8."),
                 io.String.Input(
                     "dense_blocks", default="", placeholder="0, 1, 47-49", advanced=True,
                     tooltip="Transformer blocks that keep dense attention, such as 0, 1, 47-49. Where a model has "

@@ -187,8 +187,9 @@ def attend(queries: PreparedQueries, keys: PreparedKeys, values: PreparedValues,
     strides, align = token_strides(out)
     kernel, options = (_autotuned_kernel(), {}) if autotune() else (_attend_kernel, config.options())
     kernel[(nq * batch * heads,)](
-        queries.quantised, queries.scale, k, keys.scale, v, values.scale, values.centre, keys.valid, lists.indices, lists.counts,
-        keys.pooled, keys.pooled_scale, values.pooled, lists.pooled, keys.count, out, order, per_head, skips, pv_threshold,
+        queries.quantised, queries.scale, k, keys.scale, v, values.scale, values.centre, keys.valid, lists.indices,
+        lists.counts, keys.pooled, keys.pooled_scale, values.pooled, lists.pooled, keys.count, out, order, per_head,
+        skips, pv_threshold,
         *strides, nq, nk, n_q, n_k, heads, heads // kv_heads, 1 if order is None or order.ndim == 1 else kv_heads,
         D=dim, DP=padded, PITCH=pitch, BLOCK_Q=block.q, BLOCK_K=block.k, ALIGN=align, FP8=fp8, CAUSAL=causal,
         SKIP_PV=skip_pv, ROW_GROUP=ROW_GROUP, TAIL_TILE=_TAIL_TILE,

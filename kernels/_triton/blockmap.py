@@ -20,7 +20,8 @@ _BISECTIONS = 26  # leaves 2^-26 of a row's range of scores undecided, below flo
 @dataclass(frozen=True)
 class BlockLists:
     """indices int32 (B, H, nq, nk); counts int32 (B, H, nq, 3): how many leading entries need no mask inside their
-    block, how many entries there are, and how many dense attention would have; pooled int8 (B, H, nq, nk), 1 where the pooled tail stands in, or None."""
+    block, how many entries there are, and how many dense attention would have; pooled int8 (B, H, nq, nk), 1 where the
+    pooled tail stands in, or None."""
 
     indices: Tensor
     counts: Tensor

@@ -30,8 +30,10 @@ class AttendConfig:
 # family -> head_dim padded to a power of two -> configuration (fp16 P·V, fp8 P·V)
 _TABLE: dict[str, dict[int, tuple[AttendConfig, AttendConfig | None]]] = {
     "sm90": {
-        64: (AttendConfig(BlockShape(64, 128), 4, 3, 168, tma=True), AttendConfig(BlockShape(64, 128), 4, 3, 168, tma=True)),
-        128: (AttendConfig(BlockShape(128, 64), 4, 3, tma=True), AttendConfig(BlockShape(64, 128), 4, 2, 168, tma=True)),
+        64: (AttendConfig(BlockShape(64, 128), 4, 3, 168, tma=True),
+             AttendConfig(BlockShape(64, 128), 4, 3, 168, tma=True)),
+        128: (AttendConfig(BlockShape(128, 64), 4, 3, tma=True),
+              AttendConfig(BlockShape(64, 128), 4, 2, 168, tma=True)),
         256: (AttendConfig(BlockShape(64, 64), 4, 2, tma=True), AttendConfig(BlockShape(64, 64), 4, 2, tma=True)),
     },
     "sm100": {
@@ -76,13 +78,8 @@ def attend_config(arch: str, padded_dim: int, fp8: bool) -> AttendConfig:
     return config
 
 
-def auto_fp8(arch: str) -> bool:
-    """Whether pv_dtype="auto" means fp8 on this architecture."""
-    return False
-
-
-# (warps, stages) that SPARGEATTN_AUTOTUNE=1 tries for the attention kernel, once a process and kind of kernel. The block
-# shape stays the table's: thresholds are tuned for it.
+# (warps, stages) that SPARGEATTN_AUTOTUNE=1 tries for the attention kernel, once a process and kind of kernel. The
+# block shape stays the table's: thresholds are tuned for it.
 AUTOTUNE_CHOICES = tuple((warps, stages) for warps in (4, 8) for stages in (1, 2, 3, 4))
 
 

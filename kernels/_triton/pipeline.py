@@ -5,12 +5,12 @@ import torch
 import triton
 from torch import Tensor
 
-from ..capability import arch_of
+from ..capability import arch_of, supports_fp8
 from ..reference import LOG2E, ROW_GROUP
 from ..types import BlockMap, TokenRanges
 from .attend import attend
 from .blockmap import BlockLists, select_blocks
-from .config import AttendConfig, attend_config, auto_fp8
+from .config import AttendConfig, attend_config
 from .prepare import PreparedKeys, PreparedQueries, PreparedValues, prepare_keys, prepare_queries
 
 Ranges = list[tuple[int, int]]
@@ -50,7 +50,7 @@ def predict(q: Tensor, k: Tensor, *, per_head: Tensor | None, thresholds: list[f
 
 def _configure(q: Tensor, pv_dtype: str) -> tuple[AttendConfig, bool]:
     arch = arch_of(q.device)
-    fp8 = pv_dtype == "fp8" or (pv_dtype == "auto" and auto_fp8(arch))
+    fp8 = pv_dtype == "fp8" or (pv_dtype == "auto" and supports_fp8(arch))
     return attend_config(arch, triton.next_power_of_2(q.shape[-1]), fp8), fp8
 
 

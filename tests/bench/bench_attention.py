@@ -9,8 +9,9 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -83,7 +84,9 @@ def exact_sample(q: Tensor, k: Tensor, v: Tensor, chosen: BlockMap | None, start
 
 def passes(method: Method, out: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[bool, float]:
     """Whether the output is as near to exact arithmetic as the method's number format allows, and its L1."""
-    chosen = None if method.params is None else block_map(q, k, params=method.params, pv_dtype=method.gate, impl="triton")
+    chosen = None
+    if method.params is not None:
+        chosen = block_map(q, k, params=method.params, pv_dtype=method.gate, impl="triton")
     rows = 64 if chosen is None else chosen.block.q
     worst = 0.0
     for start in (0, q.shape[2] // 2 // rows * rows, (q.shape[2] - 1) // rows * rows):
@@ -123,10 +126,11 @@ def run_case(name: str, repeats: int) -> list[dict]:
         passed, gate_error = passes(method, out, q, k, v)
         row = dict(case=name, method=method.name, passed=passed, gate_L1=gate_error, **error(out, dense))
         if method.params is not None:
-            stats = sparge_attention(q, k, v, params=method.params, impl="triton", return_stats=True)[1]
+            stats = sparge_attention(q, k, v, params=method.params, pv_dtype=method.gate, impl="triton",
+                                     return_stats=True)[1]
             row["sparsity"] = stats.sparsity.mean().item()
         if passed:
-            row["ms"] = median_ms(lambda: method.run(q, k, v), repeats)
+            row["ms"] = median_ms(partial(method.run, q, k, v), repeats)
         rows.append(row)
     baseline = next(row["ms"] for row in rows if row["method"] == BASELINE)
     for row in rows:
@@ -139,7 +143,7 @@ def table(rows: list[dict]) -> str:
     """The rows as a Markdown table."""
     lines = [f"| case | method | ms | × {BASELINE} | L1 | cosine | sparsity |", "|---|---|---|---|---|---|---|"]
     for row in rows:
-        time = f"{row['ms']:.2f} | {row['speedup']:.2f}" if row["passed"] else f"failed gate (L1 {row['gate_L1']:.3f}) | "
+        time = f"{row['ms']:.2f} | {row['speedup']:.2f}" if row["passed"] else f"failed: L1 {row['gate_L1']:.3f} | "
         sparsity = f"{row['sparsity']:.2f}" if "sparsity" in row else ""
         lines.append(f"| {row['case']} | {row['method']} | {time} | {row['L1']:.4f} | {row['cos']:.5f} | {sparsity} |")
     return "\n".join(lines)

@@ -90,7 +90,7 @@ def measure(name: str, calls: list[Call], device: str) -> list[dict]:
         row["similarity_q"], row["similarity_k"] = similarity(calls, order)
         for theta in JUDGES:
             row[f"sparsity θ={theta:g}"] = sparsity_at_error(calls, dense, order, theta)
-        row["ms"] = median_ms(lambda: sparge_attention(*calls[0], params=topk, order=order), 30)
+        row["ms"] = median_ms(partial(sparge_attention, *calls[0], params=topk, order=order), 30)
         rows.append(row)
     return rows
 

@@ -22,7 +22,7 @@ HERE = Path(__file__).parent
 WEIGHTS = HERE / "wan_shapes.safetensors"
 START_PERCENT = 0.2  # the node's default: the first steps lay out the picture and stay dense
 # cdf_threshold and similarity_threshold. At the CPU's small grid the default keeps nearly every block.
-DEFAULT = (0.98, 0.6)
+DEFAULT = (0.99, 0.5)
 SETTINGS = [(0.98, 0.4), (0.95, 0.3)]
 
 
@@ -37,7 +37,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--second", default="ring yellow plain left", help="the same for a second one, 4 x none for no")
     parser.add_argument("--background", default="blue checker left", help="colour texture pan")
     parser.add_argument("--comfyui", action="store_true",
-                        help="through ComfyUI's loader, sampler and the node; COMFYUI_PATH names ComfyUI's folder")  # fmt: skip
+                        help="through ComfyUI's loader, sampler and node; COMFYUI_PATH names ComfyUI's folder")
     return parser.parse_args()
 
 
@@ -79,7 +79,8 @@ def main() -> None:
     for one, error in zip(runs[1:], errors):
         one.l1 = error
 
-    print(f"\n{'attention':26} {'tokens':>7} {'sparsity':>9} {'attention s':>12} {'total s':>8} {'PSNR dB':>8} {'L1':>7}")
+    print(f"\n{'attention':26} {'tokens':>7} {'sparsity':>9} {'attention s':>12} {'total s':>8} {'PSNR dB':>8}"
+          f" {'L1':>7}")
     for r in runs:
         attention = "-" if r.attention_seconds is None else f"{r.attention_seconds:.2f}"
         print(f"{r.name:26} {math.prod(grid):7} {1 - r.kept:9.1%} {attention:>12} {r.seconds:8.2f} "

@@ -13,8 +13,8 @@ from ..nodes.host import comfy_host
 from .clips import encode
 from .compare import Run
 
-WIDGETS = {"pv_threshold": 50.0, "end_percent": 1.0, "skipped_blocks": "drop", "pv_precision": "auto", "dense_blocks": "",
-               "min_tokens": 1024, "verbose": False}  # fmt: skip
+WIDGETS = {"pv_threshold": 50.0, "end_percent": 1.0, "skipped_blocks": "drop", "pv_precision": "auto",
+           "dense_blocks": "", "min_tokens": 1024, "verbose": False}
 
 
 class _Report(logging.Handler):

@@ -11,8 +11,8 @@ from comfyui_spargeattn.kernels import SpargeParams
 
 def test_defaults():
     params = SpargeParams()
-    assert dict(params.items()) == dict(cdf_threshold=0.98, similarity_threshold=0.6, pv_threshold=math.inf)
-    assert (params.selection, params.amount, params.heads) == ("cdf", 0.98, None)
+    assert dict(params.items()) == dict(cdf_threshold=0.99, similarity_threshold=0.5, pv_threshold=math.inf)
+    assert (params.selection, params.amount, params.heads) == ("cdf", 0.99, None)
     params = SpargeParams(topk=0.5)
     assert (params.selection, params.amount, params.cdf_threshold) == ("topk", 0.5, None)
 
