@@ -37,11 +37,12 @@ def grid_order(grid: Grid, curve: str = "hilbert") -> Tensor:
     return _grid_order(_checked(grid, curve), curve).clone()
 
 
-def sequence_order(grid: Grid, *, before: int = 0, after: int = 0, curve: str = "hilbert",
+def sequence_order(grid: Grid, *, before: int = 0, after: int = 0, curve: str = "hilbert", grid_first: bool = False,
                    device: torch.device | str = "cpu") -> Tensor:
     """The order of a sequence of `before` other tokens, the tokens of a (T, H, W) grid, and `after` other tokens.
 
-    Only the grid's tokens move, among themselves; text and other tokens stay where they are. Returns int32
+    The grid's tokens follow the curve; text and other tokens keep their own order, and stay where they are or, with
+    `grid_first`, all come after the grid, whose boxes then fill blocks exactly. Returns int32
     (before + T·H·W + after,) on `device`. Orders are cached for each device, so repeated calls copy nothing between
     host and device; the tensor returned is a copy and the caller's own. Raises ValueError as `grid_order` does, and for
     counts that are no integers ≥ 0.
@@ -56,11 +57,11 @@ def sequence_order(grid: Grid, *, before: int = 0, after: int = 0, curve: str = 
     device = torch.empty(0, device=device).device  # "cuda" means the current one: give it its number
 
     def build() -> Tensor:
-        order = torch.arange(total, dtype=torch.int32)
-        order[before:total - after] = _grid_order(grid, curve) + before
-        return order.to(device)
+        left, _, right = torch.arange(total, dtype=torch.int32).split([before, math.prod(grid), after])
+        inside = _grid_order(grid, curve) + before
+        return torch.cat([inside, left, right] if grid_first else [left, inside, right]).to(device)
 
-    return _cache.get((grid, curve, before, after, device), build).clone()
+    return _cache.get((grid, curve, before, after, grid_first, device), build).clone()
 
 
 def inverse(order: Tensor) -> Tensor:

@@ -3,13 +3,14 @@ from __future__ import annotations
 
 import math
 
-from comfy.patcher_extension import CallbacksMP
+from comfy.patcher_extension import CallbacksMP, WrappersMP
 from comfy_api.latest import io
 
 from ..kernels import SpargeParams
 from .blocks import BlockList
+from .models import expect_tokens
 from .override import SLOT, SpargeOverride, describe
-from .policy import Settings
+from .policy import CURVES, Settings
 from .run_state import log
 
 PV_THRESHOLD_OFF = 50.0
@@ -94,6 +95,12 @@ class ApplySpargeAttn(io.ComfyNode):
                 io.Boolean.Input(
                     "verbose", default=False, advanced=True,
                     tooltip="Also write the sparsity of every block and step to the log."),
+                io.Combo.Input(  # optional, so that prompts saved without it still run
+                    "hilbert", options=list(CURVES), default="auto", optional=True,
+                    tooltip="on: tokens are grouped into blocks along a Hilbert curve through the picture or clip, so "
+                            "that those of a block are neighbours in space and time. off: in the model's order, row "
+                            "by row. It changes which blocks are alike, and so which are skipped; where the grid of a "
+                            "model is not certain, the order stays as it is. auto: what measurements favour."),
             ],
             outputs=[io.Model.Output(tooltip="The patched model; the input stays as it was.")],
         )
@@ -110,9 +117,10 @@ class ApplySpargeAttn(io.ComfyNode):
     @classmethod
     def execute(cls, model, selection: dict, pv_threshold: float, start_percent: float, end_percent: float,
                 skipped_blocks: str, pv_precision: str, dense_blocks: str, min_tokens: int,
-                verbose: bool) -> io.NodeOutput:
+                verbose: bool, hilbert: str = "auto") -> io.NodeOutput:
         settings = Settings(_params(selection, pv_threshold), start_percent, end_percent,
-                            BlockList.parse(dense_blocks), min_tokens, skipped_blocks, pv_precision, verbose)
+                            BlockList.parse(dense_blocks), min_tokens, skipped_blocks, pv_precision, verbose,
+                            hilbert)
         patched = model.clone()
         options = patched.model_options["transformer_options"]
         previous = options.get(SLOT)
@@ -123,6 +131,7 @@ class ApplySpargeAttn(io.ComfyNode):
                                 (CallbacksMP.ON_PREPARE_STATE, override.on_prepare_state),
                                 (CallbacksMP.ON_CLEANUP, override.on_cleanup)):
             patched.add_callback_with_key(event, _CALLBACK_KEY, callback)
+        patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, _CALLBACK_KEY, expect_tokens)
         return io.NodeOutput(patched)
 
 

@@ -60,9 +60,15 @@ class SpargeOverride:
         visible = call.visible_keys()
         out, stats = sparge_attention(
             call.q, call.k, call.v, params=plan.params, layout=call.layout, scale=call.scale,
-            key_padding_mask=None if visible is None else ~visible, order=plan.order,
+            key_padding_mask=None if visible is None else ~visible, order=plan.order, sink_keys=plan.sink_keys,
             pv_dtype=self.settings.pv_dtype, skipped=self.settings.skipped, return_stats=True)
-        self.run.add_sparse(block, stats)
+        curve = self.settings.curve
+        if isinstance(plan.layout, str):
+            if curve is not None:
+                self.run.say_once(plan.layout, f"tokens keep the model's order, no {curve} order: {plan.layout}")
+            self.run.add_sparse(block, stats)
+        else:
+            self.run.add_sparse(block, stats, f"{curve or 'row-major'} order of {plan.layout}")
         return call.give_back(out)
 
     def _stay_dense(self, dense: Dense, func: Callable, args: tuple, kwargs: dict) -> Tensor:

@@ -11,9 +11,12 @@ from ..kernels import SpargeParams, select_implementation
 from ..kernels.capability import MAX_HEAD_DIM, arch_of, supports_fp8
 from .blocks import Block, BlockList
 from .calling import AttentionCall
+from .models import UNSEEN, TokenLayout, token_layout
 
 # The eager path is for trying things out; on longer sequences it would keep a CPU busy for minutes a call.
 MAX_CPU_TOKENS = 16384
+# What the widget `hilbert` chooses: a curve through the grid of visual tokens, or the model's own order.
+CURVES = {"auto": None, "on": "hilbert", "off": None}
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -23,7 +26,7 @@ class Settings:
 
     start_percent, end_percent: the part of the sampling, from 0 to 1, that may go sparse. min_tokens: shorter sequences
     stay dense. dense_blocks: blocks that stay dense. skipped, pv_dtype: as in `sparge_attention`. verbose: log the
-    sparsity of every block and step.
+    sparsity of every block and step. hilbert: a choice of `CURVES`.
     """
 
     params: SpargeParams
@@ -34,14 +37,29 @@ class Settings:
     skipped: str = "drop"
     pv_dtype: str = "auto"
     verbose: bool = False
+    hilbert: str = "auto"
+
+    @property
+    def curve(self) -> str | None:
+        return CURVES[self.hilbert]
 
 
 @dataclass(frozen=True)
 class SparsePlan:
-    """How a call goes sparse. order: token order for blocking, as in `sparge_attention`; None keeps the model's."""
+    """How a call goes sparse.
+
+    order: token order for blocking, as in `sparge_attention`; None keeps the model's. layout: of the tokens, or why it
+    is not known.
+    """
 
     params: SpargeParams
     order: Tensor | None = None
+    layout: TokenLayout | str = UNSEEN
+
+    @property
+    def sink_keys(self) -> tuple[tuple[int, int], ...]:
+        """Text and other tokens outside the grid, whatever the order: they are few, and the most attended ones."""
+        return self.layout.others if isinstance(self.layout, TokenLayout) else ()
 
 
 @dataclass(frozen=True)
@@ -59,7 +77,12 @@ def plan_call(call: AttentionCall, settings: Settings, block: Block | None, in_w
     """What becomes of a call. `in_window`: the sampling step lies between start_percent and end_percent."""
     declined = (_not_wanted(call, settings, block, in_window) or _no_implementation_takes(call)
                 or _no_implementation_here(call, settings))
-    return declined or SparsePlan(settings.params)
+    if declined:
+        return declined
+    layout = token_layout(call.queries, call.transformer_options)
+    if settings.curve is None or isinstance(layout, str):
+        return SparsePlan(settings.params, layout=layout)
+    return SparsePlan(settings.params, layout.order(settings.curve, call.q.device), layout)
 
 
 def _not_wanted(call: AttentionCall, settings: Settings, block: Block | None, in_window: bool) -> Dense | None:

@@ -55,10 +55,10 @@ class RunState:
         self._timestep = timestep
         self.steps += 1
 
-    def add_sparse(self, block: Block | None, stats: SpargeStats) -> None:
+    def add_sparse(self, block: Block | None, stats: SpargeStats, tokens: str = "") -> None:
         with self._lock:
             if self.running:
-                self._calls.append(SparseCall(self.steps, block, stats))
+                self._calls.append(SparseCall(self.steps, block, stats, tokens))
 
     def add_dense(self, dense: Dense) -> None:
         with self._lock:

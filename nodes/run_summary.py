@@ -15,11 +15,15 @@ from .blocks import Block
 
 @dataclass(frozen=True)
 class SparseCall:
-    """A call that went sparse; its statistics may still be on their way to the device."""
+    """A call that went sparse; its statistics may still be on their way to the device.
+
+    tokens: their order and grid in words, empty where the grid is not known.
+    """
 
     step: int
     block: Block | None
     stats: SpargeStats
+    tokens: str = ""
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,8 @@ class RunSummary:
     steps: evaluations of the model by the sampler. sparse: calls that went sparse. dense: calls that did not, by
     reason. sparsity, pv_skipped: mean share of skipped block pairs, and of skipped P·V products among the others,
     over the sparse calls; None where none was read. by_block, by_step: mean sparsity of each; steps count from 1, and
-    a model that does not number its blocks has an empty `by_block`.
+    a model that does not number its blocks has an empty `by_block`. tokens: sparse calls by the order and grid of their
+    tokens, those whose grid is known.
     """
 
     steps: int
@@ -39,19 +44,21 @@ class RunSummary:
     pv_skipped: float | None = None
     by_block: dict[Block, float] = field(default_factory=dict)
     by_step: dict[int, float] = field(default_factory=dict)
+    tokens: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, steps: int, dense: Counter[str], calls: Sequence[SparseCall], read: bool) -> RunSummary:
         """Summarise; `read` fetches the statistics, which waits for the device."""
         dense = dict(dense.most_common())
+        tokens = dict(Counter(call.tokens for call in calls if call.tokens).most_common())
         if not (calls and read):
-            return cls(steps, len(calls), dense)
+            return cls(steps, len(calls), dense, tokens=tokens)
         kept = _read([call.stats.kept.mean() for call in calls])
         pv_skipped = _read([call.stats.pv_skipped.mean() for call in calls])
         sparsity = [1 - x for x in kept]
         return cls(steps, len(calls), dense, fmean(sparsity), fmean(pv_skipped),
                    _means((call.block, x) for call, x in zip(calls, sparsity) if call.block is not None),
-                   _means((call.step, x) for call, x in zip(calls, sparsity)))
+                   _means((call.step, x) for call, x in zip(calls, sparsity)), tokens)
 
     def __str__(self) -> str:
         text = f"{self.sparse} attention calls sparse"
@@ -61,6 +68,8 @@ class RunSummary:
         text += f", {sum(self.dense.values())} dense"
         if self.dense:
             text += ": " + ", ".join(f"{count} {reason}" for reason, count in self.dense.items())
+        if self.tokens:
+            text += "; tokens: " + ", ".join(f"{count} in {order}" for order, count in self.tokens.items())
         return text
 
     def table(self) -> str:
