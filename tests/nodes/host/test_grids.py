@@ -1,0 +1,366 @@
+"""Where visual tokens lie, as found by the pack, against where each model really puts them.
+
+The truth comes from the model itself: patches of the latent are numbered, and for each binary digit one batch item has
+the patches changed whose number has it. Tokens that change in the right items are the patches' tokens; those that never
+change are text, references or padding. Neither the pack's rules nor the model's position ids take part.
+"""
+import math
+import sys
+from dataclasses import dataclass, replace
+
+import checkpoints
+import pytest
+import torch
+from checkpoints import FAMILIES, MIN_TOKENS
+from sampling import CONSERVATIVE, SPARSE, apply, condition, node_class, relative_l1, sample
+
+SLOT = "optimized_attention_override"
+PATCHES = {"ltxv": (1, 1, 1)}  # (1, 2, 2) elsewhere
+ODD = {"wan": (1, 16, 3, 31, 33), "flux": (1, 16, 47, 51), "sd3.5": (1, 16, 47, 51), "qwen_image": (1, 16, 1, 47, 51),
+       "hunyuan_video": (1, 16, 3, 32, 34), "lumina2": (1, 16, 47, 51), "ltxv": (1, 128, 3, 15, 17)}
+
+
+@dataclass
+class Recorded:
+    """An attention call: q (B, tokens, features), the pack's layout (or why it has none), and that layout's order."""
+
+    q: torch.Tensor
+    layout: object
+    order: torch.Tensor | None
+
+
+class Recorder:
+    """An override that asks the pack for the layout of every long self-attention call, and computes it densely."""
+
+    def __init__(self, package):
+        self.package, self.calls = package, []
+
+    def __call__(self, func, *args, **kwargs):
+        call = sys.modules[f"{self.package}.calling"].AttentionCall.parse(args, kwargs)
+        if call.queries == call.keys >= MIN_TOKENS:
+            layout = sys.modules[f"{self.package}.models"].token_layout(call.queries, call.transformer_options)
+            q = call.q if call.layout == "BNHD" else call.q.transpose(1, 2)
+            order = None if isinstance(layout, str) else layout.order("hilbert", q.device)
+            self.calls.append(Recorded(q.flatten(2).float(), layout, order))
+        return func(*args, **kwargs)
+
+
+def package_of(comfy_nodes):
+    """The name under which ComfyUI imported the pack's nodes."""
+    return node_class(comfy_nodes).__module__.rpartition(".")[0]
+
+
+def patch_grid(shape, patch):
+    sizes = (1, *shape[2:]) if len(shape) == 4 else tuple(shape[2:])
+    return tuple(math.ceil(n / p) for n, p in zip(sizes, patch))
+
+
+def numbered(shape, patch, seed=0):
+    """Latents (1 + digits, C, …): plain noise, then for each binary digit, noise with the patches changed that have it."""
+    # The change has no direction in common, so that its sum over many tokens, which attention spreads, stays small.
+    noise, change = torch.randn(2, 1, *shape[1:], generator=torch.Generator().manual_seed(seed))
+    grid = patch_grid(shape, patch)
+    numbers = torch.arange(1, math.prod(grid) + 1).view(grid)
+    for axis, size in enumerate(patch):
+        numbers = numbers.repeat_interleave(size, axis)
+    if len(shape) == 4:
+        numbers = numbers[0]
+    numbers = numbers[tuple(slice(n) for n in shape[2:])].clone()
+    for axis, (size, edge) in enumerate(zip(shape[2:], patch[-len(shape[2:]):])):
+        if size % edge:  # models complete the last patch with the first row or column, which therefore stays
+            numbers.select(axis, 0).zero_()
+    digits = torch.stack([numbers >> digit & 1 for digit in range(math.prod(grid).bit_length())])
+    return torch.cat([noise, noise + 2 * change * digits[:, None]])
+
+
+def read_numbers(q):
+    """The patch number of each token, 0 where no item changes it: (tokens,)."""
+    change = (q[1:] - q[:1]).norm(dim=-1)
+    digits = change > change.amax(1, keepdim=True) / 4
+    return (digits.long() << torch.arange(len(digits), device=q.device)[:, None]).sum(0).cpu()
+
+
+def check(call, grid):
+    """Tokens of the grid are where the layout says, others are no patches, and the order walks from neighbour to
+    neighbour."""
+    assert not isinstance(call.layout, str), call.layout
+    assert call.layout.grid == grid and call.layout.tokens == call.q.shape[1]
+    numbers = read_numbers(call.q)
+    start, visual = call.layout.before, math.prod(grid)
+    assert numbers[start:start + visual].tolist() == list(range(1, visual + 1))
+    assert not numbers[:start].any() and not numbers[start + visual:].any()
+    assert sorted(call.order.tolist()) == list(range(len(numbers)))
+    cells = torch.unravel_index(numbers[call.order[:visual].long().cpu()] - 1, grid)
+    steps = sum(cell.diff().abs() for cell in cells)
+    assert steps.eq(1).all()
+    assert not numbers[call.order[visual:].long().cpu()].any()
+
+
+def check_all(calls, grid):
+    """Calls over as many tokens have one layout; the first of them has its tokens mixed least."""
+    first = {}
+    for call in calls:
+        assert call.layout == first.setdefault(call.q.shape[1], call).layout
+    for call in first.values():
+        check(call, grid)
+
+
+@pytest.fixture(scope="module")
+def load(comfy_nodes, tmp_path_factory):
+    """load(name) -> ModelPatcher of a test family."""
+    models = {}
+
+    def load(name):
+        if name not in models:
+            path = tmp_path_factory.mktemp("checkpoints") / f"{name}.safetensors"
+            checkpoints.write(FAMILIES[name], path)
+            with pytest.MonkeyPatch.context() as monkeypatch:
+                models[name] = checkpoints.load(FAMILIES[name], path, monkeypatch)
+        return models[name]
+
+    return load
+
+
+def record(comfy_nodes, model, family, patch, extra=None, **kwargs):
+    """Recorded calls of one model evaluation by ComfyUI's sampler; `extra`: further entries of the condition."""
+    import comfy.sample
+
+    patched = apply(comfy_nodes, model)
+    recorder = Recorder(package_of(comfy_nodes))
+    patched.model_options["transformer_options"][SLOT] = recorder
+    noise = numbered(family.latent, patch)
+    positive = kwargs.pop("positive", None) or condition(family)
+    positive[0][1].update(extra or {})
+    comfy.sample.sample(patched, noise, 1, 1.0, "euler", "simple", positive, positive, torch.zeros_like(noise), seed=0,
+                        disable_pbar=True, **kwargs)
+    return recorder.calls
+
+
+CASES = [(name, family.latent) for name, family in FAMILIES.items() if name != "sdxl"] + list(ODD.items())
+
+
+@pytest.mark.parametrize("name, shape", CASES, ids=lambda value: value if isinstance(value, str) else str(value[2:]))
+def test_grid_of_every_family(comfy_nodes, load, name, shape):
+    family, patch = replace(FAMILIES[name], latent=shape), PATCHES.get(name, (1, 2, 2))
+    calls = record(comfy_nodes, load(name), family, patch)
+    assert len(calls) == family.calls
+    check_all(calls, patch_grid(shape, patch))
+
+
+REFERENCES = {
+    "flux": {"reference_latents": [torch.zeros(1, 16, 20, 31), torch.zeros(1, 16, 16, 16)]},
+    "qwen_image": {"reference_latents": [torch.zeros(1, 16, 1, 20, 31)]},
+    "wan": {"time_dim_concat": torch.zeros(1, 16, 1, 32, 32), "context_latents": [torch.zeros(1, 16, 2, 17, 20)]},
+}
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+def test_references_are_no_part_of_the_grid(comfy_nodes, load, name):
+    """Except for frames that continue the clip, as Wan's `time_dim_concat` does."""
+    family = FAMILIES[name]
+    # Copied: ComfyUI scales the latents of a condition in place.
+    extra = {key: [x.clone() for x in value] if isinstance(value, list) else value.clone()
+             for key, value in REFERENCES[name].items()}
+    calls = record(comfy_nodes, load(name), family, (1, 2, 2), extra)
+    grid = patch_grid(family.latent, (1, 2, 2))
+    assert max(call.q.shape[1] for call in calls) > family.tokens
+    for call in calls:
+        if name == "wan":
+            assert call.layout.grid == (4, 16, 16) and call.layout.after == 2 * 9 * 10
+            call.layout = replace(call.layout, grid=grid, after=call.layout.tokens - math.prod(grid))
+            call.order = call.layout.order("hilbert", call.q.device)
+    check_all(calls, grid)
+
+
+def test_batches_of_conditions_of_different_lengths(comfy_nodes, load):
+    """Each evaluation has its own text, and its own layout."""
+    for name, length in (("flux", 24), ("flux", 80), ("sd3.5", 24), ("mochi", 24)):
+        family = FAMILIES[name]
+        calls = record(comfy_nodes, load(name), family, (1, 2, 2), positive=condition(family, length))
+        check_all(calls, patch_grid(family.latent, (1, 2, 2)))
+
+
+def test_levels_of_a_unet(comfy_nodes, load):
+    """Convolutions spread a change: the tokens that change most surround the pixels changed."""
+    import comfy.sample
+
+    family, model = FAMILIES["sdxl"], load("sdxl")
+    patched = apply(comfy_nodes, model)
+    recorder = Recorder(package_of(comfy_nodes))
+    patched.model_options["transformer_options"][SLOT] = recorder
+    noise = torch.randn(1, 4, 48, 48, generator=torch.Generator().manual_seed(0)).repeat(5, 1, 1, 1)
+    pixels = [(8, 8), (8, 40), (40, 8), (24, 20)]
+    for item, (y, x) in enumerate(pixels, 1):
+        noise[item, :, y - 2:y + 2, x - 2:x + 2] *= -2
+    positive = condition(family)
+    comfy.sample.sample(patched, noise, 1, 1.0, "euler", "simple", positive, positive, torch.zeros_like(noise), seed=0,
+                        disable_pbar=True)
+    call = recorder.calls[0]
+    assert call.layout.grid == (1, 24, 24) and call.layout.tokens == 576
+    weight = (call.q[1:] - call.q[:1]).norm(dim=-1).cpu()
+    weight = (weight - weight.median(1, keepdim=True).values).clamp(min=0) ** 4
+    y, x = torch.unravel_index(torch.arange(576), (24, 24))
+    found = torch.stack([(weight * y).sum(1), (weight * x).sum(1)], 1) / weight.sum(1, keepdim=True)
+    assert (found - (torch.tensor(pixels) / 2 - 0.5)).abs().max() < 1.5
+
+
+@dataclass(frozen=True)
+class Bare:
+    """A model class on its own, where no tiny checkpoint passes detection."""
+
+    path: str
+    config: dict
+    latent: tuple
+    patch: tuple = (1, 2, 2)
+    text: int = 40
+    conds: dict | None = None  # (…) tensors, repeated for the batch; latents too
+
+    def build(self):
+        import importlib
+
+        module, name = self.path.rsplit(".", 1)
+        config = {**self.config, **checkpoints._operations()}
+        model = getattr(importlib.import_module(f"comfy.ldm.{module}"), name)(**config)
+        model.load_state_dict(checkpoints.random_weights(model, 0, torch.float32))
+        return model.eval().requires_grad_(False)
+
+
+WAN = {"dim": 256, "ffn_dim": 256, "num_heads": 2, "num_layers": 2, "text_dim": 64, "freq_dim": 256}
+COSMOS = {"max_img_h": 64, "max_img_w": 64, "max_frames": 16, "in_channels": 16, "out_channels": 16, "patch_spatial": 2,
+          "patch_temporal": 1, "model_channels": 128, "num_blocks": 1, "num_heads": 1, "crossattn_emb_channels": 64,
+          "pos_emb_cls": "rope3d", "use_adaln_lora": True, "adaln_lora_dim": 32}
+VIDEO, IMAGE = (1, 16, 3, 32, 32), (1, 16, 48, 48)
+BARE = {
+    "wan_reference": Bare("wan.model.WanModel", {**WAN, "in_dim_ref_conv": 16}, VIDEO,
+                          conds={"reference_latent": torch.zeros(16, 32, 32)}),
+    "wan_vace": Bare("wan.model.VaceWanModel", {**WAN, "vace_layers": 1, "vace_in_dim": 96}, VIDEO,
+                     conds={"vace_context": torch.zeros(1, 96, 3, 32, 32), "vace_strength": (1.0,)}),
+    "wan_camera": Bare("wan.model.CameraWanModel", WAN, VIDEO),
+    "wan_humo": Bare("wan.model.HumoWanModel", WAN, VIDEO, conds={"reference_latent": torch.zeros(16, 1, 32, 32)}),
+    "wan_scail": Bare("wan.model.SCAILWanModel", {**WAN, "in_dim": 16}, VIDEO,
+                      conds={"reference_latent": torch.zeros(16, 1, 32, 32), "pose_latents": torch.zeros(16, 3, 16, 16)}),
+    "cogvideox": Bare("cogvideo.model.CogVideoXTransformer3DModel",
+                      {"num_attention_heads": 2, "text_embed_dim": 64, "num_layers": 1, "max_text_seq_length": 40,
+                       "use_rotary_positional_embeddings": True}, (1, 16, 3, 31, 32)),
+    "cogvideox1.5": Bare("cogvideo.model.CogVideoXTransformer3DModel",
+                         {"num_attention_heads": 2, "text_embed_dim": 64, "num_layers": 1, "max_text_seq_length": 40,
+                          "use_rotary_positional_embeddings": True, "patch_size_t": 2}, (1, 16, 6, 32, 32), (2, 2, 2)),
+    "cosmos": Bare("cosmos.model.GeneralDIT", {**COSMOS, "extra_per_block_abs_pos_emb": True,
+                                               "extra_per_block_abs_pos_emb_type": "learnable",
+                                               "block_x_format": "THWBD"}, VIDEO),
+    "cosmos_predict2": Bare("cosmos.predict2.MiniTrainDIT", COSMOS, (1, 16, 3, 31, 33)),
+    "kandinsky5": Bare("kandinsky5.model.Kandinsky5",
+                       {"in_text_dim": 64, "in_text_dim2": 64, "time_dim": 64, "model_dim": 128, "ff_dim": 128,
+                        "visual_embed_dim": 64, "num_text_blocks": 1, "num_visual_blocks": 1}, VIDEO,
+                       conds={"y": torch.zeros(64)}),
+    "chroma": Bare("chroma.model.Chroma",
+                   {"in_channels": 64, "out_channels": 64, "context_in_dim": 64, "hidden_size": 256, "mlp_ratio": 4.0,
+                    "num_heads": 2, "depth": 1, "depth_single_blocks": 1, "axes_dim": [16, 56, 56], "theta": 10000,
+                    "patch_size": 2, "qkv_bias": True, "in_dim": 64, "out_dim": 256, "hidden_dim": 64, "n_layers": 1,
+                    "txt_ids_dims": [], "vec_in_dim": 64}, (1, 16, 47, 51), conds={"guidance": torch.zeros(())}),
+    "z_image": Bare("lumina.model.NextDiT",
+                    {"in_channels": 16, "dim": 256, "n_layers": 1, "n_refiner_layers": 1, "n_heads": 2, "qk_norm": True, "cap_feat_dim": 64,
+                     "axes_dims": [32, 48, 48], "axes_lens": [300, 512, 512], "ffn_dim_multiplier": 1.0,
+                     "z_image_modulation": True, "pad_tokens_multiple": 32}, (1, 16, 47, 50), conds={"num_tokens": 40}),
+    "hidream": Bare("hidream.model.HiDreamImageTransformer2DModel",
+                    {"patch_size": 2, "in_channels": 16, "num_layers": 1, "num_single_layers": 1, "num_attention_heads": 1,
+                     "caption_channels": [64, 64], "text_emb_dim": 64, "axes_dims_rope": (64, 32, 32),
+                     "llama_layers": [0, 1]}, IMAGE,
+                    conds={"y": torch.zeros(64), "encoder_hidden_states_llama3": torch.zeros(2, 30, 64)}),
+    "omnigen2": Bare("omnigen.omnigen2.OmniGen2Transformer2DModel",
+                     {"hidden_size": 192, "num_layers": 1, "num_refiner_layers": 1, "num_attention_heads": 2,
+                      "num_kv_heads": 1, "text_feat_dim": 64}, IMAGE,
+                     conds={"num_tokens": 40, "ref_latents": [torch.zeros(16, 20, 30)]}),
+    "auraflow": Bare("aura.mmdit.MMDiT",
+                     {"in_channels": 16, "out_channels": 16, "dim": 512, "n_layers": 2, "n_double_layers": 1, "n_heads": 2,
+                      "global_conddim": 64, "cond_seq_dim": 64, "max_seq": 1024}, (1, 16, 47, 51)),
+}
+
+
+class Evaluation:
+    """What an APPLY_MODEL wrapper is handed: calls the diffusion model."""
+
+    def __init__(self, model):
+        self.class_obj = type("BaseModel", (), {"diffusion_model": model})
+
+    def __call__(self, x, t, c_concat, c_crossattn, control, transformer_options, **conds):
+        return self.class_obj.diffusion_model(x, t, context=c_crossattn, transformer_options=transformer_options,
+                                              **conds)
+
+
+def batched(value, batch):
+    if isinstance(value, list):
+        return [batched(item, batch) for item in value]
+    return value.expand(batch, *value.shape).clone() if isinstance(value, torch.Tensor) else value
+
+
+@pytest.mark.parametrize("name", BARE)
+def test_grid_of_bare_models(comfy_nodes, name):
+    bare = BARE[name]
+    package = package_of(comfy_nodes)
+    recorder, latent = Recorder(package), numbered(bare.latent, bare.patch)
+    batch = len(latent)
+    text = torch.randn(1, bare.text, 64, generator=torch.Generator().manual_seed(1)).expand(batch, -1, -1)
+    conds = {key: batched(value, batch) for key, value in (bare.conds or {}).items()}
+    with torch.no_grad():
+        sys.modules[f"{package}.models"].expect_tokens(
+            Evaluation(bare.build()), latent, torch.full((batch,), 0.5), None, text, None, {SLOT: recorder}, **conds)
+    assert recorder.calls
+    check_all(recorder.calls, patch_grid(bare.latent, bare.patch))
+
+
+def run_log(comfy_nodes, caplog, model, family, **widgets):
+    """The latent of a run and the pack's log lines."""
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        latent = sample(apply(comfy_nodes, model, **widgets), family)
+    return latent, "\n".join(record.getMessage() for record in caplog.records if "SpargeAttn" in record.getMessage())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_order_is_numerically_neutral(comfy_nodes, load, caplog, name):
+    """With thresholds that keep everything; and the summary names order and grid."""
+    family, model = FAMILIES[name], load(name)
+    everything = {"selection": "topk", "keep_percent": 100.0, "similarity_threshold": -1.0}
+    off, log = run_log(comfy_nodes, caplog, model, family, selection=everything, hilbert="off")
+    assert "in row-major order of" in log and "hilbert" not in log
+    on, log = run_log(comfy_nodes, caplog, model, family, selection=everything, hilbert="on")
+    assert "in hilbert order of" in log and "no hilbert order" not in log
+    assert relative_l1(on, off) <= (1e-4 if not torch.cuda.is_available() else 0.1)
+
+
+@pytest.mark.parametrize("name", ("wan", "flux"))
+def test_order_decides_what_is_skipped(comfy_nodes, load, caplog, name):
+    family, model = FAMILIES[name], load(name)
+    off, _ = run_log(comfy_nodes, caplog, model, family, selection=SPARSE, hilbert="off")
+    on, _ = run_log(comfy_nodes, caplog, model, family, selection=SPARSE, hilbert="on")
+    assert not torch.equal(on, off)
+
+
+@pytest.mark.parametrize("name, wrong", (("wan", (32, 4, 6)), ("flux", (1, 9, 64)), ("mochi", (3, 32, 8))))
+def test_a_wrong_grid_costs_sparsity_alone(comfy_nodes, load, monkeypatch, name, wrong):
+    """The thresholds still hold what they promise; only other blocks are alike."""
+    family, model = FAMILIES[name], load(name)
+    layout = sys.modules[f"{package_of(comfy_nodes)}.models"].TokenLayout
+    policy = sys.modules[f"{package_of(comfy_nodes)}.policy"]
+    asked = []
+
+    def token_layout(tokens, options):
+        asked.append(tokens)
+        return layout(wrong, before=0, after=tokens - math.prod(wrong))
+
+    dense = sample(model, family)
+    monkeypatch.setattr(policy, "token_layout", token_layout)
+    wrongly_ordered = sample(apply(comfy_nodes, model, selection=CONSERVATIVE, hilbert="on"), family)
+    assert asked
+    assert relative_l1(wrongly_ordered, dense) <= (1e-4 if not torch.cuda.is_available() else 0.1)
+
+
+def test_an_unknown_model_keeps_its_order_and_says_so_once(comfy_nodes, load, monkeypatch, caplog):
+    models = sys.modules[f"{package_of(comfy_nodes)}.models"]
+    monkeypatch.delitem(models._RULES, "WanModel")
+    _, log = run_log(comfy_nodes, caplog, load("wan"), FAMILIES["wan"], hilbert="on")
+    assert log.count("no hilbert order: nothing is known about the token order of the model class WanModel") == 1
+    assert "in hilbert order of" not in log
+    _, log = run_log(comfy_nodes, caplog, load("wan"), FAMILIES["wan"], hilbert="off")
+    assert "no hilbert order" not in log
