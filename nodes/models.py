@@ -201,7 +201,8 @@ _RULES: dict[str, Rule] = {
     "LTXVModel": _ltx, "LTXAVModel": _ltx, "GeneralDIT": _grid_alone, "MiniTrainDIT": _grid_alone,
     "Anima": _grid_alone, "Kandinsky5": _grid_alone, "MiniMaxH3Model": _grid_last,
     # image models
-    "Flux": _text_first, "Chroma": _text_first, "ChromaRadiance": _text_first, "QwenImageTransformer2DModel": _text_first,
+    "Flux": _text_first, "Chroma": _text_first, "ChromaRadiance": _text_first,
+    "QwenImageTransformer2DModel": _text_first,
     "OpenAISignatureMMDITWrapper": _grid_last, "MMDiT": _grid_last,  # SD3, AuraFlow
     "NextDiT": _lumina, "NextDiTPixelSpace": _lumina, "OmniGen2Transformer2DModel": _grid_last,
     "HiDreamImageTransformer2DModel": _hidream, "UNetModel": _grid_per_call,
@@ -225,7 +226,8 @@ def expect_tokens(executor, x: Tensor, t: Tensor, c_concat: Tensor | None = None
 def expectation(model: Any, shape: torch.Size, text: Tensor | None, conds: dict[str, Any]) -> Expectation | str:
     """What to expect of a model's attention calls, or why nothing is known.
 
-    shape: of the latent, (B, C, H, W) or (B, C, T, H, W), or packed with its own shape in `conds`. text: (B, tokens, …).
+    shape: of the latent, (B, C, H, W) or (B, C, T, H, W), or packed with its own shape in `conds`.
+    text: (B, tokens, …).
     """
     name = type(getattr(model, "_orig_mod", model)).__name__  # torch.compile wraps models
     rule = _RULES.get(name)

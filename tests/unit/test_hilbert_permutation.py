@@ -48,6 +48,9 @@ def test_sequences(grid, before, after, curve):
     assert torch.equal(order[before:total - after], grid_order(grid, curve) + before)
     tokens = torch.arange(total)
     assert torch.equal(tokens[order][inverse(order)], tokens)
+    grid_first = sequence_order(grid, before=before, after=after, curve=curve, grid_first=True)
+    inside = order[before:total - after]
+    assert torch.equal(grid_first, torch.cat([inside, order[:before], order[total - after:]]))
 
 
 @pytest.mark.parametrize("dtype", (torch.int32, torch.int64))

@@ -56,7 +56,7 @@ def patch_grid(shape, patch):
 
 
 def numbered(shape, patch, seed=0):
-    """Latents (1 + digits, C, …): plain noise, then for each binary digit, noise with the patches changed that have it."""
+    """Latents (1 + digits, C, …): noise, then for each binary digit the noise with those patches changed that have it."""
     # The change has no direction in common, so that its sum over many tokens, which attention spreads, stays small.
     noise, change = torch.randn(2, 1, *shape[1:], generator=torch.Generator().manual_seed(seed))
     grid = patch_grid(shape, patch)
@@ -221,7 +221,11 @@ class Bare:
         module, name = self.path.rsplit(".", 1)
         config = {**self.config, **checkpoints._operations()}
         model = getattr(importlib.import_module(f"comfy.ldm.{module}"), name)(**config)
-        model.load_state_dict(checkpoints.random_weights(model, 0, torch.float32))
+        weights = checkpoints.random_weights(model, 0, torch.float32)
+        for key in weights:
+            if key.endswith("pad_token"):  # as large as other tokens, lest what they attend to stands out
+                weights[key] *= 20
+        model.load_state_dict(weights)
         return model.eval().requires_grad_(False)
 
 
@@ -238,7 +242,8 @@ BARE = {
     "wan_camera": Bare("wan.model.CameraWanModel", WAN, VIDEO),
     "wan_humo": Bare("wan.model.HumoWanModel", WAN, VIDEO, conds={"reference_latent": torch.zeros(16, 1, 32, 32)}),
     "wan_scail": Bare("wan.model.SCAILWanModel", {**WAN, "in_dim": 16}, VIDEO,
-                      conds={"reference_latent": torch.zeros(16, 1, 32, 32), "pose_latents": torch.zeros(16, 3, 16, 16)}),
+                      conds={"reference_latent": torch.zeros(16, 1, 32, 32),
+                             "pose_latents": torch.zeros(16, 3, 16, 16)}),
     "cogvideox": Bare("cogvideo.model.CogVideoXTransformer3DModel",
                       {"num_attention_heads": 2, "text_embed_dim": 64, "num_layers": 1, "max_text_seq_length": 40,
                        "use_rotary_positional_embeddings": True}, (1, 16, 3, 31, 32)),
@@ -259,12 +264,12 @@ BARE = {
                     "patch_size": 2, "qkv_bias": True, "in_dim": 64, "out_dim": 256, "hidden_dim": 64, "n_layers": 1,
                     "txt_ids_dims": [], "vec_in_dim": 64}, (1, 16, 47, 51), conds={"guidance": torch.zeros(())}),
     "z_image": Bare("lumina.model.NextDiT",
-                    {"in_channels": 16, "dim": 256, "n_layers": 1, "n_refiner_layers": 1, "n_heads": 2, "qk_norm": True, "cap_feat_dim": 64,
-                     "axes_dims": [32, 48, 48], "axes_lens": [300, 512, 512], "ffn_dim_multiplier": 1.0,
+                    {"in_channels": 16, "dim": 256, "n_layers": 1, "n_refiner_layers": 1, "n_heads": 2, "qk_norm": True,
+                     "cap_feat_dim": 64, "axes_dims": [32, 48, 48], "axes_lens": [300, 512, 512], "ffn_dim_multiplier": 1.0,
                      "z_image_modulation": True, "pad_tokens_multiple": 32}, (1, 16, 47, 50), conds={"num_tokens": 40}),
     "hidream": Bare("hidream.model.HiDreamImageTransformer2DModel",
-                    {"patch_size": 2, "in_channels": 16, "num_layers": 1, "num_single_layers": 1, "num_attention_heads": 1,
-                     "caption_channels": [64, 64], "text_emb_dim": 64, "axes_dims_rope": (64, 32, 32),
+                    {"patch_size": 2, "in_channels": 16, "num_layers": 1, "num_single_layers": 1,
+                     "num_attention_heads": 1, "caption_channels": [64, 64], "text_emb_dim": 64, "axes_dims_rope": (64, 32, 32),
                      "llama_layers": [0, 1]}, IMAGE,
                     conds={"y": torch.zeros(64), "encoder_hidden_states_llama3": torch.zeros(2, 30, 64)}),
     "omnigen2": Bare("omnigen.omnigen2.OmniGen2Transformer2DModel",
@@ -272,8 +277,8 @@ BARE = {
                       "num_kv_heads": 1, "text_feat_dim": 64}, IMAGE,
                      conds={"num_tokens": 40, "ref_latents": [torch.zeros(16, 20, 30)]}),
     "auraflow": Bare("aura.mmdit.MMDiT",
-                     {"in_channels": 16, "out_channels": 16, "dim": 512, "n_layers": 2, "n_double_layers": 1, "n_heads": 2,
-                      "global_conddim": 64, "cond_seq_dim": 64, "max_seq": 1024}, (1, 16, 47, 51)),
+                     {"in_channels": 16, "out_channels": 16, "dim": 512, "n_layers": 2, "n_double_layers": 1,
+                      "n_heads": 2, "global_conddim": 64, "cond_seq_dim": 64, "max_seq": 1024}, (1, 16, 47, 51)),
 }
 
 
