@@ -56,7 +56,7 @@ def patch_grid(shape, patch):
 
 
 def numbered(shape, patch, seed=0):
-    """Latents (1 + digits, C, …): noise, then for each binary digit the noise with those patches changed that have it."""
+    """Latents (1 + digits, C, …): noise, and for each binary digit the same with the patches changed that have it."""
     # The change has no direction in common, so that its sum over many tokens, which attention spreads, stays small.
     noise, change = torch.randn(2, 1, *shape[1:], generator=torch.Generator().manual_seed(seed))
     grid = patch_grid(shape, patch)
@@ -269,8 +269,8 @@ BARE = {
                      "z_image_modulation": True, "pad_tokens_multiple": 32}, (1, 16, 47, 50), conds={"num_tokens": 40}),
     "hidream": Bare("hidream.model.HiDreamImageTransformer2DModel",
                     {"patch_size": 2, "in_channels": 16, "num_layers": 1, "num_single_layers": 1,
-                     "num_attention_heads": 1, "caption_channels": [64, 64], "text_emb_dim": 64, "axes_dims_rope": (64, 32, 32),
-                     "llama_layers": [0, 1]}, IMAGE,
+                     "num_attention_heads": 1, "caption_channels": [64, 64], "text_emb_dim": 64,
+                     "axes_dims_rope": (64, 32, 32), "llama_layers": [0, 1]}, IMAGE,
                     conds={"y": torch.zeros(64), "encoder_hidden_states_llama3": torch.zeros(2, 30, 64)}),
     "omnigen2": Bare("omnigen.omnigen2.OmniGen2Transformer2DModel",
                      {"hidden_size": 192, "num_layers": 1, "num_refiner_layers": 1, "num_attention_heads": 2,
@@ -369,3 +369,15 @@ def test_an_unknown_model_keeps_its_order_and_says_so_once(comfy_nodes, load, mo
     assert "in hilbert order of" not in log
     _, log = run_log(comfy_nodes, caplog, load("wan"), FAMILIES["wan"], hilbert="off")
     assert "no hilbert order" not in log
+
+
+def test_context_windows(comfy_nodes, load, caplog):
+    """A clip that is sampled in windows has the windows' grid."""
+    from comfy_extras.nodes_context_windows import WanContextWindowsManualNode
+
+    family = replace(FAMILIES["wan"], latent=(1, 16, 5, 32, 32))
+    windowed = WanContextWindowsManualNode.execute(
+        model=load("wan"), context_length=9, context_overlap=4, context_schedule="standard_static", context_stride=1,
+        closed_loop=False, fuse_method="pyramid", freenoise=False).result[0]
+    _, log = run_log(comfy_nodes, caplog, windowed, family, hilbert="on")
+    assert "in hilbert order of 3×16×16" in log and "5×16×16" not in log and "no hilbert order" not in log
