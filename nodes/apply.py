@@ -98,9 +98,10 @@ class ApplySpargeAttn(io.ComfyNode):
                 io.Combo.Input(  # optional, so that prompts saved without it still run
                     "hilbert", options=list(CURVES), default="auto", optional=True,
                     tooltip="on: tokens are grouped into blocks along a Hilbert curve through the picture or clip, so "
-                            "that those of a block are neighbours in space and time. off: in the model's order, row "
-                            "by row. It changes which blocks are alike, and so which are skipped; where the grid of a "
-                            "model is not certain, the order stays as it is. auto: what measurements favour."),
+                            "that those of a block are neighbours in space and time: more blocks are alike, and fewer "
+                            "are computed at the same error where similarity_threshold is 0.3 or more. off: the "
+                            "model's own order. auto is off for now. Where a model's grid is not certain, the order "
+                            "stays as it is."),
             ],
             outputs=[io.Model.Output(tooltip="The patched model; the input stays as it was.")],
         )

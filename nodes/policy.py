@@ -15,7 +15,8 @@ from .models import UNSEEN, TokenLayout, token_layout
 
 # The eager path is for trying things out; on longer sequences it would keep a CPU busy for minutes a call.
 MAX_CPU_TOKENS = 16384
-# What the widget `hilbert` chooses: a curve through the grid of visual tokens, or the model's own order.
+# What the widget `hilbert` chooses: a curve through the grid of visual tokens, or the model's own order. Without the
+# similarity judge the model's own order is better (tests/bench/results/h100_orders.json), so auto leaves it alone.
 CURVES = {"auto": None, "on": "hilbert", "off": None}
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -58,8 +59,8 @@ class SparsePlan:
 
     @property
     def sink_keys(self) -> tuple[tuple[int, int], ...]:
-        """Text and other tokens outside the grid, whatever the order: they are few, and the most attended ones."""
-        return self.layout.others if isinstance(self.layout, TokenLayout) else ()
+        """Text and other tokens outside the grid, where the grid's tokens are reordered without them."""
+        return () if self.order is None else self.layout.others
 
 
 @dataclass(frozen=True)
