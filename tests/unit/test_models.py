@@ -120,7 +120,7 @@ def test_no_layout_without_certainty(found, reason):
 
 def test_rules_give_layouts_of_exactly_the_calls_length():
     """Whatever the length of a call, a layout that is given fits it: its order can't be of another length."""
-    for name, rule in models._RULES.items():
+    for name in models._RULES:
         some = model(name, patch_size=2)
         found = [layout(some, (1, 16, 2, 8, 12), tokens, 7, {"activations_shape": (1, 8, 6, 8)})
                  for tokens in range(1, 120)]
