@@ -39,7 +39,7 @@ _TABLE: dict[str, dict[int, tuple[AttendConfig, AttendConfig | None]]] = {
     "sm100": {
         64: (AttendConfig(BlockShape(128, 64), 8, 3, tma=True), AttendConfig(BlockShape(128, 64), 8, 3, tma=True)),
         128: (AttendConfig(BlockShape(128, 64), 8, 3, tma=True), AttendConfig(BlockShape(128, 64), 8, 3, tma=True)),
-        256: (AttendConfig(BlockShape(64, 64), 8, 2, tma=True), AttendConfig(BlockShape(64, 64), 8, 2, tma=True)),
+        256: (AttendConfig(BlockShape(64, 64), 4, 2, tma=True), AttendConfig(BlockShape(64, 64), 4, 2, tma=True)),
     },
     # A100: 163 KB of shared memory.
     "sm80": {
