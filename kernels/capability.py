@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 MAX_HEAD_DIM = 256
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MIN_SM = 80
 # CDNA3 (gfx94x, gfx95x) and RDNA3 and newer (gfx11xx, gfx12xx).
 _AMD_FAMILIES = ("gfx94", "gfx95", "gfx11", "gfx12")
@@ -44,7 +44,7 @@ def triton_declines(facts: Facts) -> str | None:
         return f"AMD architecture {facts.arch} is older than CDNA3 and RDNA3"
     if not facts.has_triton:
         return f"Triton is not installed (pip install {_triton_package()})"
-    if facts.dtype not in _DTYPES:
+    if facts.dtype not in DTYPES:
         return f"dtype {facts.dtype} is none of float16, bfloat16, float32"
     if facts.arch == "interpreter" and facts.dtype == torch.bfloat16:
         return "Triton's interpreter does not multiply bfloat16"

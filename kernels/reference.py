@@ -71,7 +71,7 @@ def sparge_attention(q: Tensor, k: Tensor, v: Tensor, *, params: SpargeParams = 
     rules = visibility(n_q, keys, block, causal)
     mask = predict_map(queries, keys, rules, params, scale)
     out, pv_skipped = attend(queries, keys, value, mask, rules, params, scale, skipped, quantise,
-                             causal, (n_q, n_k))
+                             causal, n_q)
     if order_q is not None:
         out = torch.empty_like(out).scatter_(2, order_q[None, :, :, None].expand_as(out), out)
     stats = SpargeStats((mask.sum((-2, -1)) / rules.visible.sum((-2, -1)).clamp(min=1)).float(), pv_skipped)
@@ -165,12 +165,11 @@ def predict_map(queries: Compressed, keys: Compressed, rules: Visibility, params
 
 def attend(queries: Compressed, keys: Compressed, value: Tensor, mask: Tensor, rules: Visibility,
            params: SpargeParams, scale: float, skipped: str, quantise: str | None, causal: bool,
-           sizes: tuple[int, int]) -> tuple[Tensor, Tensor]:
+           n_q: int) -> tuple[Tensor, Tensor]:
     """Block-sparse online softmax over the kept blocks (3.4, 3.5), one query block of all heads at a time.
 
     value (B, H, nk, b_k, D). Returns the output (B, H, Nq, D) in blocking order and pv_skipped (B, H).
     """
-    n_q, n_k = sizes
     batch, heads, nq, block_q, _ = queries.tokens.shape
     q, k, v, rounding = queries.tokens * (scale * LOG2E), keys.tokens, value, None
     v_centre, v_scale = v.new_zeros(1, 1, 1, 1, 1), v.new_ones(1, 1, 1, 1, 1)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import SpargeParams, select_implementation
-from ..kernels.capability import MAX_HEAD_DIM, arch_of, supports_fp8
+from ..kernels.capability import DTYPES, MAX_HEAD_DIM, arch_of, supports_fp8
 from .blocks import Block, BlockList
 from .calling import AttentionCall
 from .models import UNSEEN, TokenLayout, token_layout
@@ -18,7 +18,6 @@ MAX_CPU_TOKENS = 16384
 # What the widget `hilbert` chooses: a curve through the grid of visual tokens, or the model's own order. Without the
 # similarity judge the model's own order is better (tests/bench/results/h100_orders.json), so auto leaves it alone.
 CURVES = {"auto": None, "on": "hilbert", "off": None}
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,7 @@ def _no_implementation_takes(call: AttentionCall) -> Dense | None:
     q, k, v = call.q, call.k, call.v
     q_heads, k_heads = call.heads
     tensors = {"q": q, "k": k, "v": v} | ({} if call.mask is None else {"mask": call.mask})
-    if q.dtype not in _DTYPES or not q.dtype == k.dtype == v.dtype:
+    if q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:
         return Dense("unsupported dtype", f"q {q.dtype}, k {k.dtype}, v {v.dtype}")
     if len({x.device for x in tensors.values()}) > 1:
         return Dense("tensors on different devices", ", ".join(f"{name} {x.device}" for name, x in tensors.items()))

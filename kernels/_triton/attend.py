@@ -14,7 +14,7 @@ from ..reference import FP8_MAX, ROW_GROUP
 from .blockmap import BlockLists
 from .config import AUTOTUNE_CHOICES, AttendConfig, autotune
 from .prepare import PreparedKeys, PreparedQueries, PreparedValues
-from .primitives import rows_of, threshold_of, token_at, token_strides
+from .primitives import order_rows, padded_dim, rows_of, threshold_of, token_at, token_strides
 
 _TAIL_TILE = 64  # pooled blocks that a step of the tail takes together
 
@@ -176,7 +176,7 @@ def attend(queries: PreparedQueries, keys: PreparedKeys, values: PreparedValues,
     """
     batch, heads, n_q, dim = out.shape
     kv_heads, nk = keys.similarity.shape[1:]
-    nq, pitch, padded = queries.similarity.shape[2], keys.quantised.shape[-1], triton.next_power_of_2(max(dim, 16))
+    nq, pitch, padded = queries.similarity.shape[2], keys.quantised.shape[-1], padded_dim(dim)
     block, fp8 = config.block, values.values.dtype == torch.float8_e4m3fn
     skip_pv = per_head is not None or pv_threshold < float("inf")
     skips = torch.empty_like(queries.similarity, dtype=torch.int32) if skip_pv and count_skips else None
@@ -190,7 +190,7 @@ def attend(queries: PreparedQueries, keys: PreparedKeys, values: PreparedValues,
         queries.quantised, queries.scale, k, keys.scale, v, values.scale, values.centre, keys.valid, lists.indices,
         lists.counts, keys.pooled, keys.pooled_scale, values.pooled, lists.pooled, keys.count, out, order, per_head,
         skips, pv_threshold,
-        *strides, nq, nk, n_q, n_k, heads, heads // kv_heads, 1 if order is None or order.ndim == 1 else kv_heads,
+        *strides, nq, nk, n_q, n_k, heads, heads // kv_heads, order_rows(order),
         D=dim, DP=padded, PITCH=pitch, BLOCK_Q=block.q, BLOCK_K=block.k, ALIGN=align, FP8=fp8, CAUSAL=causal,
         SKIP_PV=skip_pv, ROW_GROUP=ROW_GROUP, TAIL_TILE=_TAIL_TILE,
         P_SHIFT=math.log2(FP8_MAX) if fp8 else 0.0, TMA=config.tma, **options)

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
 from ..capability import arch_of, supports_fp8
@@ -12,14 +11,13 @@ from .attend import attend
 from .blockmap import BlockLists, select_blocks
 from .config import AttendConfig, attend_config
 from .prepare import PreparedKeys, PreparedQueries, PreparedValues, prepare_keys, prepare_queries
-
-Ranges = list[tuple[int, int]]
+from .primitives import padded_dim
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor, *, per_head: Tensor | None, thresholds: list[float],
               selection: str, scale: float | None, causal: bool, key_padding_mask: Tensor | None,
-              order: Tensor | None, sink_keys: Ranges, dense_queries: Ranges, pv_dtype: str, skipped: str,
-              return_stats: bool) -> tuple[Tensor | None, Tensor | None]:
+              order: Tensor | None, sink_keys: TokenRanges | None, dense_queries: TokenRanges | None, pv_dtype: str,
+              skipped: str, return_stats: bool) -> tuple[Tensor | None, Tensor | None]:
     """`sparge_attention` of q (B, H, Nq, D), k, v (B, Hkv, Nk, D) into out like q; (kept, pv_skipped) if asked."""
     config, fp8 = _configure(q, pv_dtype)
     queries, keys, values, lists = _prepare(
@@ -44,19 +42,20 @@ def predict(q: Tensor, k: Tensor, *, per_head: Tensor | None, thresholds: list[f
     config, _ = _configure(q, pv_dtype)
     lists = _prepare(q, k, None, config=config, fp8=False, pooled=False, per_head=per_head, thresholds=thresholds,
                      selection=selection, scale=scale, causal=causal, key_padding_mask=key_padding_mask, order=order,
-                     sink_keys=sink_keys or [], dense_queries=dense_queries or [])[-1]
+                     sink_keys=sink_keys, dense_queries=dense_queries)[-1]
     return lists.public(config.block)
 
 
 def _configure(q: Tensor, pv_dtype: str) -> tuple[AttendConfig, bool]:
     arch = arch_of(q.device)
     fp8 = pv_dtype == "fp8" or (pv_dtype == "auto" and supports_fp8(arch))
-    return attend_config(arch, triton.next_power_of_2(q.shape[-1]), fp8), fp8
+    return attend_config(arch, padded_dim(q.shape[-1]), fp8), fp8
 
 
 def _prepare(q: Tensor, k: Tensor, v: Tensor | None, *, config: AttendConfig, fp8: bool, pooled: bool,
              per_head: Tensor | None, thresholds: list[float], selection: str, scale: float | None, causal: bool,
-             key_padding_mask: Tensor | None, order: Tensor | None, sink_keys: Ranges, dense_queries: Ranges,
+             key_padding_mask: Tensor | None, order: Tensor | None, sink_keys: TokenRanges | None,
+             dense_queries: TokenRanges | None,
              ) -> tuple[PreparedQueries, PreparedKeys, PreparedValues | None, BlockLists]:
     q, k, v = (x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -71,7 +70,7 @@ def _prepare(q: Tensor, k: Tensor, v: Tensor | None, *, config: AttendConfig, fp
     return queries, keys, values, lists
 
 
-def _flags(ranges: Ranges, x: Tensor) -> Tensor | None:
+def _flags(ranges: TokenRanges | None, x: Tensor) -> Tensor | None:
     """int8 (N,), 1 inside the token ranges; None where there are none."""
     if not ranges:
         return None
@@ -79,4 +78,3 @@ def _flags(ranges: Ranges, x: Tensor) -> Tensor | None:
     for start, stop in ranges:
         flags[start:stop] = 1
     return flags
-

@@ -11,7 +11,16 @@ from torch import Tensor
 from ..reference import FP8_MAX
 from ..types import BlockShape
 from .config import prepare_warps
-from .primitives import block_similarity, round_up, rows_of, to_int8, token_at, token_strides
+from .primitives import (
+    block_similarity,
+    order_rows,
+    padded_dim,
+    round_up,
+    rows_of,
+    to_int8,
+    token_at,
+    token_strides,
+)
 
 _SPLITS = 32  # programs a head that share the pass over K and V
 
@@ -212,7 +221,7 @@ def prepare_queries(q: Tensor, *, factor: float, order: Tensor | None, flags: Te
                     block: BlockShape) -> PreparedQueries:
     """Pool and quantise q (B, H, N, D); `factor` (softmax scale · log2 e) is folded into the scales."""
     batch, heads, n, dim = q.shape
-    blocks, pitch, padded = -(-n // block.q), round_up(dim, 16), triton.next_power_of_2(max(dim, 16))
+    blocks, pitch, padded = -(-n // block.q), round_up(dim, 16), padded_dim(dim)
     strides, align = token_strides(q)
     new = q.new_empty
     out = PreparedQueries(quantised=new((batch, heads, blocks * block.q, pitch), dtype=torch.int8),
@@ -221,7 +230,7 @@ def prepare_queries(q: Tensor, *, factor: float, order: Tensor | None, flags: Te
                           similarity=new((batch, heads, blocks), dtype=torch.float32))
     _queries_kernel[blocks, batch * heads](
         q, order, flags, out.quantised, out.scale, out.mean, out.similarity, factor, *strides, n, blocks, heads,
-        _rows(order), heads // kv_heads, D=dim, DP=padded, PITCH=pitch, BLOCK=block.q, ALIGN=align,
+        order_rows(order), heads // kv_heads, D=dim, DP=padded, PITCH=pitch, BLOCK=block.q, ALIGN=align,
         num_warps=prepare_warps(block.q, padded))
     return out
 
@@ -234,7 +243,7 @@ def prepare_keys(k: Tensor, v: Tensor | None, *, order: Tensor | None, flags: Te
     end, and costs no bits of the number format until then.
     """
     batch, heads, n, dim = k.shape
-    blocks, pitch, padded = -(-n // block.k), round_up(dim, 16), triton.next_power_of_2(max(dim, 16))
+    blocks, pitch, padded = -(-n // block.k), round_up(dim, 16), padded_dim(dim)
     (k_strides, k_align), (v_strides, v_align) = token_strides(k), token_strides(k if v is None else v)
 
     def new(*shape, dtype=torch.float32):
@@ -262,10 +271,6 @@ def prepare_keys(k: Tensor, v: Tensor | None, *, order: Tensor | None, flags: Te
     _keys_kernel[blocks, batch * heads](
         k, v, order, flags, padding, k_mean, v_centre, v_scale, keys.quantised, keys.scale, keys.mean, keys.similarity,
         keys.count, keys.valid, keys.pooled, keys.pooled_scale, values and values.values, values and values.pooled,
-        *k_strides, *v_strides, n, blocks, heads, _rows(order), D=dim, DP=padded, PITCH=pitch, BLOCK=block.k,
+        *k_strides, *v_strides, n, blocks, heads, order_rows(order), D=dim, DP=padded, PITCH=pitch, BLOCK=block.k,
         K_ALIGN=k_align, V_ALIGN=v_align, FP8=fp8, num_warps=prepare_warps(block.k, padded))
     return keys, values
-
-
-def _rows(order: Tensor | None) -> int:
-    return 1 if order is None or order.ndim == 1 else order.shape[0]

@@ -20,6 +20,16 @@ def round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
+def padded_dim(dim: int) -> int:
+    """The power of two, at least 16, that a head_dim fills up to in registers."""
+    return triton.next_power_of_2(max(dim, 16))
+
+
+def order_rows(order: torch.Tensor | None) -> int:
+    """Rows of an order: one for all heads, or one a key head."""
+    return 1 if order is None or order.ndim == 1 else order.shape[0]
+
+
 @triton.jit
 def rows_of(x, batch, head, rows, stride_b, stride_h, stride_n, ALIGN: tl.constexpr):
     """Pointers to the first element of rows [N] of one head."""

@@ -28,7 +28,7 @@ SETTINGS = [(0.98, 0.4), (0.95, 0.3)]
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.demo", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=HERE / "output", help="folder for the pictures")
     parser.add_argument("--grid", type=int, nargs=3, metavar=("T", "H", "W"), help="size of the clip in tokens")
     parser.add_argument("--steps", type=int, help="sampling steps")

@@ -25,7 +25,7 @@ TEXT_DIM = 64
 _RGB = torch.tensor([
     [0.95, 0.10, 0.10], [1.00, 0.50, 0.05], [0.98, 0.90, 0.10], [0.10, 0.80, 0.20],
     [0.10, 0.85, 0.90], [0.10, 0.25, 0.95], [0.65, 0.15, 0.85], [0.95, 0.95, 0.95],
-])  # fmt: skip
+])
 _STEP = torch.tensor([[1.0, 0], [-1, 0], [0, -1], [0, 1], [0, 0], [0, 0], [0, 0]])  # x, y of each motion
 
 # Linear preview of a Wan 2.1 latent: rgb in -1..1 = latent @ factors + bias.
@@ -34,7 +34,7 @@ _PREVIEW = torch.tensor([
     [0.0313, 0.0189, -0.0328], [0.0296, -0.0956, -0.0665], [-0.3477, -0.4059, -0.2925], [0.0166, 0.1902, 0.1975],
     [-0.0412, 0.0267, -0.1364], [-0.1293, 0.0740, 0.1636], [0.0680, 0.3019, 0.1128], [0.0032, 0.0581, 0.0639],
     [-0.1251, 0.0927, 0.1699], [0.0060, -0.0633, 0.0005], [0.3477, 0.2275, 0.2950], [0.1984, 0.0913, 0.1861],
-])  # fmt: skip
+])
 _PREVIEW_BIAS = torch.tensor([-0.1835, -0.0868, -0.3360])
 
 # Measured mean of the feature planes, and divisors that bring them to a deviation of 0.6 to 0.9. Planes that
@@ -121,7 +121,7 @@ def _shape_distance(x: Tensor, y: Tensor, shape: Tensor) -> Tensor:
         polygon(3) - 0.56,
         radius - 1.15 + 0.62 * spike,
         (radius - 0.72).abs() - 0.26,
-    ])  # fmt: skip
+    ])
     return distances[shape, torch.arange(len(shape), device=shape.device)]
 
 
@@ -133,7 +133,7 @@ def _texture(px: Tensor, py: Tensor, kind: Tensor) -> Tensor:
         0.5 + 0.5 * torch.tanh(2.5 * sx),
         0.5 + 0.5 * torch.tanh(4 * sx * sy),
         torch.sigmoid(5 * (0.9 - sx - sy)),
-    ])  # fmt: skip
+    ])
     return kinds[kind, torch.arange(len(kind), device=kind.device)]
 
 
@@ -175,7 +175,7 @@ def _draw_object(scene: _Scene, words: Tensor, cx: Tensor, cy: Tensor, size: Ten
     light = (0.35 + 0.65 * _texture(px, py, texture)) * (1 - 0.12 * (along**2 + across**2) / size**2)
     rgb = scene.colours[colour].view(-1, 1, 1, 1, 3) * light.clamp_min(0)[..., None]
     return {"mask": torch.sigmoid(-2 * distance), "distance": distance, "rgb": rgb,
-                "x": along / size, "y": across / size, "px": px, "py": py}  # fmt: skip
+                "x": along / size, "y": across / size, "px": px, "py": py}
 
 
 def _draw_background(scene: _Scene, words: Tensor) -> dict[str, Tensor]:
@@ -225,7 +225,7 @@ def render(prompts: Tensor, grid: tuple[int, int, int], generator=None) -> tuple
         m1 * first["px"].sin() + m2 * second["px"].sin(), m1 * first["py"].sin() + m2 * second["py"].sin(),
         m0 * back["px"].sin(), m0 * back["py"].sin(), m0 * back["slope"],
         gx, gy, torch.sqrt(gx**2 + gy**2 + 1e-4),
-    ], dim=-1)  # fmt: skip
+    ], dim=-1)
     return rgb, features
 
 

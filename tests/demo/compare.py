@@ -63,7 +63,7 @@ class Attention:
 
 
 def generate(model, name: str, params: SpargeParams | None, prompt: Tensor, grid: tuple[int, int, int], steps: int,
-             seed: int, dense_steps: int) -> Run:  # fmt: skip
+             seed: int, dense_steps: int) -> Run:
     """Sample one clip of token grid (T, h, w); ``params`` None is dense attention."""
     attention = model.attention = Attention(params, dense_steps)
     latent_grid = (grid[0], 2 * grid[1], 2 * grid[2])

@@ -44,7 +44,7 @@ class ComfyUI:
         self.model = comfy.sd.load_diffusion_model(str(checkpoint))
 
     def generate(self, name: str, params, prompt: Tensor, grid: tuple[int, int, int], steps: int, seed: int,
-                 start_percent: float) -> Run:  # fmt: skip
+                 start_percent: float) -> Run:
         """Like ``compare.generate``. The time of attention is not taken: ComfyUI's own timing stays undisturbed."""
         import comfy.sample
 
@@ -52,13 +52,13 @@ class ComfyUI:
         if params is not None:
             node = self.nodes.NODE_CLASS_MAPPINGS["ApplySpargeAttn"]
             selection = {"selection": "cdf", "cdf_threshold": params.cdf_threshold,
-                             "similarity_threshold": params.similarity_threshold}  # fmt: skip
+                         "similarity_threshold": params.similarity_threshold}
             model = node.execute(model=model, selection=selection, start_percent=start_percent, **WIDGETS).result[0]
         shape = (1, 16, grid[0], 2 * grid[1], 2 * grid[2])
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
         condition = [[encode(prompt[None]), {}]]
         start = time.perf_counter()
         latent = comfy.sample.sample(model, noise, steps, 1.0, "euler", "simple", condition, condition,
-                                     torch.zeros(shape), seed=seed, disable_pbar=True)  # fmt: skip
+                                     torch.zeros(shape), seed=seed, disable_pbar=True)
         seconds = time.perf_counter() - start
         return Run(name, model.model.process_latent_in(latent)[0].float(), seconds, None, self.report.kept)

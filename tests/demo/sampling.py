@@ -18,7 +18,7 @@ def shifted(u, shift: float = SHIFT):
 
 @torch.no_grad()
 def sample(model, prompts: Tensor, grid: tuple[int, int, int], steps: int = 20, seed: int = 0, cfg: float = 1.0,
-           before_step=None) -> Tensor:  # fmt: skip
+           before_step=None) -> Tensor:
     """Latents (B, 16, T, H, W) in fp32 for prompts (B, 11).
 
     The noise is drawn on the CPU, so that a seed means the same clip on every device.

@@ -81,7 +81,7 @@ class Trainer:
             Muon(matrices, lr=self.lr[0]),
             torch.optim.AdamW(rest, lr=self.lr[1], betas=(0.9, 0.98), weight_decay=0.0, fused=True,
                               capturable=device == "cuda"),
-        ]  # fmt: skip
+        ]
 
     def predict(self, *inputs):
         if self.dtype == torch.float32:
@@ -163,7 +163,7 @@ def train(trainer: Trainer, minutes: float, log: Path, grids: list) -> None:
                 for g in sorted(losses):
                     mean = torch.stack(losses[g]).mean().item()
                     row = [f"{elapsed / 60:.2f}", trainer.steps, "x".join(map(str, g)), f"{mean:.4f}",
-                           f"{learning_rate(progress):.3f}"]  # fmt: skip
+                           f"{learning_rate(progress):.3f}"]
                     table.writerow(row)
                     print(*row, flush=True)
                     if progress > 0.1 and not mean < 1.0 and trainer.device == "cuda":
