@@ -49,13 +49,13 @@ def _load_channels(source, row, column, pitch, ROWS: tl.constexpr, COLS: tl.cons
 
 
 @triton.jit
-def _softmax_step(total, top, s, alpha, shift: tl.constexpr):
-    """One step of the online softmax over scores s·alpha [M, N] in log2 units.
+def _softmax_step(total, top, s, high, alpha, shift: tl.constexpr):
+    """One step of the online softmax over scores s·alpha [M, N] in log2 units; `high` is the maximum of s by rows.
 
     Returns P times 2^shift, the factor that the sums so far shrink by, the denominator, the running maximum, and the
     maximum of this step.
     """
-    local = tl.max(s, 1) * alpha
+    local = high * alpha
     new_top = tl.maximum(top, local)
     p = tl.exp2(s * alpha[:, None] - (new_top - shift)[:, None])
     decay = tl.exp2(top - new_top)
@@ -99,10 +99,15 @@ def _attend_kernel(q, q_scale, k, k_scale, v, v_scale, v_centre, k_valid, indice
     for MASKED in tl.static_range(2):
         first = n_unmasked if MASKED else 0
         last = n_kept if MASKED else n_unmasked
+        # K's step comes one entry ahead: loaded where it is used, it is pipelined through shared memory at a barrier.
+        next_step = tl.load(k_scale + tl.load(indices + first, mask=first < n_kept, other=0))
         for entry in range(first, last):
             j = tl.load(indices + entry)
+            k_step = next_step
+            next_step = tl.load(k_scale + tl.load(indices + entry + 1, mask=entry + 1 < n_kept, other=0))
             k_tile = _load_tile(k, (kv_row * nk + j) * BLOCK_K, 0, PITCH, BLOCK_K, DP, TMA)
-            s = tl.dot(q_tile, k_tile.T).to(tl.float32)  # [BLOCK_Q, BLOCK_K]
+            product = tl.dot(q_tile, k_tile.T)  # [BLOCK_Q, BLOCK_K] int32
+            s = product.to(tl.float32)
             if MASKED:
                 keys = j * BLOCK_K + tl.arange(0, BLOCK_K)
                 if k_valid is not None:
@@ -113,7 +118,10 @@ def _attend_kernel(q, q_scale, k, k_scale, v, v_scale, v_centre, k_valid, indice
                 if CAUSAL:
                     allowed = allowed & (keys[None, :] <= places[:, None])
                 s = tl.where(allowed, s, float("-inf"))
-            p, decay, total, top, local = _softmax_step(total, top, s, q_step * tl.load(k_scale + j), P_SHIFT)
+                high = tl.max(s, 1)
+            else:
+                high = tl.max(product, 1).to(tl.float32)  # of integers: three in one instruction on sm90
+            p, decay, total, top, local = _softmax_step(total, top, s, high, q_step * k_step, P_SHIFT)
             acc *= decay[:, None]
             n_below = 0
             if SKIP_PV:
@@ -146,7 +154,8 @@ def _attend_kernel(q, q_scale, k, k_scale, v, v_scale, v_centre, k_valid, indice
                 s *= q_step[:, None] * tl.load(pooled_scale + tail, mask=inside, other=0.0)[None, :]
                 weight = tl.log2(tl.maximum(tl.load(k_count + tail, mask=inside, other=1), 1).to(tl.float32))
                 s = tl.where(stands_in[None, :], s + weight[None, :], float("-inf"))
-                p, decay, total, top, local = _softmax_step(total, top, s, tl.full([BLOCK_Q], 1.0, tl.float32), P_SHIFT)
+                one = tl.full([BLOCK_Q], 1.0, tl.float32)
+                p, decay, total, top, local = _softmax_step(total, top, s, tl.max(s, 1), one, P_SHIFT)
                 v_tile = tl.load(pooled_v + tail[:, None] * PITCH + cols, mask=mask, other=0.0)
                 acc = tl.dot(p.to(tl.float16), v_tile, acc * decay[:, None])
 
