@@ -49,6 +49,18 @@ def _load_channels(source, row, column, pitch, ROWS: tl.constexpr, COLS: tl.cons
 
 
 @triton.jit
+def _load_tail(source, row, n, start, PITCH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, TMA: tl.constexpr):
+    """A [ROWS, COLS] tile of the pooled keys or values of a head, which has n; finite beyond them."""
+    if TMA:
+        return source.load([row * n + start, 0])
+    else:
+        rows = start + tl.arange(0, ROWS)
+        cols = tl.arange(0, COLS)
+        pointers = source + (row.to(tl.int64) * n + rows)[:, None] * PITCH + cols
+        return tl.load(pointers, mask=(rows < n)[:, None] & (cols < PITCH), other=0)
+
+
+@triton.jit
 def _softmax_step(total, top, s, high, alpha, shift: tl.constexpr):
     """One step of the online softmax over scores s·alpha [M, N] in log2 units; `high` is the maximum of s by rows.
 
@@ -142,22 +154,20 @@ def _attend_kernel(q, q_scale, k, k_scale, v, v_scale, v_centre, k_valid, indice
                     acc = tl.dot(p.to(tl.float16), v_tile, acc)
 
     if pooled_k is not None:
-        for start in range(0, nk, TAIL_TILE):
+        for start in range(0, nk, TAIL_TILE):  # all of it, without a test for blocks to stand in for: loads run ahead
             j = start + tl.arange(0, TAIL_TILE)
             inside = j < nk
+            tail = kv_row.to(tl.int64) * nk + j
             stands_in = tl.load(pooled_flags + slot * nk + j, mask=inside, other=0) != 0
-            if tl.max(stands_in.to(tl.int32), 0) > 0:
-                tail = kv_row.to(tl.int64) * nk + j
-                mask = inside[:, None] & (cols < PITCH)
-                k_tile = tl.load(pooled_k + tail[:, None] * PITCH + cols, mask=mask, other=0)
-                s = tl.dot(q_tile, k_tile.T).to(tl.float32)
-                s *= q_step[:, None] * tl.load(pooled_scale + tail, mask=inside, other=0.0)[None, :]
-                weight = tl.log2(tl.maximum(tl.load(k_count + tail, mask=inside, other=1), 1).to(tl.float32))
-                s = tl.where(stands_in[None, :], s + weight[None, :], float("-inf"))
-                one = tl.full([BLOCK_Q], 1.0, tl.float32)
-                p, decay, total, top, local = _softmax_step(total, top, s, tl.max(s, 1), one, P_SHIFT)
-                v_tile = tl.load(pooled_v + tail[:, None] * PITCH + cols, mask=mask, other=0.0)
-                acc = tl.dot(p.to(tl.float16), v_tile, acc * decay[:, None])
+            k_tile = _load_tail(pooled_k, kv_row, nk, start, PITCH, TAIL_TILE, DP, TMA)
+            s = tl.dot(q_tile, k_tile.T).to(tl.float32)
+            s *= q_step[:, None] * tl.load(pooled_scale + tail, mask=inside, other=0.0)[None, :]
+            weight = tl.log2(tl.maximum(tl.load(k_count + tail, mask=inside, other=1), 1).to(tl.float32))
+            s = tl.where(stands_in[None, :], s + weight[None, :], float("-inf"))
+            one = tl.full([BLOCK_Q], 1.0, tl.float32)
+            p, decay, total, top, local = _softmax_step(total, top, s, tl.max(s, 1), one, P_SHIFT)
+            v_tile = _load_tail(pooled_v, kv_row, nk, start, PITCH, TAIL_TILE, DP, TMA)
+            acc = tl.dot(p.to(tl.float16), v_tile, acc * decay[:, None])
 
     scale = tl.load(v_scale + kv_row * D + cols, mask=cols < D, other=0.0)
     centre = tl.load(v_centre + kv_row * D + cols, mask=cols < D, other=0.0)
@@ -190,14 +200,18 @@ def attend(queries: PreparedQueries, keys: PreparedKeys, values: PreparedValues,
     skip_pv = per_head is not None or pv_threshold < float("inf")
     skips = torch.empty_like(queries.similarity, dtype=torch.int32) if skip_pv and count_skips else None
     k, v = keys.quantised.view(-1, pitch), values.values.view(-1, values.values.shape[-1])
+    pooled_k, pooled_v = keys.pooled, values.pooled
     if config.tma:
         k = TensorDescriptor.from_tensor(k, [block.k, padded])
         v = TensorDescriptor.from_tensor(v, [padded, block.k] if fp8 else [block.k, padded])
+        if pooled_k is not None:
+            pooled_k, pooled_v = (TensorDescriptor.from_tensor(x.view(-1, pitch), [_TAIL_TILE, padded])
+                                  for x in (pooled_k, pooled_v))
     strides, align = token_strides(out)
     kernel, options = (_autotuned_kernel(), {}) if autotune() else (_attend_kernel, config.options())
     kernel[(nq * batch * heads,)](
         queries.quantised, queries.scale, k, keys.scale, v, values.scale, values.centre, keys.valid, lists.indices,
-        lists.counts, keys.pooled, keys.pooled_scale, values.pooled, lists.pooled, keys.count, out, order, per_head,
+        lists.counts, pooled_k, keys.pooled_scale, pooled_v, lists.pooled, keys.count, out, order, per_head,
         skips, pv_threshold,
         *strides, nq, nk, n_q, n_k, heads, heads // kv_heads, order_rows(order),
         D=dim, DP=padded, PITCH=pitch, BLOCK_Q=block.q, BLOCK_K=block.k, ALIGN=align, FP8=fp8, CAUSAL=causal,
