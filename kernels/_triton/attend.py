@@ -8,11 +8,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..reference import FP8_MAX, ROW_GROUP
 from .blockmap import BlockLists
 from .config import AUTOTUNE_CHOICES, AttendConfig, autotune
+from .launch import descriptor, launch
 from .prepare import PreparedKeys, PreparedQueries, PreparedValues
 from .primitives import order_rows, padded_dim, rows_of, threshold_of, token_at, token_strides
 
@@ -76,8 +76,8 @@ def _softmax_step(total, top, s, high, alpha, shift: tl.constexpr):
 
 @triton.jit(do_not_specialize=["stride_b", "stride_h", "stride_n", "nq", "nk", "n_q", "n_k", "heads", "group",
                                "order_rows"])
-def _attend_kernel(q, q_scale, k, k_scale, v, v_scale, v_centre, k_valid, indices, counts,
-                   pooled_k, pooled_scale, pooled_v, pooled_flags, k_count, out, order, per_head, skips, pv_threshold,
+def _attend_kernel(q, q_scale, k, k_scale, v, v_scale, v_centre, v_steps, k_valid, indices, counts,
+                   pooled_k, pooled_scale, pooled_v, tail_weight, out, order, per_head, skips, pv_threshold,
                    stride_b: tl.int64, stride_h: tl.int64, stride_n: tl.int64,
                    nq, nk, n_q, n_k, heads, group, order_rows,
                    D: tl.constexpr, DP: tl.constexpr, PITCH: tl.constexpr, BLOCK_Q: tl.constexpr,
@@ -118,8 +118,8 @@ def _attend_kernel(q, q_scale, k, k_scale, v, v_scale, v_centre, k_valid, indice
             k_step = next_step
             next_step = tl.load(k_scale + tl.load(indices + entry + 1, mask=entry + 1 < n_kept, other=0))
             k_tile = _load_tile(k, (kv_row * nk + j) * BLOCK_K, 0, PITCH, BLOCK_K, DP, TMA)
-            product = tl.dot(q_tile, k_tile.T)  # [BLOCK_Q, BLOCK_K] int32
-            s = product.to(tl.float32)
+            s_int = tl.dot(q_tile, k_tile.T)  # [BLOCK_Q, BLOCK_K]
+            s = s_int.to(tl.float32)
             if MASKED:
                 keys = j * BLOCK_K + tl.arange(0, BLOCK_K)
                 if k_valid is not None:
@@ -132,7 +132,7 @@ def _attend_kernel(q, q_scale, k, k_scale, v, v_scale, v_centre, k_valid, indice
                 s = tl.where(allowed, s, float("-inf"))
                 high = tl.max(s, 1)
             else:
-                high = tl.max(product, 1).to(tl.float32)  # of integers: three in one instruction on sm90
+                high = tl.max(s_int, 1).to(tl.float32)  # of integers: three in one instruction on sm90
             p, decay, total, top, local = _softmax_step(total, top, s, high, q_step * k_step, P_SHIFT)
             acc *= decay[:, None]
             n_below = 0
@@ -148,26 +148,28 @@ def _attend_kernel(q, q_scale, k, k_scale, v, v_scale, v_centre, k_valid, indice
                     p = tl.reshape(p, [BLOCK_Q, BLOCK_K // 16, 2, 4, 2])
                     p = tl.reshape(tl.permute(p, [0, 1, 3, 2, 4]), [BLOCK_Q, BLOCK_K])
                     # Not accumulated inside the product: FP8 tensor cores keep 14 bits of a sum, and truncate.
-                    acc += tl.dot(p.to(tl.float8e4nv), v_tile.T, max_num_imprecise_acc=BLOCK_K)
+                    product = tl.dot(p.to(tl.float8e4nv), v_tile.T, max_num_imprecise_acc=BLOCK_K)
+                    acc += product * tl.load(v_steps + kv_row.to(tl.int64) * nk + j) if MASKED else product
                 else:
                     v_tile = _load_tile(v, (kv_row * nk + j) * BLOCK_K, 0, PITCH, BLOCK_K, DP, TMA)
-                    acc = tl.dot(p.to(tl.float16), v_tile, acc)
+                    if MASKED:
+                        product = tl.dot(p.to(tl.float16), v_tile)
+                        acc += product * tl.load(v_steps + kv_row.to(tl.int64) * nk + j)
+                    else:
+                        acc = tl.dot(p.to(tl.float16), v_tile, acc)
 
     if pooled_k is not None:
         for start in range(0, nk, TAIL_TILE):  # all of it, without a test for blocks to stand in for: loads run ahead
             j = start + tl.arange(0, TAIL_TILE)
             inside = j < nk
-            tail = kv_row.to(tl.int64) * nk + j
-            stands_in = tl.load(pooled_flags + slot * nk + j, mask=inside, other=0) != 0
             k_tile = _load_tail(pooled_k, kv_row, nk, start, PITCH, TAIL_TILE, DP, TMA)
-            s = tl.dot(q_tile, k_tile.T).to(tl.float32)
-            s *= q_step[:, None] * tl.load(pooled_scale + tail, mask=inside, other=0.0)[None, :]
-            weight = tl.log2(tl.maximum(tl.load(k_count + tail, mask=inside, other=1), 1).to(tl.float32))
-            s = tl.where(stands_in[None, :], s + weight[None, :], float("-inf"))
+            k_step = tl.load(pooled_scale + kv_row.to(tl.int64) * nk + j, mask=inside, other=0.0).to(tl.float32)
+            weight = tl.load(tail_weight + slot * nk + j, mask=inside, other=float("-inf")).to(tl.float32)
+            s = tl.dot(q_tile, k_tile.T).to(tl.float32) * k_step[None, :] * q_step[:, None] + weight[None, :]
             one = tl.full([BLOCK_Q], 1.0, tl.float32)
             p, decay, total, top, local = _softmax_step(total, top, s, tl.max(s, 1), one, P_SHIFT)
             v_tile = _load_tail(pooled_v, kv_row, nk, start, PITCH, TAIL_TILE, DP, TMA)
-            acc = tl.dot(p.to(tl.float16), v_tile, acc * decay[:, None])
+            acc = acc * decay[:, None] + tl.dot(p.to(tl.float16), v_tile)
 
     scale = tl.load(v_scale + kv_row * D + cols, mask=cols < D, other=0.0)
     centre = tl.load(v_centre + kv_row * D + cols, mask=cols < D, other=0.0)
@@ -198,23 +200,23 @@ def attend(queries: PreparedQueries, keys: PreparedKeys, values: PreparedValues,
     nq, pitch, padded = queries.similarity.shape[2], keys.quantised.shape[-1], padded_dim(dim)
     block, fp8 = config.block, values.values.dtype == torch.float8_e4m3fn
     skip_pv = per_head is not None or pv_threshold < float("inf")
-    skips = torch.empty_like(queries.similarity, dtype=torch.int32) if skip_pv and count_skips else None
-    k, v = keys.quantised.view(-1, pitch), values.values.view(-1, values.values.shape[-1])
-    pooled_k, pooled_v = keys.pooled, values.pooled
+    skips = torch.empty((batch, heads, nq), dtype=torch.int32, device=out.device) if skip_pv and count_skips else None
+    k, v, pooled_k, pooled_v = keys.quantised, values.values, keys.pooled, values.pooled
     if config.tma:
-        k = TensorDescriptor.from_tensor(k, [block.k, padded])
-        v = TensorDescriptor.from_tensor(v, [padded, block.k] if fp8 else [block.k, padded])
+        rows = batch * kv_heads
+        k = descriptor(k, rows * nk * block.k, pitch, [block.k, padded])
+        v = (descriptor(v, rows * dim, nk * block.k, [padded, block.k]) if fp8 else
+             descriptor(v, rows * nk * block.k, pitch, [block.k, padded]))
         if pooled_k is not None:
-            pooled_k, pooled_v = (TensorDescriptor.from_tensor(x.view(-1, pitch), [_TAIL_TILE, padded])
-                                  for x in (pooled_k, pooled_v))
+            pooled_k, pooled_v = (descriptor(x, rows * nk, pitch, [_TAIL_TILE, padded]) for x in (pooled_k, pooled_v))
     strides, align = token_strides(out)
+    arguments = (queries.quantised, queries.scale, k, keys.scale, v, values.scale, values.centre, values.step,
+                 keys.valid, lists.indices, lists.counts, pooled_k, keys.pooled_scale, pooled_v, lists.tail, out, order,
+                 per_head, skips, pv_threshold, *strides, nq, nk, n_q, n_k, heads, heads // kv_heads,
+                 order_rows(order))
+    constants = dict(D=dim, DP=padded, PITCH=pitch, BLOCK_Q=block.q, BLOCK_K=block.k, ALIGN=align, FP8=fp8,
+                     CAUSAL=causal, SKIP_PV=skip_pv, ROW_GROUP=ROW_GROUP, TAIL_TILE=_TAIL_TILE,
+                     P_SHIFT=math.log2(FP8_MAX) if fp8 else 0.0, TMA=config.tma)
     kernel, options = (_autotuned_kernel(), {}) if autotune() else (_attend_kernel, config.options())
-    kernel[(nq * batch * heads,)](
-        queries.quantised, queries.scale, k, keys.scale, v, values.scale, values.centre, keys.valid, lists.indices,
-        lists.counts, pooled_k, keys.pooled_scale, pooled_v, lists.pooled, keys.count, out, order, per_head,
-        skips, pv_threshold,
-        *strides, nq, nk, n_q, n_k, heads, heads // kv_heads, order_rows(order),
-        D=dim, DP=padded, PITCH=pitch, BLOCK_Q=block.q, BLOCK_K=block.k, ALIGN=align, FP8=fp8, CAUSAL=causal,
-        SKIP_PV=skip_pv, ROW_GROUP=ROW_GROUP, TAIL_TILE=_TAIL_TILE,
-        P_SHIFT=math.log2(FP8_MAX) if fp8 else 0.0, TMA=config.tma, **options)
+    launch(kernel, (nq * batch * heads,), out.device, arguments, constants, options)
     return skips

@@ -1,144 +1,184 @@
-"""The block map: predicted scores by one matrix product, then TopCdf or TopK row by row without a sort."""
+"""The block map: predicted scores, then TopCdf or TopK row by row without a sort, in one launch."""
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, float16, float32, int32
 
 from ..reference import LOG2E
 from ..types import BlockMap, BlockShape
-from .prepare import PreparedKeys, PreparedQueries
-from .primitives import threshold_of
+from .launch import Region, allocate, launch
+from .prepare import PreparedKeys, PreparedQueries, PreparedValues
+from .primitives import padded_dim, threshold_of
 
-_CHUNK = 1024  # scores a program looks at together; longer rows take several steps
+_ROWS = 16  # query blocks of a program, the least that tensor cores multiply
+_CHUNK = 256  # scores of a row that a program looks at together; longer rows take several steps
 _BISECTIONS = 26  # leaves 2^-26 of a row's range of scores undecided, below float32's resolution
 
 
 @dataclass(frozen=True)
 class BlockLists:
-    """indices int32 (B, H, nq, nk); counts int32 (B, H, nq, 3): how many leading entries need no mask inside their
-    block, how many entries there are, and how many dense attention would have; pooled int8 (B, H, nq, nk), 1 where the
-    pooled tail stands in, or None."""
+    """indices int32 (B, H, nq, nk); counts int32 (B, H, nq, 3): how many leading entries need nothing special inside
+    their block, how many entries there are, and how many dense attention would have; tail float16 (B, H, nq, nk),
+    log2 of the keys that a pooled block stands in for, -inf where it does not, or None."""
 
-    indices: Tensor
-    counts: Tensor
-    pooled: Tensor | None
+    indices: Region
+    counts: Region
+    tail: Region | None
 
     def public(self, block: BlockShape) -> BlockMap:
-        return BlockMap(self.indices, self.counts[..., 1], block)
+        """The map for the outside, in memory of its own."""
+        return BlockMap(self.indices.tensor().clone(), self.counts.tensor()[..., 1].clone(), block)
+
+
+@triton.jit
+def _chunk_of(scores, at, j, end, ROW_END: tl.constexpr):
+    return tl.load(scores + at[:, None] + j[None, :], mask=j[None, :] < end[:, None], other=ROW_END)
 
 
 @triton.jit(do_not_specialize=["nq", "nk", "n_q", "n_k", "heads", "group"])
-def _select_kernel(scores, indices, q_similarity, k_similarity, k_count, counts, pooled, per_head,
-                   amount, similarity, factor, nq, nk, n_q, n_k, heads, group,
-                   TOPK: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-                   CHUNK: tl.constexpr, BISECTIONS: tl.constexpr):
-    """One row of the map. `scores` and `indices` share their memory: the row's list replaces its scores."""
-    row = tl.program_id(0).to(tl.int64)
-    i, head = (row % nq).to(tl.int32), (row // nq % heads).to(tl.int32)
-    keys = (row // nq // heads * (heads // group) + head // group) * nk
-    scores += row * nk
-    indices += row * nk
+def _select_kernel(q_means, k_means, q_similarity, k_similarity, k_count, v_steps, scores, indices, counts, tail,
+                   per_head, amount, similarity, factor, nq, nk, n_q, n_k, heads, group,
+                   D: tl.constexpr, DP: tl.constexpr, TOPK: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_Q: tl.constexpr,
+                   BLOCK_K: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, PRODUCT: tl.constexpr,
+                   BISECTIONS: tl.constexpr):
+    """ROWS rows of the map. `scores` and `indices` share their memory: a row's list replaces its scores."""
+    tiles = tl.cdiv(nq, ROWS)
+    row = tl.program_id(0) // tiles
+    i = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
+    exists = i < nq
+    head = row % heads
+    keys = (row // heads * (heads // group) + head // group).to(tl.int64) * nk
+    slot = row.to(tl.int64) * nq + i
+    at = slot * nk
+    cols = tl.arange(0, DP)
     k_similarity += keys
     k_count += keys
     amount = threshold_of(per_head, 0, head, heads, amount)
     theta = threshold_of(per_head, 1, head, heads, similarity)
-    whole_row = tl.load(q_similarity + row) < theta
+    whole_row = tl.load(q_similarity + slot, mask=exists, other=0.0) < theta
 
     # Blocks from `diagonal` on are cut by the causal diagonal, blocks from `end` on lie beyond it.
-    end = nk
-    diagonal = nk
+    end = tl.where(exists, nk, 0)
+    diagonal = tl.full([ROWS], nk, tl.int32)
     if CAUSAL:
-        end = tl.minimum(nk, (tl.minimum((i + 1) * BLOCK_Q, n_q) - 1) // BLOCK_K + 1)
+        end = tl.minimum(end, (tl.minimum((i + 1) * BLOCK_Q, n_q) - 1) // BLOCK_K + 1)
         diagonal = (i * BLOCK_Q + 1) // BLOCK_K
+    last = tl.max(end, 0)
 
     # Scores of the blocks that the prediction judges, in log2 units; -inf for all others.
-    high = float("-inf")
-    low = float("inf")
-    n_judged = 0
-    n_visible = 0
-    for start in range(0, end, CHUNK):
-        j = start + tl.arange(0, CHUNK)
-        visible = (j < end) & (tl.load(k_count + j, mask=j < end, other=0) > 0)
-        judged = visible & (tl.load(k_similarity + j, mask=j < end, other=0.0) >= theta) & (j < diagonal)
-        x = tl.where(judged, tl.load(scores + j, mask=judged, other=0.0) * factor, float("-inf"))
-        tl.store(scores + j, x, mask=j < end)
-        high = tl.maximum(high, tl.max(x, 0))
-        low = tl.minimum(low, tl.min(tl.where(judged, x, float("inf")), 0))
-        n_judged += tl.sum(judged.to(tl.int32), 0)
-        n_visible += tl.sum(visible.to(tl.int32), 0)
+    q = tl.load(q_means + slot[:, None] * D + cols, mask=exists[:, None] & (cols < D), other=0.0)
+    high = tl.full([ROWS], float("-inf"), tl.float32)
+    low = tl.full([ROWS], float("inf"), tl.float32)
+    n_judged = tl.zeros([ROWS], tl.int32)
+    n_visible = tl.zeros([ROWS], tl.int32)
+    for start in range(0, last, PRODUCT):
+        j = start + tl.arange(0, PRODUCT)
+        k = tl.load(k_means + (keys + j)[:, None] * D + cols, mask=(j < nk)[:, None] & (cols < D), other=0.0)
+        x = tl.dot(q, tl.trans(k)) * factor  # TF32 where there is such: a thousandth of a score is beyond prediction
+        inside = j[None, :] < end[:, None]
+        visible = inside & (tl.load(k_count + j, mask=j < nk, other=0) > 0)[None, :]
+        alike = tl.load(k_similarity + j, mask=j < nk, other=0.0) >= theta
+        judged = visible & alike[None, :] & (j[None, :] < diagonal[:, None])
+        x = tl.where(judged, x, float("-inf"))
+        tl.store(scores + at[:, None] + j[None, :], x, mask=inside)
+        high = tl.maximum(high, tl.max(x, 1))
+        low = tl.minimum(low, tl.min(tl.where(judged, x, float("inf")), 1))
+        n_judged += tl.sum(judged.to(tl.int32), 1)
+        n_visible += tl.sum(visible.to(tl.int32), 1)
     tl.debug_barrier()
 
-    # The largest threshold whose blocks reach the target, by bisection: `low` always reaches it, `above` never.
-    if n_judged > 0 and amount < 1.0 and not whole_row:
+    # The largest threshold whose blocks reach the target, by bisection: `low` always reaches it, `above` never. A row
+    # is settled when at most one score lies between them.
+    if TOPK:
+        target = tl.minimum(tl.ceil(amount * n_visible - 1e-3), n_judged.to(tl.float32))
+    else:
+        target = tl.zeros([ROWS], tl.float32)
+        for start in range(0, last, CHUNK):
+            x = _chunk_of(scores, at, start + tl.arange(0, CHUNK), end, float("-inf"))
+            target += tl.sum(tl.exp2(x - tl.where(n_judged > 0, high, 0.0)[:, None]), 1)
+        target = target * amount
+    searched = (n_judged > 0) & (tl.where(whole_row, 1.0, amount) < 1.0)
+    high = tl.where(searched, high, 0.0)
+    low = tl.where(searched, low, 0.0)
+    above = high + tl.maximum(tl.abs(high) * 1e-6, 1e-6)
+    n_low = n_judged
+    n_above = tl.zeros([ROWS], tl.int32)
+    step = 0
+    undecided = tl.max(tl.where(searched, n_low, 0), 0)
+    while undecided > 1:
+        middle = 0.5 * (low + above)
+        reached = tl.zeros([ROWS], tl.float32)
+        n_middle = tl.zeros([ROWS], tl.int32)
+        for start in range(0, last, CHUNK):
+            x = _chunk_of(scores, at, start + tl.arange(0, CHUNK), end, float("-inf"))
+            over = x >= middle[:, None]
+            n_middle += tl.sum(over.to(tl.int32), 1)
+            if not TOPK:
+                reached += tl.sum(tl.where(over, tl.exp2(x - high[:, None]), 0.0), 1)
         if TOPK:
-            target = tl.minimum(tl.ceil(amount * n_visible - 1e-3), n_judged.to(tl.float32))
-        else:
-            target = 0.0
-            for start in range(0, end, CHUNK):
-                j = start + tl.arange(0, CHUNK)
-                x = tl.load(scores + j, mask=j < end, other=float("-inf"))
-                target += tl.sum(tl.exp2(x - high), 0)
-            target = target * amount
-        above = high + tl.maximum(tl.abs(high) * 1e-6, 1e-6)
-        for _ in range(BISECTIONS):
-            middle = 0.5 * (low + above)
-            reached = 0.0
-            for start in range(0, end, CHUNK):
-                j = start + tl.arange(0, CHUNK)
-                x = tl.load(scores + j, mask=j < end, other=float("-inf"))
-                weight = tl.where(x >= middle, 1.0, 0.0)
-                if not TOPK:
-                    weight = tl.where(x >= middle, tl.exp2(x - high), 0.0)
-                reached += tl.sum(weight, 0)
-            low = tl.where(reached >= target, middle, low)
-            above = tl.where(reached >= target, above, middle)
+            reached = n_middle.to(tl.float32)
+        enough = reached >= target
+        low = tl.where(enough, middle, low)
+        n_low = tl.where(enough, n_middle, n_low)
+        above = tl.where(enough, above, middle)
+        n_above = tl.where(enough, n_above, n_middle)
+        step += 1
+        undecided = tl.where(step < BISECTIONS, tl.max(tl.where(searched, n_low - n_above, 0), 0), 0)
 
+    low = tl.where(searched, low, float("-inf"))
     theta = tl.where(whole_row, float("inf"), theta)  # a row that is computed whole keeps every column by rule
-    n_kept = 0
-    n_unmasked = nk
-    for start in range(0, end, CHUNK):
+    n_kept = tl.zeros([ROWS], tl.int32)
+    n_unmasked = tl.full([ROWS], nk, tl.int32)
+    for start in range(0, last, CHUNK):
         j = start + tl.arange(0, CHUNK)
-        x = tl.load(scores + j, mask=j < end, other=float("-inf"))
-        count = tl.load(k_count + j, mask=j < end, other=0)
-        visible = (j < end) & (count > 0)
-        ruled = (tl.load(k_similarity + j, mask=j < end, other=0.0) < theta) | (j >= diagonal)
-        kept = visible & (ruled | ((x >= low) & (x > float("-inf"))))
-        place = n_kept + tl.cumsum(kept.to(tl.int32), 0) - 1
-        masked = kept & ((count < BLOCK_K) | (j >= diagonal))
-        n_unmasked = tl.minimum(n_unmasked, tl.min(tl.where(masked, place, nk), 0))
-        if pooled is not None:
-            tl.store(pooled + row * nk + j, (visible & (kept == 0)).to(tl.int8), mask=j < end)
+        x = _chunk_of(scores, at, j, end, float("-inf"))
+        count = tl.load(k_count + j, mask=j < nk, other=0)
+        inside = j[None, :] < end[:, None]
+        visible = inside & (count > 0)[None, :]
+        alike = tl.load(k_similarity + j, mask=j < nk, other=0.0)
+        ruled = (alike[None, :] < theta[:, None]) | (j[None, :] >= diagonal[:, None])
+        kept = visible & (ruled | ((x >= low[:, None]) & (x > float("-inf"))))
+        place = n_kept[:, None] + tl.cumsum(kept.to(tl.int32), 1) - 1
+        special = (count < BLOCK_K)[None, :] | (j[None, :] >= diagonal[:, None])
+        if v_steps is not None:
+            special = special | (tl.load(v_steps + keys + j, mask=j < nk, other=1.0) != 1.0)[None, :]
+        n_unmasked = tl.minimum(n_unmasked, tl.min(tl.where(kept & special, place, nk), 1))
+        if tail is not None:
+            weight = tl.where(visible & (kept == 0), tl.log2(tl.maximum(count, 1).to(tl.float32))[None, :],
+                              float("-inf"))
+            tl.store(tail + at[:, None] + j[None, :], weight.to(tl.float16), mask=inside)
         tl.debug_barrier()  # every score of this chunk has been read before its memory takes the list
-        tl.store(indices + place, j, mask=kept)
-        n_kept += tl.sum(kept.to(tl.int32), 0)
-    if pooled is not None:
-        for start in range(end // CHUNK * CHUNK, nk, CHUNK):
+        tl.store(indices + at[:, None] + place, tl.broadcast_to(j[None, :], [ROWS, CHUNK]), mask=kept)
+        n_kept += tl.sum(kept.to(tl.int32), 1)
+    if tail is not None:
+        for start in range(tl.min(tl.where(exists, end, nk), 0) // CHUNK * CHUNK, nk, CHUNK):
             j = start + tl.arange(0, CHUNK)
-            tl.store(pooled + row * nk + j, tl.zeros([CHUNK], tl.int8), mask=(j >= end) & (j < nk))
-    tl.store(counts + row * 3, tl.minimum(n_unmasked, n_kept))
-    tl.store(counts + row * 3 + 1, n_kept)
-    tl.store(counts + row * 3 + 2, n_visible)
+            beyond = exists[:, None] & (j[None, :] >= end[:, None]) & (j < nk)[None, :]
+            tl.store(tail + at[:, None] + j[None, :], tl.full([ROWS, CHUNK], float("-inf"), tl.float16), mask=beyond)
+    tl.store(counts + slot * 3, tl.minimum(n_unmasked, n_kept), mask=exists)
+    tl.store(counts + slot * 3 + 1, n_kept, mask=exists)
+    tl.store(counts + slot * 3 + 2, n_visible, mask=exists)
 
 
-def select_blocks(queries: PreparedQueries, keys: PreparedKeys, *, scale: float, per_head: Tensor | None,
-                  thresholds: list[float], selection: str, causal: bool, n_q: int, n_k: int, block: BlockShape,
-                  pooled: bool) -> BlockLists:
+def select_blocks(queries: PreparedQueries, keys: PreparedKeys, values: PreparedValues | None, *, scale: float,
+                  per_head: Tensor | None, thresholds: list[float], selection: str, causal: bool, n_q: int, n_k: int,
+                  block: BlockShape, pooled: bool) -> BlockLists:
     """The lists of kept blocks of every query block of every head."""
-    batch, heads, nq = queries.similarity.shape
+    batch, heads, nq, dim = queries.mean.shape
     kv_heads, nk = keys.similarity.shape[1:]
-    scores = torch.empty((batch, heads, nq, nk), dtype=torch.float32, device=queries.mean.device)
-    torch.bmm(queries.mean.view(batch * kv_heads, -1, queries.mean.shape[-1]), keys.mean.flatten(0, 1).mT,
-              out=scores.view(batch * kv_heads, -1, nk))
-    lists = BlockLists(indices=scores.view(torch.int32),
-                       counts=torch.empty((batch, heads, nq, 3), dtype=torch.int32, device=scores.device),
-                       pooled=torch.empty_like(scores, dtype=torch.int8) if pooled else None)
-    _select_kernel[(batch * heads * nq,)](
-        scores, lists.indices, queries.similarity, keys.similarity, keys.count, lists.counts, lists.pooled, per_head,
-        thresholds[0], thresholds[1], scale * LOG2E, nq, nk, n_q, n_k, heads, heads // kv_heads,
-        TOPK=selection == "topk", CAUSAL=causal, BLOCK_Q=block.q, BLOCK_K=block.k, CHUNK=_CHUNK,
-        BISECTIONS=_BISECTIONS, num_warps=4)
+    device = queries.mean.device
+    each = (batch, heads, nq, nk)
+    lists = BlockLists(*allocate(device, (each, int32), ((batch, heads, nq, 3), int32),
+                                 (each, float16) if pooled else None))
+    scores = lists.indices.view(float32)
+    launch(_select_kernel, (batch * heads * -(-nq // _ROWS),), device,
+           (queries.mean, keys.mean, queries.similarity, keys.similarity, keys.count, values and values.step, scores,
+            lists.indices, lists.counts, lists.tail, per_head, thresholds[0], thresholds[1], scale * LOG2E, nq, nk, n_q,
+            n_k, heads, heads // kv_heads),
+           dict(D=dim, DP=padded_dim(dim), TOPK=selection == "topk", CAUSAL=causal, BLOCK_Q=block.q, BLOCK_K=block.k,
+                ROWS=_ROWS, CHUNK=_CHUNK, PRODUCT=min(64, _CHUNK), BISECTIONS=_BISECTIONS),
+           dict(num_warps=4))
     return lists

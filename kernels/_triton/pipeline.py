@@ -28,7 +28,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor, *, per_head: Tensor 
                    pv_threshold=thresholds[2], causal=causal, config=config, count_skips=return_stats)
     if not return_stats:
         return None, None
-    _, n_kept, n_visible = lists.counts.sum(2, dtype=torch.float32).unbind(-1)
+    _, n_kept, n_visible = lists.counts.tensor().sum(2, dtype=torch.float32).unbind(-1)
     kept = n_kept / n_visible.clamp(min=1)
     if skips is None:
         return kept, torch.zeros_like(kept)
@@ -61,11 +61,11 @@ def _prepare(q: Tensor, k: Tensor, v: Tensor | None, *, config: AttendConfig, fp
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     order = None if order is None else order.contiguous()
     padding = None if key_padding_mask is None else key_padding_mask.contiguous()
-    queries = prepare_queries(q, factor=scale * LOG2E, order=order, flags=_flags(dense_queries, q),
-                              kv_heads=k.shape[1], block=config.block)
-    keys, values = prepare_keys(k, v, order=order, flags=_flags(sink_keys, k), padding=padding, block=config.block,
-                                fp8=fp8, pooled=pooled)
-    lists = select_blocks(queries, keys, scale=scale, per_head=per_head, thresholds=thresholds, selection=selection,
+    queries = prepare_queries(q, k, v, factor=scale * LOG2E, order=order, flags=_flags(dense_queries, q),
+                              padding=padding, block=config.block)
+    keys, values = prepare_keys(k, v, queries, order=order, flags=_flags(sink_keys, k), padding=padding,
+                                block=config.block, fp8=fp8, pooled=pooled)
+    lists = select_blocks(queries, keys, values, scale=scale, per_head=per_head, thresholds=thresholds, selection=selection,
                           causal=causal, n_q=q.shape[2], n_k=k.shape[2], block=config.block, pooled=pooled)
     return queries, keys, values, lists
 

@@ -1,4 +1,9 @@
-"""Preparation: the pass over K and V that finds mean and range, and the passes that pool and quantise Q and K, V."""
+"""Preparation: one launch pools and quantises Q and samples K and V, a second pools and quantises K and converts V.
+
+K and V each have a constant subtracted before they are rounded, and V is scaled by channel. Neither has to be exact:
+softmax ignores what all keys share, and the weights of a row of attention sum to one, so that a constant taken from
+every value comes back by one addition at the end. A sample of the tokens finds them without another pass over K and V.
+"""
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -11,6 +16,7 @@ from torch import Tensor
 from ..reference import FP8_MAX
 from ..types import BlockShape
 from .config import prepare_warps
+from .launch import Region, allocate, launch
 from .primitives import (
     block_similarity,
     order_rows,
@@ -22,54 +28,111 @@ from .primitives import (
     token_strides,
 )
 
-_SPLITS = 32  # programs a head that share the pass over K and V
+SAMPLE = 4096  # tokens a head that the constants are found from; all of them where there are no more
+_SPLITS = 16  # programs a head that share the sample
+# The largest sampled value of a channel becomes 1 in float16 and an eighth of the range in float8: others may be
+# larger. Rounding stays as fine as it is, because neither format comes near its smallest normal number.
+_V_REACH = {True: FP8_MAX / 8, False: 1.0}
+# A block with values beyond this is divided by a power of two of its own.
+_V_LIMIT = {True: FP8_MAX, False: 2.0 ** 14}
 
 
 @dataclass(frozen=True)
 class PreparedQueries:
     """quantised int8 (B, H, n·b, pitch), scale float32 (B, H, n·b) with the softmax scale and log2 e folded in,
-    mean float32 (B, H, n, D), similarity float32 (B, H, n), -inf where the block holds a dense query."""
+    mean float32 (B, H, n, D), similarity float32 (B, H, n), -inf where the block holds a dense query; partial float32
+    (B, Hkv, splits, 4, Dp), the sampled sums of K and of V and the largest and smallest V, with the number of sampled
+    tokens, int32 (B, Hkv, splits), in sampled."""
 
-    quantised: Tensor
-    scale: Tensor
-    mean: Tensor
-    similarity: Tensor
+    quantised: Region
+    scale: Region
+    mean: Region
+    similarity: Region
+    partial: Region
+    sampled: Region
 
 
 @dataclass(frozen=True)
 class PreparedKeys:
     """quantised int8 (B, Hkv, n·b, pitch), scale float32 (B, Hkv, n), mean float32 (B, Hkv, n, D), similarity float32
     (B, Hkv, n), -inf where the block holds a sink, count int32 (B, Hkv, n) of valid keys, valid int8 (B, Hkv, n·b) or
-    None without padding, pooled int8 (B, Hkv, n, pitch) with pooled_scale float32 (B, Hkv, n), or None."""
+    None without padding, pooled int8 (B, Hkv, n, pitch) with pooled_scale bfloat16 (B, Hkv, n), or None."""
 
-    quantised: Tensor
-    scale: Tensor
-    mean: Tensor
-    similarity: Tensor
-    count: Tensor
-    valid: Tensor | None
-    pooled: Tensor | None
-    pooled_scale: Tensor | None
+    quantised: Region
+    scale: Region
+    mean: Region
+    similarity: Region
+    count: Region
+    valid: Region | None
+    pooled: Region | None
+    pooled_scale: Region | None
 
 
 @dataclass(frozen=True)
 class PreparedValues:
-    """V less its mean over its per-channel scale: float16 (B, Hkv, n·b, pitch), or float8 (B, Hkv, D, n·b) whose keys
-    are permuted inside each 16; scale and centre float32 (B, Hkv, D); pooled float16 (B, Hkv, n, pitch), the means of
-    its blocks, or None."""
+    """V less a constant by channel, over a scale by channel and a step by block: float16 (B, Hkv, n·b, pitch), or
+    float8 (B, Hkv, D, n·b) whose keys are permuted inside each 16; scale and centre float32 (B, Hkv, D); step float32
+    (B, Hkv, n), a power of two, 1 unless the block holds values far beyond the sampled ones; pooled float16
+    (B, Hkv, n, pitch), the means of its blocks (their step apart), or None."""
 
-    values: Tensor
-    scale: Tensor
-    centre: Tensor
-    pooled: Tensor | None
+    values: Region
+    scale: Region
+    centre: Region
+    step: Region
+    pooled: Region | None
 
 
-@triton.jit(do_not_specialize=["stride_b", "stride_h", "stride_n", "n", "blocks", "heads", "order_rows", "group"])
-def _queries_kernel(x, order, flags, quantised, scales, means, similarity, factor,
-                    stride_b: tl.int64, stride_h: tl.int64, stride_n: tl.int64, n, blocks, heads, order_rows, group,
-                    D: tl.constexpr, DP: tl.constexpr, PITCH: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr):
-    i, row = tl.program_id(0), tl.program_id(1)
-    batch, head = row // heads, row % heads
+@triton.jit
+def _sample_rows(k, v, padding, partial, sampled, split, row, batch, head,
+                 k_stride_b, k_stride_h, k_stride_n, v_stride_b, v_stride_h, v_stride_n, n,
+                 D: tl.constexpr, DP: tl.constexpr, K_ALIGN: tl.constexpr, V_ALIGN: tl.constexpr, TILE: tl.constexpr,
+                 SAMPLE: tl.constexpr, SPLITS: tl.constexpr):
+    """Sums and range of one share of the sampled tokens of a head."""
+    cols = tl.arange(0, DP)
+    k_sum = tl.zeros([TILE, DP], tl.float32)
+    v_sum = tl.zeros([TILE, DP], tl.float32)
+    v_high = tl.full([TILE, DP], float("-inf"), tl.float32)
+    v_low = tl.full([TILE, DP], float("inf"), tl.float32)
+    count = tl.zeros([TILE], tl.int32)
+    for start in range(split * (SAMPLE // SPLITS), tl.minimum((split + 1) * (SAMPLE // SPLITS), n), TILE):
+        place = start + tl.arange(0, TILE)
+        exists = (place < n) & (place < SAMPLE)
+        # Multiples of the golden ratio modulo one spread evenly and keep no step with the rows of a picture.
+        spread = ((place.to(tl.int64) * 2654435769) & 0xFFFFFFFF) * n >> 32
+        tokens = tl.where(n <= SAMPLE, place, spread.to(tl.int32))
+        if padding is not None:
+            exists = exists & (tl.load(padding + batch.to(tl.int64) * n + tokens, mask=exists, other=1) == 0)
+        mask = exists[:, None] & (cols < D)
+        k_rows = rows_of(k, batch, head, tokens, k_stride_b, k_stride_h, k_stride_n, K_ALIGN)
+        v_rows = rows_of(v, batch, head, tokens, v_stride_b, v_stride_h, v_stride_n, V_ALIGN)
+        k_sum += tl.load(k_rows[:, None] + cols, mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(v_rows[:, None] + cols, mask=mask, other=0.0).to(tl.float32)
+        v_sum += x
+        v_high = tl.where(mask, tl.maximum(v_high, x), v_high)
+        v_low = tl.where(mask, tl.minimum(v_low, x), v_low)
+        count += exists.to(tl.int32)
+    slot = row * SPLITS + split
+    partial += slot * 4 * DP + cols
+    tl.store(partial, tl.sum(k_sum, 0))
+    tl.store(partial + DP, tl.sum(v_sum, 0))
+    tl.store(partial + 2 * DP, tl.max(v_high, 0))
+    tl.store(partial + 3 * DP, tl.min(v_low, 0))
+    tl.store(sampled + slot, tl.sum(count, 0))
+
+
+@triton.jit
+def _sampled(partial, sampled, row, which: tl.constexpr, DP: tl.constexpr, SPLITS: tl.constexpr):
+    """One kind of partial results of a head [SPLITS, DP], and how many tokens they are from."""
+    splits = row * SPLITS + tl.arange(0, SPLITS)
+    count = tl.maximum(tl.sum(tl.load(sampled + splits), 0), 1).to(tl.float32)
+    return tl.load(partial + splits[:, None] * 4 * DP + which * DP + tl.arange(0, DP)), count
+
+
+@triton.jit
+def _quantise_queries(x, order, flags, quantised, scales, means, similarity, factor, i, row, batch, head,
+                      stride_b, stride_h, stride_n, n, blocks, order_rows, group,
+                      D: tl.constexpr, DP: tl.constexpr, PITCH: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr):
+    """Pool and quantise one block of queries."""
     places = i * BLOCK + tl.arange(0, BLOCK)
     cols = tl.arange(0, DP)
     exists = places < n
@@ -87,95 +150,69 @@ def _queries_kernel(x, order, flags, quantised, scales, means, similarity, facto
     tl.store(means + slot * D + cols, tl.sum(q, 0) / count, mask=cols < D)
 
     # The attention kernel finds row maxima before it applies the scales, which therefore have to be positive.
-    q = tl.where(factor < 0, -q, q)
     step = tl.maximum(tl.max(tl.abs(q), 1), 1e-12) / 127.0
+    inverse = tl.where(factor < 0, -1.0, 1.0) / step
     places = slot * BLOCK + tl.arange(0, BLOCK)
-    tl.store(quantised + places[:, None] * PITCH + cols, to_int8(q / step[:, None]), mask=cols < PITCH)
+    tl.store(quantised + places[:, None] * PITCH + cols, to_int8(q * inverse[:, None]), mask=cols < PITCH)
     tl.store(scales + places, step * tl.maximum(tl.abs(factor), 1e-18))
 
 
-@triton.jit(do_not_specialize=["k_stride_b", "k_stride_h", "k_stride_n", "v_stride_b", "v_stride_h", "v_stride_n", "n",
-                               "heads", "rows_each"])
-def _sums_kernel(k, v, padding, k_sums, v_sums, v_highs, v_lows, counts,
-                     k_stride_b: tl.int64, k_stride_h: tl.int64, k_stride_n: tl.int64,
-                     v_stride_b: tl.int64, v_stride_h: tl.int64, v_stride_n: tl.int64, n, heads, rows_each,
-                     D: tl.constexpr, DP: tl.constexpr, K_ALIGN: tl.constexpr, V_ALIGN: tl.constexpr,
-                     TILE: tl.constexpr):
-    """Sums of K and V and the range of V per channel, and the number of valid keys, over one stretch of a head."""
-    split, row = tl.program_id(0), tl.program_id(1)
-    batch, head = row // heads, row % heads
-    cols = tl.arange(0, DP)
-    k_sum = tl.zeros([TILE, DP], tl.float32)
-    v_sum = tl.zeros([TILE, DP], tl.float32)
-    v_high = tl.full([TILE, DP], float("-inf"), tl.float32)
-    v_low = tl.full([TILE, DP], float("inf"), tl.float32)
-    count = tl.zeros([TILE], tl.int32)
-    for start in range(split * rows_each, tl.minimum((split + 1) * rows_each, n), TILE):
-        rows = start + tl.arange(0, TILE)
-        exists = rows < n
-        if padding is not None:
-            exists = exists & (tl.load(padding + batch.to(tl.int64) * n + rows, mask=exists, other=1) == 0)
-        mask = exists[:, None] & (cols < D)
-        k_rows = rows_of(k, batch, head, rows, k_stride_b, k_stride_h, k_stride_n, K_ALIGN)
-        v_rows = rows_of(v, batch, head, rows, v_stride_b, v_stride_h, v_stride_n, V_ALIGN)
-        k_sum += tl.load(k_rows[:, None] + cols, mask=mask, other=0.0).to(tl.float32)
-        x = tl.load(v_rows[:, None] + cols, mask=mask, other=0.0).to(tl.float32)
-        v_sum += x
-        v_high = tl.where(mask, tl.maximum(v_high, x), v_high)
-        v_low = tl.where(mask, tl.minimum(v_low, x), v_low)
-        count += exists.to(tl.int32)
-    slot = row * tl.num_programs(0) + split
-    tl.store(k_sums + slot * DP + cols, tl.sum(k_sum, 0))
-    tl.store(v_sums + slot * DP + cols, tl.sum(v_sum, 0))
-    tl.store(v_highs + slot * DP + cols, tl.max(v_high, 0))
-    tl.store(v_lows + slot * DP + cols, tl.min(v_low, 0))
-    tl.store(counts + slot, tl.sum(count, 0))
+@triton.jit(do_not_specialize=["q_stride_b", "q_stride_h", "q_stride_n", "k_stride_b", "k_stride_h", "k_stride_n",
+                               "v_stride_b", "v_stride_h", "v_stride_n", "n_q", "n_k", "blocks", "heads", "kv_heads",
+                               "samples", "order_rows"])
+def _queries_kernel(q, k, v, order, flags, padding, quantised, scales, means, similarity, partial, sampled, factor,
+                    q_stride_b: tl.int64, q_stride_h: tl.int64, q_stride_n: tl.int64,
+                    k_stride_b: tl.int64, k_stride_h: tl.int64, k_stride_n: tl.int64,
+                    v_stride_b: tl.int64, v_stride_h: tl.int64, v_stride_n: tl.int64,
+                    n_q, n_k, blocks, heads, kv_heads, samples, order_rows,
+                    D: tl.constexpr, DP: tl.constexpr, PITCH: tl.constexpr, BLOCK: tl.constexpr,
+                    Q_ALIGN: tl.constexpr, K_ALIGN: tl.constexpr, V_ALIGN: tl.constexpr, TILE: tl.constexpr,
+                    SAMPLE: tl.constexpr, SPLITS: tl.constexpr):
+    """The first `samples` programs sample K and V, the others take a block of queries each."""
+    pid = tl.program_id(0)
+    if pid < samples:
+        row = pid // SPLITS
+        _sample_rows(k, v, padding, partial, sampled, pid % SPLITS, row, row // kv_heads, row % kv_heads,
+                     k_stride_b, k_stride_h, k_stride_n, v_stride_b, v_stride_h, v_stride_n, n_k,
+                     D, DP, K_ALIGN, V_ALIGN, TILE, SAMPLE, SPLITS)
+    else:
+        row = (pid - samples) // blocks
+        _quantise_queries(q, order, flags, quantised, scales, means, similarity, factor, (pid - samples) % blocks, row,
+                          row // heads, row % heads, q_stride_b, q_stride_h, q_stride_n, n_q, blocks, order_rows,
+                          heads // kv_heads, D, DP, PITCH, BLOCK, Q_ALIGN)
 
 
 @triton.jit
-def _finish_sums_kernel(k_sums, v_sums, v_highs, v_lows, counts, k_mean, v_centre, v_scale, v_limit,
-                        D: tl.constexpr, DP: tl.constexpr, SPLITS: tl.constexpr):
-    """Means of K and V and V's scale per channel of one head, from its stretches."""
-    row = tl.program_id(0)
-    cols = tl.arange(0, DP)
-    slots = row * SPLITS + tl.arange(0, SPLITS)
-    count = tl.maximum(tl.sum(tl.load(counts + slots), 0), 1).to(tl.float32)
-    tile = slots[:, None] * DP + cols
-    tl.store(k_mean + row * DP + cols, tl.sum(tl.load(k_sums + tile), 0) / count)
-    centre = tl.sum(tl.load(v_sums + tile), 0) / count
-    reach = tl.maximum(tl.max(tl.load(v_highs + tile), 0) - centre, centre - tl.min(tl.load(v_lows + tile), 0))
-    tl.store(v_centre + row * D + cols, centre, mask=cols < D)
-    tl.store(v_scale + row * D + cols, tl.maximum(reach, 1e-12) / v_limit, mask=cols < D)
-
-
-@triton.jit(do_not_specialize=["k_stride_b", "k_stride_h", "k_stride_n", "v_stride_b", "v_stride_h", "v_stride_n", "n",
-                               "blocks", "heads", "order_rows"])
-def _keys_kernel(k, v, order, flags, padding, k_mean, v_centre, v_scale,
-                 quantised, scales, means, similarity, counts, valid, pooled, pooled_scales, values, v_pooled,
-                 k_stride_b: tl.int64, k_stride_h: tl.int64, k_stride_n: tl.int64,
-                 v_stride_b: tl.int64, v_stride_h: tl.int64, v_stride_n: tl.int64, n, blocks, heads, order_rows,
-                 D: tl.constexpr, DP: tl.constexpr, PITCH: tl.constexpr, BLOCK: tl.constexpr,
-                 K_ALIGN: tl.constexpr, V_ALIGN: tl.constexpr, FP8: tl.constexpr):
-    j, row = tl.program_id(0), tl.program_id(1)
-    batch, head = row // heads, row % heads
-    cols = tl.arange(0, DP)
-    slot = row.to(tl.int64) * blocks + j
-    lane = tl.arange(0, BLOCK)
-    order_row = head % order_rows
-
-    places = j * BLOCK + lane
-    tokens = token_at(order, order_row, places, n)
+def _exists(padding, batch, tokens, places, n):
+    """Which of the tokens at `places` are there and no padding."""
     exists = places < n
     if padding is not None:
         exists = exists & (tl.load(padding + batch.to(tl.int64) * n + tokens, mask=exists, other=1) == 0)
+    return exists
+
+
+@triton.jit
+def _quantise_keys(k, order, flags, padding, partial, sampled, quantised, scales, means, similarity, counts, valid,
+                   pooled, pooled_scales, j, row, batch, head, order_row, stride_b, stride_h, stride_n, n, blocks,
+                   D: tl.constexpr, DP: tl.constexpr, PITCH: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr,
+                   SPLITS: tl.constexpr):
+    """Centre, pool and quantise one block of keys."""
+    cols = tl.arange(0, DP)
+    lane = tl.arange(0, BLOCK)
+    slot = row.to(tl.int64) * blocks + j
+    places = j * BLOCK + lane
+    tokens = token_at(order, order_row, places, n)
+    exists = _exists(padding, batch, tokens, places, n)
+    if padding is not None:
         tl.store(valid + slot * BLOCK + lane, exists.to(tl.int8))
     kept = tl.sum(exists.to(tl.int32), 0)
     count = tl.maximum(kept, 1).to(tl.float32)
     tl.store(counts + slot, kept)
 
-    rows = rows_of(k, batch, head, tokens, k_stride_b, k_stride_h, k_stride_n, K_ALIGN)
+    rows = rows_of(k, batch, head, tokens, stride_b, stride_h, stride_n, ALIGN)
     x = tl.load(rows[:, None] + cols, mask=exists[:, None] & (cols < D), other=0.0).to(tl.float32)
-    x = tl.where(exists[:, None], x - tl.load(k_mean + row * DP + cols)[None, :], 0.0)  # [BLOCK, DP]
+    sums, n_sampled = _sampled(partial, sampled, row, 0, DP, SPLITS)
+    x = tl.where(exists[:, None], x - (tl.sum(sums, 0) / n_sampled)[None, :], 0.0)  # [BLOCK, DP]
     alike = block_similarity(x, count)
     if flags is not None:
         flagged = tl.max(tl.load(flags + tokens, mask=places < n, other=0), 0)
@@ -185,92 +222,128 @@ def _keys_kernel(k, v, order, flags, padding, k_mean, v_centre, v_scale,
     tl.store(means + slot * D + cols, mean, mask=cols < D)
     step = tl.maximum(tl.max(tl.abs(x)), 1e-12) / 127.0
     tl.store(scales + slot, step)
-    tl.store(quantised + (slot * BLOCK + lane)[:, None] * PITCH + cols, to_int8(x / step), mask=cols < PITCH)
+    tl.store(quantised + (slot * BLOCK + lane)[:, None] * PITCH + cols, to_int8(x * (1.0 / step)), mask=cols < PITCH)
     if pooled is not None:
-        step = tl.maximum(tl.max(tl.abs(mean)), 1e-12) / 127.0
+        # Two bytes, because the attention kernel would wait for larger ones at a barrier; rounded up to fit.
+        step = (tl.maximum(tl.max(tl.abs(mean)), 1e-12) / 127.0 * (1 + 2.0 ** -7)).to(tl.bfloat16)
         tl.store(pooled_scales + slot, step)
-        tl.store(pooled + slot * PITCH + cols, to_int8(mean / step), mask=cols < PITCH)
-
-    if values is not None:
-        if FP8:
-            # The registers of P hold keys (half, lane, pair) of each 16 where the FP8 operand wants (lane, half, pair):
-            # storing V in that order makes the conversion of P free.
-            lane = (lane // 16) * 16 + (lane // 2 % 2) * 8 + (lane // 4 % 4) * 2 + lane % 2
-        places = j * BLOCK + lane
-        tokens = token_at(order, order_row, places, n)
-        exists = places < n
-        if padding is not None:
-            exists = exists & (tl.load(padding + batch.to(tl.int64) * n + tokens, mask=exists, other=1) == 0)
-        rows = rows_of(v, batch, head, tokens, v_stride_b, v_stride_h, v_stride_n, V_ALIGN)
-        x = tl.load(rows[:, None] + cols, mask=exists[:, None] & (cols < D), other=0.0).to(tl.float32)
-        x -= tl.load(v_centre + row * D + cols, mask=cols < D, other=0.0)[None, :]
-        x = tl.where(exists[:, None], x / tl.load(v_scale + row * D + cols, mask=cols < D, other=1.0)[None, :], 0.0)
-        if v_pooled is not None:
-            tl.store(v_pooled + slot * PITCH + cols, (tl.sum(x, 0) / count).to(tl.float16), mask=cols < PITCH)
-        lane = tl.arange(0, BLOCK)
-        if FP8:
-            channels = row.to(tl.int64) * D + cols
-            pointers = values + channels[:, None] * blocks * BLOCK + j * BLOCK + lane
-            tl.store(pointers, tl.trans(x.to(values.dtype.element_ty)), mask=cols[:, None] < D)
-        else:
-            pointers = values + (slot * BLOCK + lane)[:, None] * PITCH + cols
-            tl.store(pointers, x.to(tl.float16), mask=cols < PITCH)
+        tl.store(pooled + slot * PITCH + cols, to_int8(mean / step.to(tl.float32)), mask=cols < PITCH)
 
 
-def prepare_queries(q: Tensor, *, factor: float, order: Tensor | None, flags: Tensor | None, kv_heads: int,
-                    block: BlockShape) -> PreparedQueries:
-    """Pool and quantise q (B, H, N, D); `factor` (softmax scale · log2 e) is folded into the scales."""
-    batch, heads, n, dim = q.shape
-    blocks, pitch, padded = -(-n // block.q), round_up(dim, 16), padded_dim(dim)
-    strides, align = token_strides(q)
-    new = q.new_empty
-    out = PreparedQueries(quantised=new((batch, heads, blocks * block.q, pitch), dtype=torch.int8),
-                          scale=new((batch, heads, blocks * block.q), dtype=torch.float32),
-                          mean=new((batch, heads, blocks, dim), dtype=torch.float32),
-                          similarity=new((batch, heads, blocks), dtype=torch.float32))
-    _queries_kernel[blocks, batch * heads](
-        q, order, flags, out.quantised, out.scale, out.mean, out.similarity, factor, *strides, n, blocks, heads,
-        order_rows(order), heads // kv_heads, D=dim, DP=padded, PITCH=pitch, BLOCK=block.q, ALIGN=align,
-        num_warps=prepare_warps(block.q, padded))
+@triton.jit
+def _convert_values(v, order, padding, partial, sampled, values, scales, centres, steps, pooled, reach, limit,
+                    j, row, batch, head, order_row, stride_b, stride_h, stride_n, n, blocks,
+                    D: tl.constexpr, DP: tl.constexpr, PITCH: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr,
+                    FP8: tl.constexpr, SPLITS: tl.constexpr):
+    """Centre, scale and convert one block of values."""
+    cols = tl.arange(0, DP)
+    lane = tl.arange(0, BLOCK)
+    slot = row.to(tl.int64) * blocks + j
+    if FP8:
+        # The registers of P hold keys (half, lane, pair) of each 16 where the FP8 operand wants (lane, half, pair):
+        # storing V in that order makes the conversion of P free.
+        lane = (lane // 16) * 16 + (lane // 2 % 2) * 8 + (lane // 4 % 4) * 2 + lane % 2
+    places = j * BLOCK + lane
+    tokens = token_at(order, order_row, places, n)
+    exists = _exists(padding, batch, tokens, places, n)
+    rows = rows_of(v, batch, head, tokens, stride_b, stride_h, stride_n, ALIGN)
+    mask = exists[:, None] & (cols < D)
+    x = tl.load(rows[:, None] + cols, mask=mask, other=0.0).to(tl.float32)
+
+    sums, n_sampled = _sampled(partial, sampled, row, 1, DP, SPLITS)
+    highs, _ = _sampled(partial, sampled, row, 2, DP, SPLITS)
+    lows, _ = _sampled(partial, sampled, row, 3, DP, SPLITS)
+    centre = tl.sum(sums, 0) / n_sampled
+    scale = tl.maximum(tl.maximum(tl.max(highs, 0) - centre, centre - tl.min(lows, 0)), 1e-12) / reach
+    if j == 0:
+        tl.store(scales + row * D + cols, scale, mask=cols < D)
+        tl.store(centres + row * D + cols, centre, mask=cols < D)
+    x = tl.where(mask, (x - centre[None, :]) * (1.0 / scale)[None, :], 0.0)
+    if pooled is not None:
+        mean = tl.sum(x, 0) / tl.maximum(tl.sum(exists.to(tl.int32), 0), 1).to(tl.float32)
+        mean = tl.clamp(mean, -65504.0, 65504.0)
+        tl.store(pooled + slot * PITCH + cols, mean.to(tl.float16), mask=cols < PITCH)
+    excess = tl.max(tl.abs(x)) / limit
+    step = tl.where(excess > 1.0, tl.exp2(tl.ceil(tl.log2(tl.maximum(excess, 1.0)))), 1.0)
+    tl.store(steps + slot, step)
+    x *= 1.0 / step
+    lane = tl.arange(0, BLOCK)
+    if FP8:
+        channels = row.to(tl.int64) * D + cols
+        pointers = values + channels[:, None] * blocks * BLOCK + j * BLOCK + lane
+        tl.store(pointers, tl.trans(x.to(values.dtype.element_ty)), mask=cols[:, None] < D)
+    else:
+        pointers = values + (slot * BLOCK + lane)[:, None] * PITCH + cols
+        tl.store(pointers, x.to(tl.float16), mask=cols < PITCH)
+
+
+@triton.jit(do_not_specialize=["k_stride_b", "k_stride_h", "k_stride_n", "v_stride_b", "v_stride_h", "v_stride_n", "n",
+                               "blocks", "heads", "order_rows", "key_programs"])
+def _keys_kernel(k, v, order, flags, padding, partial, sampled,
+                 quantised, scales, means, similarity, counts, valid, pooled, pooled_scales,
+                 values, v_scales, v_centres, v_steps, v_pooled, v_reach, v_limit,
+                 k_stride_b: tl.int64, k_stride_h: tl.int64, k_stride_n: tl.int64,
+                 v_stride_b: tl.int64, v_stride_h: tl.int64, v_stride_n: tl.int64, n, blocks, heads, order_rows,
+                 key_programs, D: tl.constexpr, DP: tl.constexpr, PITCH: tl.constexpr, BLOCK: tl.constexpr,
+                 K_ALIGN: tl.constexpr, V_ALIGN: tl.constexpr, FP8: tl.constexpr, SPLITS: tl.constexpr):
+    """The first `key_programs` programs take a block of keys each, the others, if any, a block of values."""
+    pid = tl.program_id(0)
+    j, row = pid % key_programs % blocks, pid % key_programs // blocks
+    batch, head = row // heads, row % heads
+    order_row = head % order_rows
+    if pid < key_programs:
+        _quantise_keys(k, order, flags, padding, partial, sampled, quantised, scales, means, similarity, counts, valid,
+                       pooled, pooled_scales, j, row, batch, head, order_row, k_stride_b, k_stride_h, k_stride_n, n,
+                       blocks, D, DP, PITCH, BLOCK, K_ALIGN, SPLITS)
+    elif values is not None:
+        _convert_values(v, order, padding, partial, sampled, values, v_scales, v_centres, v_steps, v_pooled, v_reach,
+                        v_limit, j, row, batch, head, order_row, v_stride_b, v_stride_h, v_stride_n, n, blocks,
+                        D, DP, PITCH, BLOCK, V_ALIGN, FP8, SPLITS)
+
+
+def prepare_queries(q: Tensor, k: Tensor, v: Tensor | None, *, factor: float, order: Tensor | None,
+                    flags: Tensor | None, padding: Tensor | None, block: BlockShape) -> PreparedQueries:
+    """Pool and quantise q (B, H, N, D); `factor` (softmax scale · log2 e) is folded into the scales. Sample k and, if
+    there is one, v (B, Hkv, M, D) for `prepare_keys`."""
+    (batch, heads, n, dim), (_, kv_heads, n_k, _) = q.shape, k.shape
+    blocks, pitch, padded, samples = -(-n // block.q), round_up(dim, 16), padded_dim(dim), batch * kv_heads * _SPLITS
+    v = k if v is None else v
+    (q_strides, q_align), (k_strides, k_align), (v_strides, v_align) = (token_strides(x) for x in (q, k, v))
+    out = PreparedQueries(*allocate(
+        q.device, ((batch, heads, blocks * block.q, pitch), torch.int8), ((batch, heads, blocks * block.q), torch.float32),
+        ((batch, heads, blocks, dim), torch.float32), ((batch, heads, blocks), torch.float32),
+        ((batch, kv_heads, _SPLITS, 4, padded), torch.float32), ((batch, kv_heads, _SPLITS), torch.int32)))
+    launch(_queries_kernel, (samples + blocks * batch * heads,), q.device,
+           (q, k, v, order, flags, padding, out.quantised, out.scale, out.mean, out.similarity, out.partial, out.sampled,
+            factor, *q_strides, *k_strides, *v_strides, n, n_k, blocks, heads, kv_heads, samples, order_rows(order)),
+           dict(D=dim, DP=padded, PITCH=pitch, BLOCK=block.q, Q_ALIGN=q_align, K_ALIGN=k_align, V_ALIGN=v_align,
+                TILE=max(16, 4096 // padded), SAMPLE=SAMPLE, SPLITS=_SPLITS),
+           dict(num_warps=prepare_warps(block.q, padded)))
     return out
 
 
-def prepare_keys(k: Tensor, v: Tensor | None, *, order: Tensor | None, flags: Tensor | None, padding: Tensor | None,
-                 block: BlockShape, fp8: bool, pooled: bool) -> tuple[PreparedKeys, PreparedValues | None]:
-    """Centre, pool and quantise k (B, Hkv, N, D) and, unless it is None, centre, scale and convert v of its shape.
-
-    The weights of a row of attention sum to one: what is subtracted from every value comes back by one addition at the
-    end, and costs no bits of the number format until then.
-    """
+def prepare_keys(k: Tensor, v: Tensor | None, queries: PreparedQueries, *, order: Tensor | None, flags: Tensor | None,
+                 padding: Tensor | None, block: BlockShape, fp8: bool,
+                 pooled: bool) -> tuple[PreparedKeys, PreparedValues | None]:
+    """Centre, pool and quantise k (B, Hkv, N, D) and, unless it is None, centre, scale and convert v of its shape, by
+    the sample that `queries` holds."""
     batch, heads, n, dim = k.shape
     blocks, pitch, padded = -(-n // block.k), round_up(dim, 16), padded_dim(dim)
     (k_strides, k_align), (v_strides, v_align) = token_strides(k), token_strides(k if v is None else v)
-
-    def new(*shape, dtype=torch.float32):
-        return torch.empty((batch, heads, *shape), dtype=dtype, device=k.device)
-
-    sums, counts = [new(_SPLITS, padded) for _ in range(4)], new(_SPLITS, dtype=torch.int32)
-    k_mean, v_centre, v_scale = new(padded), new(dim), new(dim)
-    tile = max(16, 4096 // padded)
-    _sums_kernel[_SPLITS, batch * heads](
-        k, k if v is None else v, padding, *sums, counts, *k_strides, *v_strides, n, heads,
-        round_up(-(-n // _SPLITS), tile), D=dim, DP=padded, K_ALIGN=k_align, V_ALIGN=v_align, TILE=tile, num_warps=4)
-    _finish_sums_kernel[(batch * heads,)](*sums, counts, k_mean, v_centre, v_scale, FP8_MAX if fp8 else 1.0,
-                                          D=dim, DP=padded, SPLITS=_SPLITS, num_warps=4)
-
-    keys = PreparedKeys(quantised=new(blocks * block.k, pitch, dtype=torch.int8), scale=new(blocks),
-                        mean=new(blocks, dim), similarity=new(blocks), count=new(blocks, dtype=torch.int32),
-                        valid=None if padding is None else new(blocks * block.k, dtype=torch.int8),
-                        pooled=new(blocks, pitch, dtype=torch.int8) if pooled else None,
-                        pooled_scale=new(blocks) if pooled else None)
-    values = None
-    if v is not None:
-        stored = (new(dim, blocks * block.k, dtype=torch.float8_e4m3fn) if fp8 else
-                  new(blocks * block.k, pitch, dtype=torch.float16))
-        values = PreparedValues(stored, v_scale, v_centre, new(blocks, pitch, dtype=torch.float16) if pooled else None)
-    _keys_kernel[blocks, batch * heads](
-        k, v, order, flags, padding, k_mean, v_centre, v_scale, keys.quantised, keys.scale, keys.mean, keys.similarity,
-        keys.count, keys.valid, keys.pooled, keys.pooled_scale, values and values.values, values and values.pooled,
-        *k_strides, *v_strides, n, blocks, heads, order_rows(order), D=dim, DP=padded, PITCH=pitch, BLOCK=block.k,
-        K_ALIGN=k_align, V_ALIGN=v_align, FP8=fp8, num_warps=prepare_warps(block.k, padded))
-    return keys, values
+    rows, each, f32 = (batch, heads, blocks * block.k), (batch, heads, blocks), torch.float32
+    v_shape, v_dtype = (((batch, heads, dim, blocks * block.k), torch.float8_e4m3fn) if fp8 else
+                        ((*rows, pitch), torch.float16))
+    regions = allocate(
+        k.device, ((*rows, pitch), torch.int8), (each, f32), ((*each, dim), f32), (each, f32), (each, torch.int32),
+        None if padding is None else (rows, torch.int8), ((*each, pitch), torch.int8) if pooled else None,
+        (each, torch.bfloat16) if pooled else None,
+        *([None] * 5 if v is None else [(v_shape, v_dtype), ((batch, heads, dim), f32), ((batch, heads, dim), f32),
+                                        (each, f32), ((*each, pitch), torch.float16) if pooled else None]))
+    programs = blocks * batch * heads
+    launch(_keys_kernel, (programs if v is None else 2 * programs,), k.device,
+           (k, v, order, flags, padding, queries.partial, queries.sampled, *regions, _V_REACH[fp8], _V_LIMIT[fp8],
+            *k_strides, *v_strides, n, blocks, heads, order_rows(order), programs),
+           dict(D=dim, DP=padded, PITCH=pitch, BLOCK=block.k, K_ALIGN=k_align, V_ALIGN=v_align, FP8=fp8,
+                SPLITS=_SPLITS),
+           dict(num_warps=prepare_warps(block.k, padded)))
+    return PreparedKeys(*regions[:8]), None if v is None else PreparedValues(*regions[8:])

@@ -94,7 +94,7 @@ def test_no_recompilation(kind, pv_dtype, monkeypatch):
     """Another length, batch, number of heads, threshold or scale finds its kernels compiled."""
     import triton
 
-    from comfyui_spargeattn.kernels._triton import prepare
+    from comfyui_spargeattn.kernels._triton import launch, prepare
     compiled = []
     monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", lambda **event: compiled.append(event["fn"].name))
 
@@ -106,6 +106,7 @@ def test_no_recompilation(kind, pv_dtype, monkeypatch):
         sparge_attention(*qkv, scale=scale, pv_dtype=pv_dtype, impl="triton", **call)
 
     prepare._queries_kernel.device_caches.clear()
+    launch.forget()
     run(1000, 4, 1, 0.9, 0.5, None)
     assert compiled, "the hook did not see the compilation of a kernel whose cache is empty"
     compiled.clear()
@@ -126,7 +127,7 @@ def round_up(n, multiple):
 @pytest.mark.parametrize("dim", (72, 128))
 def test_peak_memory(dim, pv_dtype):
     """Beyond its inputs a call holds the output, the INT8 copies of Q and K, the copy of V, one float32 mean a block,
-    the partial sums of the means, and four bytes for every block pair."""
+    the partial sums of a sample, and four bytes for every block pair."""
     batch, heads, kv_heads, n = 1, 8, 2, 30_000
     qkv = drifting_qkv(batch, heads, n, dim, kv_heads=kv_heads, dtype=BF16, device="cuda")
     with recorded_maps() as maps:  # compiles, and allocates cuBLAS's workspace
@@ -135,12 +136,12 @@ def test_peak_memory(dim, pv_dtype):
     nq, nk = block.counts(n, n)
     pitch, padded = round_up(dim, 16), max(16, 1 << (dim - 1).bit_length())
     q_copy = heads * nq * (block.q * (pitch + 4) + 4 * dim + 4)
-    k_copy = kv_heads * nk * (block.k * pitch + 4 * dim + 12)
+    k_copy = kv_heads * nk * (block.k * pitch + 4 * dim + 16)
     v_copy = kv_heads * nk * block.k * (dim if pv_dtype == "fp8" else 2 * pitch)
-    sums = kv_heads * 33 * (8 * padded + 4)
+    sample = kv_heads * 16 * (16 * padded + 4)
     lists = heads * nq * (4 * nk + 12)
     output = 2 * heads * n * dim
-    expected = batch * (q_copy + k_copy + v_copy + sums + lists + output)
+    expected = batch * (q_copy + k_copy + v_copy + sample + lists + output)
 
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()

@@ -1,5 +1,6 @@
 """What the kernel tests share: the device and its number formats, and the comparison of a whole call."""
 from contextlib import contextmanager
+from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -16,6 +17,12 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32) if ON_GPU else (torch.fl
 PV_FORMATS = ("fp16", "fp8") if ON_GPU and supports_fp8(arch_of(torch.device("cuda"))) else ("fp16",)
 # Distance to the λ test's limit, in log2 units, that one INT8 rounding can make up.
 _UNDECIDED = 0.02
+
+
+def tensors(prepared):
+    """A dataclass of the kernels' regions of memory with torch tensors in their place."""
+    return SimpleNamespace(**{name: None if region is None else region.tensor()
+                              for name, region in vars(prepared).items()})
 
 
 @contextmanager

@@ -5,7 +5,7 @@ import torch
 from comfyui_spargeattn.kernels import BlockShape, reference
 from comfyui_spargeattn.tests.assertions import assert_near
 from comfyui_spargeattn.tests.cases import drifting_qkv
-from comfyui_spargeattn.tests.kernels.harness import DEVICE, DTYPES, PV_FORMATS
+from comfyui_spargeattn.tests.kernels.harness import DEVICE, DTYPES, PV_FORMATS, tensors
 
 BLOCK = BlockShape(64, 32)
 N = 170  # the last block is ragged
@@ -69,11 +69,9 @@ def check_step(step, expected, dims, factor=1.0):
 @formats
 def test_queries(dtype, dim, case):
     from comfyui_spargeattn.kernels._triton.prepare import prepare_queries
-    q = drifting_qkv(2, 4, N, dim, dtype=dtype, device=DEVICE)[0]
+    q, k, v = drifting_qkv(2, 4, N, dim, kv_heads=2, dtype=dtype, device=DEVICE)
     case = {name: value for name, value in case.items() if name != "padding"}
-    arguments = kernel_arguments(**case)
-    arguments.pop("padding")
-    found = prepare_queries(q, factor=FACTOR, kv_heads=2, block=BLOCK, **arguments)
+    found = tensors(prepare_queries(q, k, v, factor=FACTOR, block=BLOCK, **kernel_arguments(**case)))
     if case.get("order") is not None and case["order"].ndim == 2:
         case["order"] = case["order"].repeat_interleave(2, 0)  # one row a key head serves two query heads
     expected, _ = expected_tokens(q, BLOCK.q, **case)
@@ -85,17 +83,24 @@ def test_queries(dtype, dim, case):
     assert bool((found.quantised.abs().amax(-1) == 127)[:, :, :N].all()), "the range is not used"
 
 
+def prepared_keys(k, v, *, fp8, pooled, flags=None, **arguments):
+    """Keys, values and what the queries' launch sampled of them, as tensors."""
+    from comfyui_spargeattn.kernels._triton.prepare import prepare_keys, prepare_queries
+    queries = prepare_queries(k, k, v, factor=FACTOR, block=BLOCK, flags=None, **arguments)
+    keys, values = prepare_keys(k, v, queries, block=BLOCK, fp8=fp8, pooled=pooled, flags=flags, **arguments)
+    return tensors(keys), values and tensors(values), tensors(queries)
+
+
 @cases
 @formats
 @pytest.mark.parametrize("pv_dtype", PV_FORMATS)
 def test_keys_and_values(pv_dtype, dtype, dim, case):
-    from comfyui_spargeattn.kernels._triton.prepare import prepare_keys
     fp8 = pv_dtype == "fp8"
     _, k, v = drifting_qkv(2, 2, N, dim, dtype=dtype, device=DEVICE)
     k, v = k + 3, v * torch.linspace(0.1, 30.0, dim, device=DEVICE).to(dtype)
     if case.get("padding") is not None:  # NaN there must reach nothing
         k, v = (x.masked_fill(case["padding"].to(DEVICE)[:, None, :, None], torch.nan) for x in (k, v))
-    keys, values = prepare_keys(k, v, block=BLOCK, fp8=fp8, pooled=True, **kernel_arguments(**case))
+    keys, values, _ = prepared_keys(k, v, fp8=fp8, pooled=True, **kernel_arguments(**case))
 
     expected, order = expected_tokens(k, BLOCK.k, **case, centre=True)
     assert torch.equal(keys.count, expected.valid.sum(-1).expand_as(keys.count))
@@ -108,12 +113,15 @@ def test_keys_and_values(pv_dtype, dtype, dim, case):
     tokens = expected.tokens
     check_step(keys.scale, tokens, (-2, -1))
     check_int8(keys.quantised.unflatten(2, (-1, BLOCK.k)), keys.scale[..., None, None], tokens, "k")
-    check_step(keys.pooled_scale, expected.mean, -1)
+    largest = expected.mean.abs().amax(-1).clamp(min=1e-12)
+    assert bool((keys.pooled_scale * 127 >= largest * (1 - 1e-6)).all()), "a pooled key does not fit"
+    assert bool((keys.pooled_scale * 127 <= largest * (1 + 2 ** -6)).all()), "the range is not used"
     check_int8(keys.pooled, keys.pooled_scale[..., None], expected.mean, "pooled k")
 
     padding = None if case.get("padding") is None else case["padding"].to(DEVICE)[:, None, :, None]
     v = v.double() if padding is None else v.double().masked_fill(padding, 0.0)
-    limit = reference.FP8_MAX if fp8 else 1.0
+    limit = reference.FP8_MAX / 8 if fp8 else 1.0  # room for values that a sample of a longer sequence misses
+    assert bool((values.step == 1).all())
     exists = torch.ones_like(v, dtype=torch.bool) if padding is None else (~padding).expand_as(v)
     centre = v.sum(2) / exists.sum(2).clamp(min=1)
     assert_near(values.centre, centre, atol=v.abs().amax(2) * 1e-6, what="centre of V")
@@ -144,11 +152,48 @@ def test_keys_and_values(pv_dtype, dtype, dim, case):
 
 
 def test_keys_without_values():
-    from comfyui_spargeattn.kernels._triton.prepare import prepare_keys
     _, k, v = drifting_qkv(1, 2, N, 64, device=DEVICE)
-    arguments = dict(order=None, flags=None, padding=None, block=BLOCK, fp8=False, pooled=False)
-    alone, nothing = prepare_keys(k, None, **arguments)
-    both, _ = prepare_keys(k, v, **arguments)
+    arguments = dict(order=None, padding=None, fp8=False, pooled=False)
+    alone, nothing, _ = prepared_keys(k, None, **arguments)
+    both, _, _ = prepared_keys(k, v, **arguments)
     assert nothing is None and alone.pooled is None and alone.pooled_scale is None
     assert torch.equal(alone.quantised, both.quantised) and torch.equal(alone.mean, both.mean)
     assert torch.equal(alone.similarity, both.similarity)
+
+
+def test_long_sequences_are_sampled():
+    """Beyond SAMPLE tokens the constants come from an even sample, without the padding in it."""
+    from comfyui_spargeattn.kernels._triton import prepare
+    n = 2 * prepare.SAMPLE + 77
+    _, k, v = drifting_qkv(1, 1, n, 16, device=DEVICE)
+    padding = torch.arange(n, device=DEVICE)[None] >= n // 2
+    for mask in (None, padding):
+        keys, values, sampled = prepared_keys(k, v, fp8=False, pooled=False, order=None, padding=mask)
+        valid = n if mask is None else n // 2
+        assert abs(int(sampled.sampled.sum()) - prepare.SAMPLE * valid / n) <= 3
+        centre = v[:, :, :valid].mean(2)
+        assert_near(values.centre, centre, atol=v.std() * 3 / prepare.SAMPLE ** 0.5, what="centre of V")
+        restored = values.values.float() * values.step.repeat_interleave(BLOCK.k, -1)[..., None]
+        restored = restored * values.scale[:, :, None] + values.centre[:, :, None]
+        exact = v if mask is None else v[:, :, :valid]
+        assert_near(restored[:, :, :valid], exact, atol=exact.abs() * 2 ** -9 + 1e-3, what="V")
+
+
+@pytest.mark.parametrize("pv_dtype", PV_FORMATS)
+def test_values_beyond_the_sample_keep_their_size(pv_dtype):
+    from comfyui_spargeattn.kernels._triton import prepare
+    n, outlier = 2 * prepare.SAMPLE, 4100
+    _, k, v = drifting_qkv(1, 1, n, 16, device=DEVICE)
+    place = torch.arange(prepare.SAMPLE, dtype=torch.int64)
+    taken = ((place * 2654435769) & 0xFFFFFFFF) * n >> 32
+    assert outlier not in taken, "the case tests nothing"
+    v[:, :, outlier] *= 1e6
+    _, values, _ = prepared_keys(k, v, fp8=pv_dtype == "fp8", pooled=True, order=None, padding=None)
+    block = outlier // BLOCK.k
+    assert values.step[0, 0, block] > 1 and (values.step != 1).sum() == 1
+    assert bool(values.values.float().isfinite().all()) and bool(values.pooled.isfinite().all())
+    stored = values.values.float()[0, 0]  # (n, D) in float16, (D, n) in float8
+    rows = (stored if pv_dtype == "fp16" else stored.mT)[block * BLOCK.k:(block + 1) * BLOCK.k]
+    row = rows.abs().amax(0)
+    assert_near(row * values.step[0, 0, block] * values.scale[0, 0], (v[0, 0, outlier] - values.centre[0, 0]).abs(),
+                atol=v[0, 0, outlier].abs() * 2 ** -4 + 1, what="the outlier")

@@ -4,7 +4,7 @@ import torch
 
 from comfyui_spargeattn.kernels import BlockMap, BlockShape
 from comfyui_spargeattn.kernels.reference import LOG2E
-from comfyui_spargeattn.tests.kernels.harness import DEVICE, ON_GPU
+from comfyui_spargeattn.tests.kernels.harness import DEVICE, ON_GPU, tensors
 
 BLOCK = BlockShape(64, 32)
 BATCH, HEADS, KV_HEADS, DIM = 2, 2, 1, 16
@@ -31,7 +31,7 @@ def prepared(n_q, n_k, *, seed=0, spread=1.0, padded=False, ties=False):
         count[..., 1::4], count[..., 2::7] = 0, 5
         count[1] = 0  # nothing to attend
     q = PreparedQueries(quantised=None, scale=None, mean=randn(BATCH, HEADS, nq, DIM),
-                        similarity=q_similarity.to(DEVICE))
+                        similarity=q_similarity.to(DEVICE), partial=None, sampled=None)
     k = PreparedKeys(quantised=None, scale=None, mean=randn(BATCH, KV_HEADS, nk, DIM),
                      similarity=k_similarity.to(DEVICE), count=count.to(DEVICE), valid=None, pooled=None,
                      pooled_scale=None)
@@ -83,10 +83,10 @@ def check(queries, keys, *, n_q, n_k, selection, causal, amounts, theta=0.3, poo
     from comfyui_spargeattn.kernels._triton.blockmap import select_blocks
     thresholds = torch.tensor([amounts, [theta] * HEADS, [0.0] * HEADS], device=DEVICE)
     plain = len(set(amounts)) == 1
-    lists = select_blocks(queries, keys, scale=SCALE, per_head=None if plain else thresholds,
+    lists = select_blocks(queries, keys, None, scale=SCALE, per_head=None if plain else thresholds,
                           thresholds=[amounts[0], theta, 0.0], selection=selection, causal=causal, n_q=n_q, n_k=n_k,
                           block=BLOCK, pooled=pooled)
-    found = lists.public(BLOCK)
+    found, lists = lists.public(BLOCK), tensors(lists)
     mask = found.mask()
     must, may, visible, partial = bounds(queries, keys, thresholds=thresholds, selection=selection, causal=causal,
                                          n_q=n_q)
@@ -105,9 +105,10 @@ def check(queries, keys, *, n_q, n_k, selection, causal, amounts, theta=0.3, poo
     places = (mask.cumsum(-1) - 1).where(mask & inside, mask.shape[-1]).amin(-1)
     assert torch.equal(lists.counts[..., 0], places.minimum(found.counts).int())
     if pooled:
-        assert torch.equal(lists.pooled != 0, visible & ~mask)
+        weight = count.clamp(min=1).log2().expand_as(mask).where(visible & ~mask, -torch.inf)
+        torch.testing.assert_close(lists.tail.float(), weight, rtol=2e-3, atol=0)
     else:
-        assert lists.pooled is None
+        assert lists.tail is None
     return mask
 
 
@@ -124,7 +125,7 @@ def test_selection(selection, causal, n_q, n_k):
 
 
 @pytest.mark.parametrize("selection", ("cdf", "topk"))
-@pytest.mark.parametrize("chunk", (4, 1024))
+@pytest.mark.parametrize("chunk", (16, 256))
 def test_per_head_and_padding(selection, chunk, monkeypatch):
     from comfyui_spargeattn.kernels._triton import blockmap
     monkeypatch.setattr(blockmap, "_CHUNK", chunk)

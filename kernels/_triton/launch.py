@@ -1,0 +1,95 @@
+"""What a call costs the host: memory taken in one piece a stage, and launches of kernels that are compiled already.
+
+Triton's own launch looks at every argument anew to find the compiled kernel, which takes longer than short sequences
+take the GPU. `launch` remembers it under what a kernel is specialised on: dtypes, alignment, absent arguments, constants.
+"""
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+_ALIGNMENT = 256
+_compiled: dict[tuple, object] = {}
+
+
+class Region:
+    """A tensor to be, in memory that it shares with others: an address and a shape, a torch tensor when asked."""
+
+    __slots__ = ("memory", "offset", "shape", "dtype", "address")
+
+    def __init__(self, memory: Tensor, base: int, offset: int, shape: tuple[int, ...], dtype: torch.dtype):
+        self.memory, self.offset, self.shape, self.dtype, self.address = memory, offset, shape, dtype, base + offset
+
+    def data_ptr(self) -> int:
+        return self.address
+
+    @property
+    def device(self) -> torch.device:
+        return self.memory.device
+
+    def view(self, dtype: torch.dtype) -> Region:
+        """The same memory as elements of another type of the same size."""
+        return Region(self.memory, self.address - self.offset, self.offset, self.shape, dtype)
+
+    def tensor(self) -> Tensor:
+        size = math.prod(self.shape) * self.dtype.itemsize
+        return self.memory[self.offset:self.offset + size].view(self.dtype).view(self.shape)
+
+
+def allocate(device: torch.device, *wanted: tuple[tuple[int, ...], torch.dtype] | None) -> list[Region | None]:
+    """Regions for (shape, dtype) pairs, None for None, in one allocation."""
+    offsets, size = [], 0
+    for item in wanted:
+        offsets.append(size)
+        if item is not None:
+            size += -(-math.prod(item[0]) * item[1].itemsize // _ALIGNMENT) * _ALIGNMENT
+    memory = torch.empty(size, dtype=torch.uint8, device=device)
+    base = memory.data_ptr()
+    return [None if item is None else Region(memory, base, offset, *item) for item, offset in zip(wanted, offsets)]
+
+
+def descriptor(x: Tensor | Region, rows: int, pitch: int, block: list[int]) -> TensorDescriptor:
+    """x as a (rows, pitch) matrix that the tensor memory accelerator reads in blocks."""
+    return TensorDescriptor(x, [rows, pitch], [pitch, 1], block)
+
+
+def launch(kernel, grid: tuple[int, ...], device: torch.device, arguments: tuple, constants: dict,
+           options: dict) -> None:
+    """Launch a Triton kernel: `arguments` in its order, then its `constants`, by name and in its order too."""
+    values, key = [], [kernel, device, *constants.values(), *options.values()]
+    for x in arguments:
+        if type(x) is Region:
+            key.append(x.dtype)
+            x = x.address
+        elif isinstance(x, Tensor):
+            address = x.data_ptr()
+            key.append((x.dtype, address % 16 == 0))
+            x = address
+        elif x is None or type(x) is TensorDescriptor:
+            key.append(x if x is None else (x.base.dtype, *x.block_shape))
+        values.append(x)
+    key = tuple(key)
+    compiled = _compiled.get(key)
+    if compiled is None:
+        arguments = [_materialise(x) for x in arguments]
+        compiled = kernel[grid](*arguments, **constants, **options)
+        if hasattr(compiled, "function"):  # nothing to keep from the interpreter
+            _compiled[key] = compiled
+    else:
+        compiled[(*grid, 1, 1)[:3]](*values, *constants.values())
+
+
+def forget() -> None:
+    """Drop what `launch` remembers."""
+    _compiled.clear()
+
+
+def _materialise(x):
+    if type(x) is Region:
+        return x.tensor()
+    if type(x) is TensorDescriptor and type(x.base) is Region:
+        return TensorDescriptor(x.base.tensor(), x.shape, x.strides, x.block_shape)
+    return x
