@@ -153,10 +153,8 @@ def _attend_kernel(q, q_scale, k, k_scale, v, v_scale, v_centre, v_steps, k_vali
                 else:
                     v_tile = _load_tile(v, (kv_row * nk + j) * BLOCK_K, 0, PITCH, BLOCK_K, DP, TMA)
                     if MASKED:
-                        product = tl.dot(p.to(tl.float16), v_tile)
-                        acc += product * tl.load(v_steps + kv_row.to(tl.int64) * nk + j)
-                    else:
-                        acc = tl.dot(p.to(tl.float16), v_tile, acc)
+                        p *= tl.load(v_steps + kv_row.to(tl.int64) * nk + j)
+                    acc = tl.dot(p.to(tl.float16), v_tile, acc)
 
     if pooled_k is not None:
         for start in range(0, nk, TAIL_TILE):  # all of it, without a test for blocks to stand in for: loads run ahead

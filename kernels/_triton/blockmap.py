@@ -180,5 +180,5 @@ def select_blocks(queries: PreparedQueries, keys: PreparedKeys, values: Prepared
             n_k, heads, heads // kv_heads),
            dict(D=dim, DP=padded_dim(dim), TOPK=selection == "topk", CAUSAL=causal, BLOCK_Q=block.q, BLOCK_K=block.k,
                 ROWS=_ROWS, CHUNK=_CHUNK, PRODUCT=min(64, _CHUNK), BISECTIONS=_BISECTIONS),
-           dict(num_warps=4))
+           dict(num_warps=8, num_stages=2))
     return lists

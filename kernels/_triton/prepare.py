@@ -264,9 +264,9 @@ def _convert_values(v, order, padding, partial, sampled, values, scales, centres
         mean = tl.clamp(mean, -65504.0, 65504.0)
         tl.store(pooled + slot * PITCH + cols, mean.to(tl.float16), mask=cols < PITCH)
     excess = tl.max(tl.abs(x)) / limit
-    step = tl.where(excess > 1.0, tl.exp2(tl.ceil(tl.log2(tl.maximum(excess, 1.0)))), 1.0)
+    step = tl.exp2(tl.minimum(tl.ceil(tl.log2(tl.maximum(excess, 1.0))), 15.0))  # in float16 P is multiplied by it
     tl.store(steps + slot, step)
-    x *= 1.0 / step
+    x = tl.clamp(x / step, -65504.0, 65504.0) if not FP8 else x / step
     lane = tl.arange(0, BLOCK)
     if FP8:
         channels = row.to(tl.int64) * D + cols
