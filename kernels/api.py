@@ -1,4 +1,4 @@
-"""`sparge_attention`: what a call means, checked here; how it is computed is the business of `dispatch`."""
+"""The public calls: what they mean, checked here; how it is computed is the business of `dispatch`."""
 from __future__ import annotations
 
 import math
@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .dispatch import run, run_map
-from .types import BlockMap, SpargeParams, SpargeStats, TokenRanges
+from .dispatch import block_of, run, run_map
+from .types import BlockMap, BlockShape, SpargeParams, SpargeStats, TokenRanges
 
 LAYOUTS = ("BHND", "BNHD")
 PV_DTYPES = ("auto", "fp16", "fp8")
@@ -76,6 +76,45 @@ def block_map(q: Tensor, k: Tensor, *, params: SpargeParams = SpargeParams(), la
                    order=order, sink_keys=sink_keys, dense_queries=dense_queries, pv_dtype=pv_dtype, impl=impl)
 
 
+def block_sparse_attention(q: Tensor, k: Tensor, v: Tensor, block_map: BlockMap | Tensor, *, layout: str = "BHND",
+                           scale: float | None = None, causal: bool = False, key_padding_mask: Tensor | None = None,
+                           order: Tensor | None = None, pv_dtype: str = "auto", pv_threshold: float = math.inf,
+                           skipped: str = "drop", impl: str = "auto", return_stats: bool = False,
+                           ) -> Tensor | tuple[Tensor, SpargeStats]:
+    """Quantised attention over the blocks that the caller chose. For inference: no gradients.
+
+    block_map: a `BlockMap` whose block is `block_shape(q, …)`, or a bool tensor (B or 1, H or 1, nq, nk), True where
+        the block of queries attends the block of keys; blocks are counted in the order used for blocking. Blocks
+        beyond the causal diagonal and blocks of padding alone are ignored; inside the others the diagonal and padding
+        are masked exactly. A query that may attend nothing gives zeros.
+    pv_threshold: a row group skips the P·V of a block whose probabilities are all below 2^-pv_threshold.
+
+    All other arguments, the result and the errors are those of `sparge_attention`.
+    """
+    params = SpargeParams(topk=1.0, similarity_threshold=-1.0, pv_threshold=pv_threshold)
+    check_inputs(q, k, v, params=params, layout=layout, scale=scale, causal=causal,
+                 key_padding_mask=key_padding_mask, order=order, sink_keys=None, dense_queries=None)
+    _check_choice("pv_dtype", pv_dtype, PV_DTYPES)
+    _check_choice("skipped", skipped, SKIPPED)
+    _check_choice("impl", impl, IMPLEMENTATIONS)
+    block = ()
+    if isinstance(block_map, BlockMap):
+        block, block_map = (block_map.block.q, block_map.block.k), block_map.mask()
+    _check_block_mask(block_map, q.shape[0], q.shape[1 if layout == "BHND" else 2], q.device)
+    out, kept, pv_skipped = run(q, k, v, params=params, layout=layout, scale=scale, causal=causal,
+                                key_padding_mask=key_padding_mask, order=order, sink_keys=None, dense_queries=None,
+                                pv_dtype=pv_dtype, skipped=skipped, impl=impl, return_stats=return_stats,
+                                block_mask=block_map, block=block)
+    return (out, SpargeStats(kept, pv_skipped)) if return_stats else out
+
+
+def block_shape(q: Tensor, *, pv_dtype: str = "auto", impl: str = "auto") -> BlockShape:
+    """The blocks that a call with q (…, D) works in: tokens of Q and of K in one entry of its map."""
+    _check_choice("pv_dtype", pv_dtype, PV_DTYPES)
+    _check_choice("impl", impl, IMPLEMENTATIONS)
+    return block_of(q, pv_dtype, impl)
+
+
 def check_inputs(q: Tensor, k: Tensor, v: Tensor, *, params: SpargeParams, layout: str, scale: float | None,
                  causal: bool, key_padding_mask: Tensor | None, order: Tensor | None,
                  sink_keys: TokenRanges | None, dense_queries: TokenRanges | None) -> None:
@@ -129,6 +168,16 @@ def _check_mask(mask: Tensor, shape: tuple[int, int], device: torch.device) -> N
         raise TypeError(f"key_padding_mask must be bool, True at padding; got {mask.dtype}")
     if tuple(mask.shape) != shape or mask.device != device:
         raise ValueError(f"key_padding_mask must have shape {shape} on {device}; "
+                         f"got {tuple(mask.shape)} on {mask.device}")
+
+
+def _check_block_mask(mask: Tensor, batch: int, heads: int, device: torch.device) -> None:
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"block_map must be a BlockMap or a tensor; got {type(mask).__name__}")
+    if mask.dtype != torch.bool:
+        raise TypeError(f"block_map must be bool, True where a block is attended; got {mask.dtype}")
+    if mask.ndim != 4 or mask.shape[0] not in (1, batch) or mask.shape[1] not in (1, heads) or mask.device != device:
+        raise ValueError(f"block_map must have shape ({batch} or 1, {heads} or 1, nq, nk) on {device}; "
                          f"got {tuple(mask.shape)} on {mask.device}")
 
 

@@ -6,12 +6,13 @@ from torch import Tensor
 
 from . import reference
 from .capability import select_implementation
-from .types import BlockMap, SpargeParams, TokenRanges
+from .types import BlockMap, BlockShape, SpargeParams, TokenRanges
 
 _NAMESPACE = "comfyui_spargeattn"
 _SCHEMA = """attention(Tensor q, Tensor k, Tensor v, *, Tensor? per_head, Tensor? key_padding_mask, Tensor? order,
     float[] thresholds, float? scale, int[] sink_keys, int[] dense_queries, bool causal, bool return_stats,
-    str selection, str layout, str pv_dtype, str skipped, str impl) -> (Tensor, Tensor, Tensor)"""
+    str selection, str layout, str pv_dtype, str skipped, str impl, Tensor? block_mask=None,
+    int[] block=[]) -> (Tensor, Tensor, Tensor)"""
 
 
 def run(q: Tensor, k: Tensor, v: Tensor, *, params: SpargeParams, sink_keys: TokenRanges | None,
@@ -34,6 +35,14 @@ def run_map(q: Tensor, k: Tensor, *, params: SpargeParams, layout: str, pv_dtype
                    selection=params.selection, pv_dtype=pv_dtype, **call)
 
 
+def block_of(q: Tensor, pv_dtype: str, impl: str) -> BlockShape:
+    """The block shape of the implementation that a call with q (…, D) gets."""
+    if choose(impl, q) == "reference":
+        return reference.BLOCK
+    from ._triton.pipeline import block_of
+    return block_of(q, pv_dtype)
+
+
 def choose(impl: str, q: Tensor) -> str:
     """The implementation a call gets. Raises RuntimeError where the one asked for by name can't take it."""
     name, reason = select_implementation(q)
@@ -54,12 +63,15 @@ def pack_thresholds(params: SpargeParams, device: torch.device) -> Tensor | None
 def _attention(q: Tensor, k: Tensor, v: Tensor, per_head: Tensor | None, key_padding_mask: Tensor | None,
                order: Tensor | None, thresholds: list[float], scale: float | None, sink_keys: list[int],
                dense_queries: list[int], causal: bool, return_stats: bool, selection: str, layout: str,
-               pv_dtype: str, skipped: str, impl: str) -> tuple[Tensor, Tensor, Tensor]:
+               pv_dtype: str, skipped: str, impl: str, block_mask: Tensor | None = None,
+               block: list[int] | tuple[int, ...] = ()) -> tuple[Tensor, Tensor, Tensor]:
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     q, k, v, target = (_heads_first(x, layout) for x in (q, k, v, out))
     sink_keys, dense_queries = _pairs(sink_keys), _pairs(dense_queries)
     call = dict(scale=scale, causal=causal, key_padding_mask=key_padding_mask, order=order, sink_keys=sink_keys,
-                dense_queries=dense_queries, skipped=skipped)
+                dense_queries=dense_queries, skipped=skipped, block_mask=block_mask)
+    if block_mask is not None:
+        _check_blocks(block_mask, block, block_of(q, pv_dtype, impl), q.shape[2], k.shape[2])
     if choose(impl, q) == "triton":
         from ._triton.pipeline import attention
         kept, pv_skipped = attention(q, k, v, target, per_head=per_head, thresholds=thresholds, selection=selection,
@@ -81,6 +93,15 @@ def _fake_attention(q: Tensor, k: Tensor, v: Tensor, *, return_stats: bool, layo
     shape = (q.shape[0], heads) if return_stats else (0,)
     return torch.empty(q.shape, dtype=q.dtype, device=q.device), *(
         q.new_empty(shape, dtype=torch.float32) for _ in range(2))
+
+
+def _check_blocks(mask: Tensor, given: list[int] | tuple[int, ...], block: BlockShape, n_q: int, n_k: int) -> None:
+    """Here rather than in `api`: under torch.compile the implementation is chosen when the op runs."""
+    if given and BlockShape(*given) != block:
+        raise ValueError(f"block_map must have this call's blocks, {block}; got {BlockShape(*given)}")
+    if tuple(mask.shape[2:]) != block.counts(n_q, n_k):
+        raise ValueError(f"block_map must have {block.counts(n_q, n_k)} blocks of {block} in its last dimensions; "
+                         f"got shape {tuple(mask.shape)}")
 
 
 def _unpack_thresholds(selection: str, thresholds: list[float], per_head: Tensor | None) -> SpargeParams:

@@ -18,7 +18,7 @@ from .types import BlockMap, BlockShape, SpargeParams, SpargeStats, TokenRanges
 LOG2E = math.log2(math.e)
 ROW_GROUP = 16  # rows of one tensor-core instruction: the finest group of rows that can skip together
 FP8_MAX = 448.0  # largest finite float8_e4m3fn
-_BLOCK = BlockShape(128, 64)
+BLOCK = BlockShape(128, 64)
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, causal: bool = False,
@@ -46,12 +46,14 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = No
 def sparge_attention(q: Tensor, k: Tensor, v: Tensor, *, params: SpargeParams = SpargeParams(),
                      scale: float | None = None, causal: bool = False, key_padding_mask: Tensor | None = None,
                      order: Tensor | None = None, sink_keys: TokenRanges | None = None,
-                     dense_queries: TokenRanges | None = None, skipped: str = "drop", block: BlockShape = _BLOCK,
-                     quantise: str | None = None) -> tuple[Tensor, BlockMap, SpargeStats]:
+                     dense_queries: TokenRanges | None = None, skipped: str = "drop", block: BlockShape = BLOCK,
+                     quantise: str | None = None, block_mask: Tensor | None = None,
+                     ) -> tuple[Tensor, BlockMap, SpargeStats]:
     """SpargeAttn of q (B, H, Nq, D), k and v (B, Hkv, Nk, D) → output like q, the block map, the statistics.
 
     The arguments are those of `kernels.sparge_attention`, checked there. `quantise` emulates the fast kernels'
     number formats: None computes exactly, "fp16" and "fp8" round Q and K to INT8 and P and V to that format.
+    `block_mask`, bool (B or 1, H or 1, nq, nk), takes the place of the predicted map.
     """
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -69,7 +71,10 @@ def sparge_attention(q: Tensor, k: Tensor, v: Tensor, *, params: SpargeParams = 
     value = _blocks(_expand_groups(_reorder(v, order_k).to(dtype), heads), block.k)
 
     rules = visibility(n_q, keys, block, causal)
-    mask = predict_map(queries, keys, rules, params, scale)
+    if block_mask is None:
+        mask = predict_map(queries, keys, rules, params, scale)
+    else:
+        mask = block_mask & rules.visible.expand(q.shape[0], heads, -1, -1)
     out, pv_skipped = attend(queries, keys, value, mask, rules, params, scale, skipped, quantise,
                              causal, n_q)
     if order_q is not None:

@@ -41,3 +41,8 @@ def assert_within_budget(actual: Tensor, emulated: Tensor, exact: Tensor, *, rms
     assert rms(error) <= allowed, f"RMS error {rms(error):.4g} > {allowed:.4g}; {details}"
     allowed = max_slack * budget.max().item() + rounding.max().item()
     assert error.max().item() <= allowed, f"maximum error > {allowed:.4g}; {details}"
+
+
+def relative_l1(out: Tensor, exact: Tensor) -> float:
+    """Σ|O−O'| / Σ|O|, the paper's measure."""
+    return ((out.double() - exact.double()).abs().sum() / exact.double().abs().sum()).item()

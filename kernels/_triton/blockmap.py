@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor, float16, float32, int32
@@ -31,6 +32,12 @@ class BlockLists:
     def public(self, block: BlockShape) -> BlockMap:
         """The map for the outside, in memory of its own."""
         return BlockMap(self.indices.tensor().clone(), self.counts.tensor()[..., 1].clone(), block)
+
+
+def allocate_lists(device: torch.device, shape: tuple[int, int, int, int], pooled: bool) -> BlockLists:
+    """Room for the lists of a map of this shape."""
+    return BlockLists(*allocate(device, (tuple(shape), int32), ((*shape[:3], 3), int32),
+                                (tuple(shape), float16) if pooled else None))
 
 
 @triton.jit
@@ -170,9 +177,7 @@ def select_blocks(queries: PreparedQueries, keys: PreparedKeys, values: Prepared
     batch, heads, nq, dim = queries.mean.shape
     kv_heads, nk = keys.similarity.shape[1:]
     device = queries.mean.device
-    each = (batch, heads, nq, nk)
-    lists = BlockLists(*allocate(device, (each, int32), ((batch, heads, nq, 3), int32),
-                                 (each, float16) if pooled else None))
+    lists = allocate_lists(device, (batch, heads, nq, nk), pooled)
     scores = lists.indices.view(float32)
     launch(_select_kernel, (batch * heads * -(-nq // _ROWS),), device,
            (queries.mean, keys.mean, queries.similarity, keys.similarity, keys.count, values and values.step, scores,

@@ -6,10 +6,11 @@ from torch import Tensor
 
 from ..capability import arch_of, supports_fp8
 from ..reference import LOG2E, ROW_GROUP
-from ..types import BlockMap, TokenRanges
+from ..types import BlockMap, BlockShape, TokenRanges
 from .attend import attend
 from .blockmap import BlockLists, select_blocks
 from .config import AttendConfig, attend_config
+from .given_map import lists_from_mask
 from .prepare import PreparedKeys, PreparedQueries, PreparedValues, prepare_keys, prepare_queries
 from .primitives import padded_dim
 
@@ -17,13 +18,17 @@ from .primitives import padded_dim
 def attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor, *, per_head: Tensor | None, thresholds: list[float],
               selection: str, scale: float | None, causal: bool, key_padding_mask: Tensor | None,
               order: Tensor | None, sink_keys: TokenRanges | None, dense_queries: TokenRanges | None, pv_dtype: str,
-              skipped: str, return_stats: bool) -> tuple[Tensor | None, Tensor | None]:
-    """`sparge_attention` of q (B, H, Nq, D), k, v (B, Hkv, Nk, D) into out like q; (kept, pv_skipped) if asked."""
+              skipped: str, return_stats: bool, block_mask: Tensor | None = None,
+              ) -> tuple[Tensor | None, Tensor | None]:
+    """`sparge_attention` of q (B, H, Nq, D), k, v (B, Hkv, Nk, D) into out like q; (kept, pv_skipped) if asked.
+
+    `block_mask`, bool (B or 1, H or 1, nq, nk), takes the place of the predicted map.
+    """
     config, fp8 = _configure(q, pv_dtype)
     queries, keys, values, lists = _prepare(
         q, k, v, config=config, fp8=fp8, pooled=skipped == "pooled", per_head=per_head, thresholds=thresholds,
         selection=selection, scale=scale, causal=causal, key_padding_mask=key_padding_mask, order=order,
-        sink_keys=sink_keys, dense_queries=dense_queries)
+        sink_keys=sink_keys, dense_queries=dense_queries, block_mask=block_mask)
     skips = attend(queries, keys, values, lists, out, n_k=k.shape[2], order=order, per_head=per_head,
                    pv_threshold=thresholds[2], causal=causal, config=config, count_skips=return_stats)
     if not return_stats:
@@ -46,6 +51,11 @@ def predict(q: Tensor, k: Tensor, *, per_head: Tensor | None, thresholds: list[f
     return lists.public(config.block)
 
 
+def block_of(q: Tensor, pv_dtype: str) -> BlockShape:
+    """The block shape of a call with q (…, D)."""
+    return _configure(q, pv_dtype)[0].block
+
+
 def _configure(q: Tensor, pv_dtype: str) -> tuple[AttendConfig, bool]:
     arch = arch_of(q.device)
     fp8 = pv_dtype == "fp8" or (pv_dtype == "auto" and supports_fp8(arch))
@@ -55,7 +65,7 @@ def _configure(q: Tensor, pv_dtype: str) -> tuple[AttendConfig, bool]:
 def _prepare(q: Tensor, k: Tensor, v: Tensor | None, *, config: AttendConfig, fp8: bool, pooled: bool,
              per_head: Tensor | None, thresholds: list[float], selection: str, scale: float | None, causal: bool,
              key_padding_mask: Tensor | None, order: Tensor | None, sink_keys: TokenRanges | None,
-             dense_queries: TokenRanges | None,
+             dense_queries: TokenRanges | None, block_mask: Tensor | None = None,
              ) -> tuple[PreparedQueries, PreparedKeys, PreparedValues | None, BlockLists]:
     q, k, v = (x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -65,6 +75,9 @@ def _prepare(q: Tensor, k: Tensor, v: Tensor | None, *, config: AttendConfig, fp
                               padding=padding, block=config.block)
     keys, values = prepare_keys(k, v, queries, order=order, flags=_flags(sink_keys, k), padding=padding,
                                 block=config.block, fp8=fp8, pooled=pooled)
+    if block_mask is not None:
+        return queries, keys, values, lists_from_mask(block_mask, keys, values, heads=q.shape[1], n_q=q.shape[2],
+                                                      causal=causal, block=config.block, pooled=pooled)
     lists = select_blocks(queries, keys, values, scale=scale, per_head=per_head, thresholds=thresholds, selection=selection,
                           causal=causal, n_q=q.shape[2], n_k=k.shape[2], block=config.block, pooled=pooled)
     return queries, keys, values, lists

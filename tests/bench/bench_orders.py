@@ -18,7 +18,7 @@ from torch import Tensor
 from comfyui_spargeattn.hilbert import CURVES, sequence_order
 from comfyui_spargeattn.kernels import SpargeParams, sparge_attention
 from comfyui_spargeattn.kernels.reference import compress
-from tests.bench.bench_attention import error, median_ms
+from tests.bench.measure import device_ms, error
 from tests.cases import video_qkv
 from tests.demo import compare
 from tests.demo.clips import prompt
@@ -90,7 +90,7 @@ def measure(name: str, calls: list[Call], device: str) -> list[dict]:
         row["similarity_q"], row["similarity_k"] = similarity(calls, order)
         for theta in JUDGES:
             row[f"sparsity θ={theta:g}"] = sparsity_at_error(calls, dense, order, theta)
-        row["ms"] = median_ms(partial(sparge_attention, *calls[0], params=topk, order=order), 30)
+        row["ms"] = device_ms(partial(sparge_attention, *calls[0], params=topk, order=order), 30)
         rows.append(row)
     return rows
 

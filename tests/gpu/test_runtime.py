@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from comfyui_spargeattn.kernels import SpargeParams, sparge_attention
+from comfyui_spargeattn.kernels import SpargeParams, block_shape, block_sparse_attention, sparge_attention
 from comfyui_spargeattn.tests.cases import drifting_qkv
 from comfyui_spargeattn.tests.gpu.device import needs_gpu
 from comfyui_spargeattn.tests.kernels.harness import PV_FORMATS, recorded_maps
@@ -151,3 +151,30 @@ def test_peak_memory(dim, pv_dtype):
     # The allocator hands out blocks that are up to 1 MiB larger than asked.
     assert peak <= expected * 1.01 + 2 ** 21, f"{peak / 2**20:.1f} MiB > {expected / 2**20:.1f} MiB"
     assert torch.cuda.memory_allocated() - before <= out.numel() * 2 + 2 ** 20, "something outlives the call"
+
+
+@pytest.mark.parametrize("pv_dtype", PV_FORMATS)
+def test_given_map_compiled_and_captured(pv_dtype):
+    """A map given as a tensor is one more input: no graph break, no synchronisation, read anew at every replay."""
+    qkv = inputs()
+    blocks = block_shape(qkv[0], pv_dtype=pv_dtype, impl="triton").counts(2000, 2000)
+    mask = torch.rand(1, 4, *blocks, device="cuda") < 0.5
+
+    def run(q, k, v, mask):
+        return block_sparse_attention(q, k, v, mask, pv_dtype=pv_dtype, impl="triton")
+
+    torch.compiler.reset()
+    compiled = torch.compile(run, fullgraph=True)(*qkv, mask)
+    assert torch.equal(compiled, run(*qkv, mask))
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run(*qkv, mask)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run(*qkv, mask)
+    mask.copy_(torch.rand(mask.shape, device="cuda") < 0.3)
+    graph.replay()
+    assert torch.equal(out, run(*qkv, mask))

@@ -1,0 +1,78 @@
+"""Times, errors and the correctness gate that every mode of the benchmark shares."""
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from comfyui_spargeattn.kernels import BlockMap
+from tests.assertions import relative_l1
+
+# Relative L1 that quantisation alone may cost, against exact arithmetic over the same blocks.
+GATES = {"exact": 0.01, "fp16": 0.025, "fp8": 0.06}
+_SLEEP = 2_000_000  # cycles, about a millisecond: the host has launched the call before the device reaches it
+
+
+def device_ms(run: Callable, repeats: int = 10) -> float:
+    """Median device time of a call. The device is kept busy while the host launches, so that its latency isn't in."""
+    for _ in range(3):
+        run()
+    times = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(_SLEEP)
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times)
+
+
+def host_us(run: Callable, calls: int = 100) -> float:
+    """Host time of a call that does not wait for the device; of use where the queue does not fill up (short calls)."""
+    run()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(calls):
+        run()
+    elapsed = time.perf_counter() - start
+    torch.cuda.synchronize()
+    return elapsed / calls * 1e6
+
+
+def error(out: Tensor, exact: Tensor) -> dict[str, float]:
+    """Relative L1 and cosine similarity."""
+    return dict(L1=relative_l1(out, exact),
+                cos=F.cosine_similarity(out.float().flatten(), exact.float().flatten(), dim=0).item())
+
+
+def exact_sample(q: Tensor, k: Tensor, v: Tensor, chosen: BlockMap | None, start: int, rows: int) -> Tensor:
+    """float32 attention of query rows [start, start + rows), over the chosen blocks where there are any."""
+    scores = q[:, :, start:start + rows].float() @ k.float().mT * q.shape[-1] ** -0.5
+    if chosen is not None:
+        i, nk = start // chosen.block.q, chosen.indices.shape[-1]
+        listed = BlockMap(chosen.indices[:, :, i:i + 1], chosen.counts[:, :, i:i + 1], chosen.block)
+        mask = listed.mask().repeat_interleave(chosen.block.k, -1)[..., :min(k.shape[2], nk * chosen.block.k)]
+        scores.masked_fill_(~mask, float("-inf"))
+    return scores.softmax(-1).nan_to_num_(0.0) @ v.float()
+
+
+def gate_error(out: Tensor, q: Tensor, k: Tensor, v: Tensor, chosen: BlockMap | None) -> float:
+    """The worst L1 of three blocks of queries of all heads, against exact arithmetic over the same blocks."""
+    rows = 64 if chosen is None else chosen.block.q
+    worst = 0.0
+    for start in (0, q.shape[2] // 2 // rows * rows, (q.shape[2] - 1) // rows * rows):
+        sample = out[:, :, start:start + rows]
+        worst = max(worst, relative_l1(sample, exact_sample(q, k, v, chosen, start, sample.shape[2])))
+    return worst
+
+
+def card() -> dict[str, str]:
+    """What the numbers of a report were measured on."""
+    import triton
+    return dict(card=torch.cuda.get_device_name(), torch=torch.__version__, triton=triton.__version__)

@@ -1,0 +1,81 @@
+"""The methods a case compares: peers that can be imported, and this project."""
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from comfyui_spargeattn.kernels import SpargeParams, sparge_attention
+
+BASELINE = "SDPA cuDNN"
+
+
+@dataclass
+class Method:
+    """run(q, k, v) → output; gate: a key of `measure.GATES`, None for sparse peers, whose blocks are not known;
+    params: the map's parameters, None for all but this project."""
+
+    name: str
+    run: Callable[[Tensor, Tensor, Tensor], Tensor]
+    gate: str | None
+    params: SpargeParams | None = None
+
+
+def sdpa(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with sdpa_kernel(backend):
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+cudnn = partial(sdpa, SDPBackend.CUDNN_ATTENTION)
+
+
+def ours(params: SpargeParams, pv_dtype: str, **call) -> Callable:
+    return lambda q, k, v: sparge_attention(q, k, v, params=params, pv_dtype=pv_dtype, impl="triton", **call)
+
+
+def fixed_share(topk: float, pv_threshold: float = math.inf) -> SpargeParams:
+    """Keep a share of the blocks whatever they look like."""
+    return SpargeParams(topk=topk, similarity_threshold=-1.0, pv_threshold=pv_threshold)
+
+
+def methods() -> list[Method]:
+    """Peers that are installed, then this project at fixed shares of kept blocks and at its defaults."""
+    found = [Method("SDPA flash", partial(sdpa, SDPBackend.FLASH_ATTENTION), "exact"), Method(BASELINE, cudnn, "exact")]
+    for peer in (_flash_attn, _comfy_kitchen, _sageattention, _spas_sage_attn):
+        try:
+            found += peer()
+        except (ImportError, OSError):  # not installed, or its binary is built for another torch
+            continue
+    settings = [(f"topk {topk}", fixed_share(topk)) for topk in (1.0, 0.5, 0.3, 0.2, 0.1)]
+    settings.append(("defaults", SpargeParams()))
+    return found + [Method(f"ours {pv_dtype} {label}", ours(params, pv_dtype), pv_dtype, params)
+                    for label, params in settings for pv_dtype in ("fp8", "fp16")]
+
+
+def _flash_attn() -> list[Method]:
+    from flash_attn import flash_attn_func
+
+    def run(*qkv):
+        return flash_attn_func(*(x.transpose(1, 2) for x in qkv)).transpose(1, 2)
+
+    return [Method("flash_attn", run, "exact")]
+
+
+def _comfy_kitchen() -> list[Method]:
+    from comfy_kitchen import int8_attention, int8_attention_is_available
+    return [Method("comfy-kitchen int8", int8_attention, "fp8")] if int8_attention_is_available() else []
+
+
+def _sageattention() -> list[Method]:
+    from sageattention import sageattn
+    return [Method("SageAttention", partial(sageattn, tensor_layout="HND"), "fp8")]
+
+
+def _spas_sage_attn() -> list[Method]:
+    from spas_sage_attn import spas_sage2_attn_meansim_topk_cuda as attention
+    return [Method(f"SpargeAttn topk {topk}", partial(attention, topk=topk), None) for topk in (0.5, 0.3, 0.1)]

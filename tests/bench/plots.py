@@ -1,0 +1,121 @@
+"""Pictures of the benchmark's JSON files: `python -m tests.bench.plots DIR` writes a PNG beside each (matplotlib)."""
+from __future__ import annotations
+
+import argparse
+import json
+from collections import defaultdict
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+
+def grouped(rows: list[dict], *names: str) -> dict:
+    """The rows by the values of some columns, without those that have no time."""
+    groups = defaultdict(list)
+    for row in rows:
+        if "ms" in row:
+            groups[tuple(row[name] for name in names)].append(row)
+    return groups
+
+
+def panels(count: int, width: float = 6.0, height: float = 4.5):
+    """A figure with its axes in at most three columns."""
+    columns = min(3, count)
+    figure, axes = plt.subplots(-(-count // columns), columns, squeeze=False,
+                                figsize=(width * columns, height * -(-count // columns) + 0.6))
+    for unused in axes.flat[count:]:
+        unused.set_visible(False)
+    return figure, axes.flat
+
+
+def cases(rows: list[dict]):
+    """Bars: device time by method, a panel a case, with L1 beside each bar."""
+    groups = grouped(rows, "case")
+    figure, axes = panels(len(groups), height=5.5)
+    for ax, ((case,), found) in zip(axes, groups.items(), strict=False):
+        colours = ["tab:green" if row["method"].startswith("ours") else "tab:gray" for row in found]
+        bars = ax.barh([row["method"] for row in found], [row["ms"] for row in found], color=colours)
+        ax.bar_label(bars, [f"{row['ms']:.2f} (L1 {row['L1']:.3f})" for row in found], fontsize=7, padding=2)
+        ax.set(title=case, xlabel="device time, ms")
+        ax.margins(x=0.3)
+        ax.invert_yaxis()
+        ax.tick_params(axis="y", labelsize=8)
+    return figure
+
+
+def sparsity(rows: list[dict]):
+    """Lines: device time against the sparsity of a given map, a panel a case."""
+    groups = grouped(rows, "case")
+    figure, axes = panels(len(groups))
+    for ax, ((case,), found) in zip(axes, groups.items(), strict=False):
+        for (method,), line in grouped(found, "method").items():
+            if len(line) == 1:
+                ax.axhline(line[0]["ms"], color="tab:gray", linestyle="--", label=method)
+            else:
+                ax.plot([row["sparsity"] for row in line], [row["ms"] for row in line], marker="o", label=method)
+        ax.set(title=case, xlabel="sparsity of the map", ylabel="device time, ms", ylim=(0, None))
+        ax.legend()
+    return figure
+
+
+def curves(rows: list[dict], column: str, label: str):
+    """Lines on logarithmic axes: device time against one column, by method and share."""
+    figure, axes = panels(1, 9, 6)
+    for row in rows:
+        row["line"] = row["method"] + (f" topk {row['topk']}" if "topk" in row else "")
+    for (name,), line in grouped(rows, "line").items():
+        style = "--" if name.startswith("SDPA") else "-"
+        axes[0].plot([row[column] for row in line], [row["ms"] for row in line], style, marker="o", label=name)
+    ticks = sorted({row[column] for row in rows})
+    axes[0].set(xscale="log", yscale="log", xlabel=label, ylabel="device time, ms")
+    axes[0].set_xticks(ticks, [f"{tick // 1024}K" if tick >= 1024 else str(tick) for tick in ticks])
+    axes[0].minorticks_off()
+    axes[0].legend()
+    axes[0].grid(alpha=0.3)
+    return figure
+
+
+def errors(rows: list[dict]):
+    """Points: error against device time, a panel a case; a star is the fastest setting with L1 ≤ 0.05."""
+    groups = grouped(rows, "case")
+    figure, axes = panels(len(groups))
+    for ax, ((case,), found) in zip(axes, groups.items(), strict=False):
+        for (method,), points in grouped(found, "method").items():
+            if "L1" not in points[0]:
+                ax.axvline(points[0]["ms"], color="tab:gray", linestyle="--", label=method)
+                continue
+            ax.scatter([row["ms"] for row in points], [row["L1"] for row in points], s=14, label=method)
+        for best in (row for row in found if row.get("best")):
+            ax.scatter(best["ms"], best["L1"], marker="*", s=160, color="black", zorder=3, label="fastest, L1 ≤ 0.05")
+        ax.axhline(0.05, color="tab:red", linewidth=0.8)
+        ax.set(title=case, xlabel="device time, ms", ylabel="relative L1", yscale="log")
+        ax.legend(fontsize=7)
+    return figure
+
+
+DRAW = {"cases": cases, "sparsity": sparsity, "error": errors,
+        "length": lambda rows: curves(rows, "n", "tokens"),
+        "head_dim": lambda rows: curves(rows, "head_dim", "head_dim")}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, help="folder of the JSON files that bench_attention wrote")
+    folder = parser.parse_args().folder
+    for path in sorted(folder.glob("*.json")):
+        report = json.loads(path.read_text())
+        if report.get("mode") not in DRAW:
+            continue
+        figure = DRAW[report["mode"]](report["rows"])
+        figure.suptitle(f"{report['mode']}: {report['card']}, torch {report['torch']}, Triton {report['triton']}")
+        figure.tight_layout()
+        figure.savefig(path.with_suffix(".png"), dpi=110)
+        plt.close(figure)
+        print(path.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""How time and error depend on one quantity: sparsity, length, head_dim, or the thresholds."""
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+
+from comfyui_spargeattn.kernels import BlockMap, SpargeParams, block_shape, block_sparse_attention, sparge_attention
+from tests.bench.measure import GATES, device_ms, error, gate_error
+from tests.bench.peers import cudnn, fixed_share, ours
+from tests.cases import video_qkv
+
+FORMATS = ("fp8", "fp16")
+SPARSITIES = (0.0, 0.5, 0.8, 0.9)
+LENGTHS = tuple(1024 * n for n in (2, 4, 8, 16, 32, 64, 128))
+HEAD_DIMS = (40, 64, 72, 80, 96, 128, 160, 256)
+L1_LIMIT = 0.05
+_SMALLEST = 128  # tokens of the largest block of keys
+_LONG = 40_000  # tokens from which the error sweep takes few points
+
+
+def noise(heads: int, n: int, dim: int) -> list[torch.Tensor]:
+    """bfloat16 white noise q, k, v (1, H, N, D)."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    return [torch.randn(1, heads, n, dim, generator=generator, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
+
+
+def sparsity(cases: dict[str, dict], repeats: int) -> list[dict]:
+    """Random maps of exactly known sparsity, given to `block_sparse_attention`."""
+    rows = []
+    for case in ("wan1.3b-480p", "wan14b-720p"):
+        q, k, v = video_qkv(**cases[case])
+        rows.append(dict(case=case, method="SDPA cuDNN", sparsity=0.0, ms=device_ms(partial(cudnn, q, k, v), repeats)))
+        for pv_dtype in FORMATS:
+            block = block_shape(q, pv_dtype=pv_dtype, impl="triton")
+            nq, nk = block.counts(q.shape[2], k.shape[2])
+            for share in SPARSITIES:
+                drawn = torch.rand(1, q.shape[1], nq, nk, device="cuda")
+                mask = drawn.argsort(-1).argsort(-1) < round((1 - share) * nk)
+                run = partial(block_sparse_attention, q, k, v, mask, pv_dtype=pv_dtype, impl="triton")
+                l1 = gate_error(run(), q, k, v, BlockMap.from_mask(mask, block))
+                rows.append(dict(case=case, method=f"ours {pv_dtype}", sparsity=1 - mask.float().mean().item(),
+                                 gate_L1=l1, passed=l1 <= GATES[pv_dtype]))
+                if rows[-1]["passed"]:
+                    rows[-1]["ms"] = device_ms(run, repeats)
+    return rows
+
+
+def length(cases: dict[str, dict], repeats: int) -> list[dict]:
+    """Fixed shares of blocks from 2K to 128K tokens; `linear` says whether t(s) ≤ (1−s)·t(0) + preparation + 5% t(0),
+    preparation being the time with one or two blocks a row."""
+    rows = []
+    for n in LENGTHS:
+        q, k, v = noise(12, n, 128)
+        rows.append(dict(n=n, method="SDPA cuDNN", ms=device_ms(partial(cudnn, q, k, v), repeats)))
+        for pv_dtype in FORMATS:
+            times = {topk: device_ms(partial(ours(fixed_share(topk), pv_dtype), q, k, v), repeats)
+                     for topk in (1.0, 0.5, 0.2, _SMALLEST / n)}
+            preparation = times.pop(_SMALLEST / n)
+            rows += [dict(n=n, method=f"ours {pv_dtype}", topk=topk, ms=ms, preparation_ms=preparation,
+                          linear=ms <= topk * times[1.0] + preparation + 0.05 * times[1.0])
+                     for topk, ms in times.items()]
+    return rows
+
+
+def head_dim(cases: dict[str, dict], repeats: int) -> list[dict]:
+    """Every padded and unpadded head_dim, at 16K tokens and 12 heads."""
+    rows = []
+    for dim in HEAD_DIMS:
+        q, k, v = noise(12, 16384, dim)
+        found = {"SDPA cuDNN": cudnn} | {f"ours {pv_dtype} topk {topk}": ours(fixed_share(topk), pv_dtype)
+                                         for pv_dtype in FORMATS for topk in (1.0, 0.5, 0.2)}
+        for name, method in found.items():
+            try:
+                rows.append(dict(head_dim=dim, method=name, ms=device_ms(partial(method, q, k, v), repeats)))
+            except RuntimeError as problem:
+                rows.append(dict(head_dim=dim, method=name, error=str(problem).splitlines()[0]))
+    return rows
+
+
+def settings(n: int) -> list[tuple[SpargeParams, str]]:
+    """(params, skipped) of the error sweep: a grid for short cases, the telling points for long ones."""
+    topks, cdfs, thetas = (0.5, 0.4, 0.3, 0.2, 0.1), (0.98, 0.95, 0.9, 0.8), (-1.0, 0.3, 0.5)
+    if n > _LONG:
+        topks, cdfs, thetas = (0.5, 0.3, 0.1), (0.95, 0.9), (-1.0, 0.3)
+    params = [fixed_share(topk) for topk in topks]
+    params += [SpargeParams(cdf_threshold=cdf, similarity_threshold=theta) for cdf in cdfs for theta in thetas]
+    return [(each, skipped) for skipped in ("drop", "pooled") for each in params]
+
+
+def error_against_time(cases: dict[str, dict], repeats: int) -> list[dict]:
+    """Time and error of many settings; `best` marks a case's fastest with L1 ≤ 0.05."""
+    rows = []
+    for case, shape in cases.items():
+        q, k, v = video_qkv(**shape)
+        dense = cudnn(q, k, v)
+        found = [dict(case=case, method="SDPA cuDNN", ms=device_ms(partial(cudnn, q, k, v), 3))]
+        for params, skipped in settings(q.shape[2]):
+            for pv_dtype in FORMATS:
+                run = partial(ours(params, pv_dtype, skipped=skipped), q, k, v)
+                found.append(dict(case=case, method=f"ours {pv_dtype} {skipped}", selection=params.selection,
+                                  amount=params.amount, theta=params.similarity_threshold, **error(run(), dense),
+                                  sparsity=_sparsity(q, k, v, params, pv_dtype), ms=device_ms(run, 3)))
+        good = [row for row in found[1:] if row["L1"] <= L1_LIMIT]
+        if good:
+            min(good, key=lambda row: row["ms"])["best"] = True
+        rows += found
+        del q, k, v, dense
+        torch.cuda.empty_cache()
+    return rows
+
+
+def _sparsity(q, k, v, params: SpargeParams, pv_dtype: str) -> float:
+    stats = sparge_attention(q, k, v, params=params, pv_dtype=pv_dtype, impl="triton", return_stats=True)[1]
+    return stats.sparsity.mean().item()
+
+
+SWEEPS = {"sparsity": sparsity, "length": length, "head_dim": head_dim, "error": error_against_time}
