@@ -1,27 +1,32 @@
 """Time of a sampling step of full-size architectures in ComfyUI, dense and with Apply SpargeAttn.
 
-    python tests/gpu/comfyui/step_time.py --comfyui PATH --out FILE [--only wan|flux] [--tiny]
+    python tests/gpu/comfyui/step_time.py --comfyui PATH --out FILE [--only wan|flux|mochi] [--tiny]
 
 The weights are random, so the pictures mean nothing and only time and memory are measured: models are built by
 ComfyUI's loader from random state dicts, sampled by its euler sampler, and compared with ComfyUI's default attention.
 The node keeps a fixed share of the blocks (topk, the similarity judge off), which makes its time independent of the
-weights. `--tiny` runs the same code at a size for a CPU.
+weights; it does so with P·V in the format of "auto" and in fp16. comfy-kitchen's INT8 attention joins where its CUDA
+extension is installed. Mochi has its full width and length but fewer layers, so that it fits beside its activations:
+only the share of attention in a step carries over. `--tiny` runs the same code at a size for a CPU.
 """
 import argparse
 import json
 import statistics
 import time
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
+from unittest import mock
 
 import in_comfyui
 
 KEEP_PERCENT = 50.0, 20.0
+PRECISIONS = "auto", "fp16"
+MOCHI_LAYERS = 12  # of 48
 STEPS = 6  # the first interval of a run is dropped
 
 
 def full_size():
-    """Wan 2.1 1.3B at 480p, 81 frames, and Flux.1 dev at 1024x1024, as test families."""
+    """Wan 2.1 1.3B at 480p, 81 frames, Flux.1 dev at 1024x1024 and Mochi at 480p, 163 frames, as test families."""
     from checkpoints import Family
 
     def wan():
@@ -36,8 +41,20 @@ def full_size():
                     mlp_ratio=4.0, num_heads=24, depth=19, depth_single_blocks=38, axes_dim=[16, 56, 56], theta=10000,
                     patch_size=2, qkv_bias=True, guidance_embed=True, txt_ids_dims=[], **on_meta())
 
+    def mochi():
+        from comfy.ldm.genmo.joint_model.asymm_models_joint import AsymmDiTJoint
+
+        return AsymmDiTJoint(depth=MOCHI_LAYERS, patch_size=2, num_heads=24, hidden_size_x=3072, hidden_size_y=1536,
+                             mlp_ratio_x=4.0, mlp_ratio_y=4.0, learn_sigma=False, in_channels=12, qk_norm=True,
+                             qkv_bias=False, out_bias=True, attn_drop=0.0, patch_embed_bias=True,
+                             posenc_preserve_area=True, timestep_mlp_bias=True, attend_to_padding=False,
+                             timestep_scale=1000.0, use_t5=True, t5_feat_dim=4096, t5_token_length=256,
+                             rope_theta=10000.0, **on_meta())
+
     return {"wan": Family("Wan 2.1 1.3B 480p 81 frames", wan, (1, 16, 21, 60, 104), 32760, 30, (512, 4096)),
-            "flux": Family("Flux.1 dev 1024x1024", flux, (1, 16, 128, 128), 4608, 57, (512, 4096), pooled=768)}
+            "flux": Family("Flux.1 dev 1024x1024", flux, (1, 16, 128, 128), 4608, 57, (512, 4096), pooled=768),
+            "mochi": Family(f"Mochi 480p 163 frames, {MOCHI_LAYERS} of 48 layers", mochi, (1, 12, 28, 60, 106),
+                            44520 + 256, MOCHI_LAYERS, (256, 4096), text_mask=True, detected={"depth": MOCHI_LAYERS})}
 
 
 def on_meta():
@@ -111,6 +128,7 @@ def measure(model, family, clock):
 
 def load(family, device):
     """The family's architecture with random weights, through ComfyUI's loader."""
+    import comfy.model_detection
     import comfy.sd
     import torch
     from checkpoints import random_weights
@@ -118,24 +136,46 @@ def load(family, device):
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     state = random_weights(family.build(), 0, dtype, device)
     metadata = {"config": json.dumps({"transformer": family.metadata})} if family.metadata else None
-    return comfy.sd.load_diffusion_model_state_dict(state, model_options={"dtype": dtype}, metadata=metadata)
+    detect = comfy.model_detection.detect_unet_config
+    with mock.patch.object(comfy.model_detection, "detect_unet_config",
+                           lambda *args, **kwargs: {**detect(*args, **kwargs), **family.detected}):
+        return comfy.sd.load_diffusion_model_state_dict(state, model_options={"dtype": dtype}, metadata=metadata)
+
+
+def with_int8_attention(model):
+    """A clone of `model` on comfy-kitchen's INT8 attention; None where its CUDA extension can't run."""
+    from comfy.ldm.modules import attention
+
+    if not getattr(attention, "COMFY_KITCHEN_INT8_ATTENTION_IS_AVAILABLE", False):
+        return None
+    clone = model.clone()
+    clone.model_options.setdefault("transformer_options", {})["optimized_attention_override"] = (
+        lambda func, *args, **kwargs: attention.attention_comfy_kitchen_int8(*args, **kwargs))
+    return clone
 
 
 def compare(nodes, log, family, device):
-    """One row for dense attention and one for each share of kept blocks."""
+    """One row for dense attention, one for INT8 attention, one for each share of kept blocks and P·V format."""
     from sampling import apply
 
     model, clock = load(family, device), Clock(device)
     rows = [{"model": family.name, "tokens": family.tokens, "attention": "dense", **measure(model, family, clock)}]
-    for percent in KEEP_PERCENT:
+    int8 = with_int8_attention(model)
+    if int8 is not None:
+        rows.append({"model": family.name, "tokens": family.tokens, "attention": "comfy-kitchen int8",
+                     **measure(int8, family, clock)})
+    for percent, precision in product(KEEP_PERCENT, PRECISIONS):
         log.lines.clear()
         selection = {"selection": "topk", "keep_percent": percent, "similarity_threshold": -1.0}
-        row = measure(apply(nodes, model, selection=selection), family, clock)
+        row = measure(apply(nodes, model, selection=selection, pv_precision=precision), family, clock)
         sparse = [line for line in log.lines if "attention calls sparse" in line]
         assert sparse and all(f"{count} attention calls sparse" in line for count, line in zip(
             (2 * family.calls, STEPS * family.calls, STEPS * family.calls), sparse)), log.lines
-        rows.append({"model": family.name, "tokens": family.tokens, "attention": f"keep {percent:g}%",
-                     "speedup": rows[0]["step_ms"] / row["step_ms"], "log": sparse[-1], **row})
+        rows.append({"model": family.name, "tokens": family.tokens, "attention": f"keep {percent:g}%, {precision}",
+                     "log": sparse[-1], **row})
+    for row in rows:
+        row["speedup"] = rows[0]["step_ms"] / row["step_ms"]
+        row["attention_share"] = row["attention_ms"] / row["step_ms"]
     return rows
 
 
@@ -144,8 +184,8 @@ def table(rows):
     for row in rows:
         peak = "–" if row["peak_gib"] is None else f"{row['peak_gib']:.1f}"
         lines.append(f"| {row['model']} | {row['tokens']} | {row['attention']} | {row['step_ms']:.1f} | "
-                     f"{row.get('speedup', 1):.2f} | {row['attention_ms']:.1f} | "
-                     f"{row['attention_ms'] / row['step_ms']:.0%} | {peak} |")
+                     f"{row['speedup']:.2f} | {row['attention_ms']:.1f} | "
+                     f"{row['attention_share']:.0%} | {peak} |")
     return "\n".join(lines)
 
 
@@ -153,7 +193,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--comfyui", type=Path, required=True, help="ComfyUI's folder")
     parser.add_argument("--out", type=Path, required=True, help="file for the results as JSON")
-    parser.add_argument("--only", choices=("wan", "flux"))
+    parser.add_argument("--only", choices=("wan", "flux", "mochi"))
     parser.add_argument("--tiny", action="store_true", help="models of the size of the tests")
     options = parser.parse_args()
 
@@ -165,7 +205,7 @@ def main():
     from checkpoints import FAMILIES
 
     device = comfy.model_management.get_torch_device()
-    families = {name: FAMILIES[name] for name in ("wan", "flux")} if options.tiny else full_size()
+    families = {name: FAMILIES[name] for name in ("wan", "flux", "mochi")} if options.tiny else full_size()
     rows = []
     for name, family in families.items():
         if options.only in (None, name):
