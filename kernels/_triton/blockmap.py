@@ -84,7 +84,7 @@ def _select_kernel(q_means, k_means, q_similarity, k_similarity, k_count, v_step
     for start in range(0, last, PRODUCT):
         j = start + tl.arange(0, PRODUCT)
         k = tl.load(k_means + (keys + j)[:, None] * D + cols, mask=(j < nk)[:, None] & (cols < D), other=0.0)
-        x = tl.dot(q, tl.trans(k)) * factor  # TF32 where there is such: a thousandth of a score is beyond prediction
+        x = tl.dot(q, tl.trans(k)) * factor  # in TF32 where there is such: a thousandth of a score predicts nothing
         inside = j[None, :] < end[:, None]
         visible = inside & (tl.load(k_count + j, mask=j < nk, other=0) > 0)[None, :]
         alike = tl.load(k_similarity + j, mask=j < nk, other=0.0) >= theta
@@ -100,7 +100,7 @@ def _select_kernel(q_means, k_means, q_similarity, k_similarity, k_count, v_step
     # The largest threshold whose blocks reach the target, by bisection: `low` always reaches it, `above` never. A row
     # is settled when at most one score lies between them.
     if TOPK:
-        target = tl.minimum(tl.ceil(amount * n_visible - 1e-3), n_judged.to(tl.float32))
+        target = tl.minimum(tl.maximum(tl.ceil(amount * n_visible - 1e-3), 1.0), n_judged.to(tl.float32))
     else:
         target = tl.zeros([ROWS], tl.float32)
         for start in range(0, last, CHUNK):

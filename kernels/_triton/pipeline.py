@@ -78,8 +78,9 @@ def _prepare(q: Tensor, k: Tensor, v: Tensor | None, *, config: AttendConfig, fp
     if block_mask is not None:
         return queries, keys, values, lists_from_mask(block_mask, keys, values, heads=q.shape[1], n_q=q.shape[2],
                                                       causal=causal, block=config.block, pooled=pooled)
-    lists = select_blocks(queries, keys, values, scale=scale, per_head=per_head, thresholds=thresholds, selection=selection,
-                          causal=causal, n_q=q.shape[2], n_k=k.shape[2], block=config.block, pooled=pooled)
+    lists = select_blocks(queries, keys, values, scale=scale, per_head=per_head, thresholds=thresholds,
+                          selection=selection, causal=causal, n_q=q.shape[2], n_k=k.shape[2], block=config.block,
+                          pooled=pooled)
     return queries, keys, values, lists
 
 

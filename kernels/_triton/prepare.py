@@ -1,4 +1,4 @@
-"""Preparation: one launch pools and quantises Q and samples K and V, a second pools and quantises K and converts V.
+"""Preparation: one launch pools and quantises Q and samples K and V, another pools and quantises K and converts V.
 
 K and V each have a constant subtracted before they are rounded, and V is scaled by channel. Neither has to be exact:
 softmax ignores what all keys share, and the weights of a row of attention sum to one, so that a constant taken from
@@ -29,7 +29,7 @@ from .primitives import (
 )
 
 SAMPLE = 4096  # tokens a head that the constants are found from; all of them where there are no more
-_SPLITS = 16  # programs a head that share the sample
+_SPLITS = 32  # programs a head that share the sample
 # The largest sampled value of a channel becomes 1 in float16 and an eighth of the range in float8: others may be
 # larger. Rounding stays as fine as it is, because neither format comes near its smallest normal number.
 _V_REACH = {True: FP8_MAX / 8, False: 1.0}
@@ -121,11 +121,19 @@ def _sample_rows(k, v, padding, partial, sampled, split, row, batch, head,
 
 
 @triton.jit
-def _sampled(partial, sampled, row, which: tl.constexpr, DP: tl.constexpr, SPLITS: tl.constexpr):
-    """One kind of partial results of a head [SPLITS, DP], and how many tokens they are from."""
+def _constants_kernel(partial, sampled, k_constant, v_centre, v_scale, v_reach,
+                      D: tl.constexpr, DP: tl.constexpr, SPLITS: tl.constexpr):
+    """Constants of K and V and V's scale of one head, from its sample."""
+    row = tl.program_id(0)
+    cols = tl.arange(0, DP)
     splits = row * SPLITS + tl.arange(0, SPLITS)
     count = tl.maximum(tl.sum(tl.load(sampled + splits), 0), 1).to(tl.float32)
-    return tl.load(partial + splits[:, None] * 4 * DP + which * DP + tl.arange(0, DP)), count
+    tile = partial + splits[:, None] * 4 * DP + cols
+    centre = tl.sum(tl.load(tile + DP), 0) / count
+    reach = tl.maximum(tl.max(tl.load(tile + 2 * DP), 0) - centre, centre - tl.min(tl.load(tile + 3 * DP), 0))
+    tl.store(k_constant + row * DP + cols, tl.sum(tl.load(tile), 0) / count)
+    tl.store(v_centre + row * D + cols, centre, mask=cols < D)
+    tl.store(v_scale + row * D + cols, tl.maximum(reach, 1e-12) / v_reach, mask=cols < D)
 
 
 @triton.jit
@@ -192,10 +200,9 @@ def _exists(padding, batch, tokens, places, n):
 
 
 @triton.jit
-def _quantise_keys(k, order, flags, padding, partial, sampled, quantised, scales, means, similarity, counts, valid,
+def _quantise_keys(k, order, flags, padding, constant, quantised, scales, means, similarity, counts, valid,
                    pooled, pooled_scales, j, row, batch, head, order_row, stride_b, stride_h, stride_n, n, blocks,
-                   D: tl.constexpr, DP: tl.constexpr, PITCH: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr,
-                   SPLITS: tl.constexpr):
+                   D: tl.constexpr, DP: tl.constexpr, PITCH: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr):
     """Centre, pool and quantise one block of keys."""
     cols = tl.arange(0, DP)
     lane = tl.arange(0, BLOCK)
@@ -211,8 +218,7 @@ def _quantise_keys(k, order, flags, padding, partial, sampled, quantised, scales
 
     rows = rows_of(k, batch, head, tokens, stride_b, stride_h, stride_n, ALIGN)
     x = tl.load(rows[:, None] + cols, mask=exists[:, None] & (cols < D), other=0.0).to(tl.float32)
-    sums, n_sampled = _sampled(partial, sampled, row, 0, DP, SPLITS)
-    x = tl.where(exists[:, None], x - (tl.sum(sums, 0) / n_sampled)[None, :], 0.0)  # [BLOCK, DP]
+    x = tl.where(exists[:, None], x - tl.load(constant + row * DP + cols)[None, :], 0.0)  # [BLOCK, DP]
     alike = block_similarity(x, count)
     if flags is not None:
         flagged = tl.max(tl.load(flags + tokens, mask=places < n, other=0), 0)
@@ -231,10 +237,10 @@ def _quantise_keys(k, order, flags, padding, partial, sampled, quantised, scales
 
 
 @triton.jit
-def _convert_values(v, order, padding, partial, sampled, values, scales, centres, steps, pooled, reach, limit,
+def _convert_values(v, order, padding, centres, scales, values, steps, pooled, limit,
                     j, row, batch, head, order_row, stride_b, stride_h, stride_n, n, blocks,
                     D: tl.constexpr, DP: tl.constexpr, PITCH: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr,
-                    FP8: tl.constexpr, SPLITS: tl.constexpr):
+                    FP8: tl.constexpr):
     """Centre, scale and convert one block of values."""
     cols = tl.arange(0, DP)
     lane = tl.arange(0, BLOCK)
@@ -250,14 +256,8 @@ def _convert_values(v, order, padding, partial, sampled, values, scales, centres
     mask = exists[:, None] & (cols < D)
     x = tl.load(rows[:, None] + cols, mask=mask, other=0.0).to(tl.float32)
 
-    sums, n_sampled = _sampled(partial, sampled, row, 1, DP, SPLITS)
-    highs, _ = _sampled(partial, sampled, row, 2, DP, SPLITS)
-    lows, _ = _sampled(partial, sampled, row, 3, DP, SPLITS)
-    centre = tl.sum(sums, 0) / n_sampled
-    scale = tl.maximum(tl.maximum(tl.max(highs, 0) - centre, centre - tl.min(lows, 0)), 1e-12) / reach
-    if j == 0:
-        tl.store(scales + row * D + cols, scale, mask=cols < D)
-        tl.store(centres + row * D + cols, centre, mask=cols < D)
+    centre = tl.load(centres + row * D + cols, mask=cols < D, other=0.0)
+    scale = tl.load(scales + row * D + cols, mask=cols < D, other=1.0)
     x = tl.where(mask, (x - centre[None, :]) * (1.0 / scale)[None, :], 0.0)
     if pooled is not None:
         mean = tl.sum(x, 0) / tl.maximum(tl.sum(exists.to(tl.int32), 0), 1).to(tl.float32)
@@ -279,26 +279,25 @@ def _convert_values(v, order, padding, partial, sampled, values, scales, centres
 
 @triton.jit(do_not_specialize=["k_stride_b", "k_stride_h", "k_stride_n", "v_stride_b", "v_stride_h", "v_stride_n", "n",
                                "blocks", "heads", "order_rows", "key_programs"])
-def _keys_kernel(k, v, order, flags, padding, partial, sampled,
+def _keys_kernel(k, v, order, flags, padding, k_constant, v_centre, v_scale,
                  quantised, scales, means, similarity, counts, valid, pooled, pooled_scales,
-                 values, v_scales, v_centres, v_steps, v_pooled, v_reach, v_limit,
+                 values, v_steps, v_pooled, v_limit,
                  k_stride_b: tl.int64, k_stride_h: tl.int64, k_stride_n: tl.int64,
                  v_stride_b: tl.int64, v_stride_h: tl.int64, v_stride_n: tl.int64, n, blocks, heads, order_rows,
                  key_programs, D: tl.constexpr, DP: tl.constexpr, PITCH: tl.constexpr, BLOCK: tl.constexpr,
-                 K_ALIGN: tl.constexpr, V_ALIGN: tl.constexpr, FP8: tl.constexpr, SPLITS: tl.constexpr):
+                 K_ALIGN: tl.constexpr, V_ALIGN: tl.constexpr, FP8: tl.constexpr):
     """The first `key_programs` programs take a block of keys each, the others, if any, a block of values."""
     pid = tl.program_id(0)
     j, row = pid % key_programs % blocks, pid % key_programs // blocks
     batch, head = row // heads, row % heads
     order_row = head % order_rows
     if pid < key_programs:
-        _quantise_keys(k, order, flags, padding, partial, sampled, quantised, scales, means, similarity, counts, valid,
+        _quantise_keys(k, order, flags, padding, k_constant, quantised, scales, means, similarity, counts, valid,
                        pooled, pooled_scales, j, row, batch, head, order_row, k_stride_b, k_stride_h, k_stride_n, n,
-                       blocks, D, DP, PITCH, BLOCK, K_ALIGN, SPLITS)
+                       blocks, D, DP, PITCH, BLOCK, K_ALIGN)
     elif values is not None:
-        _convert_values(v, order, padding, partial, sampled, values, v_scales, v_centres, v_steps, v_pooled, v_reach,
-                        v_limit, j, row, batch, head, order_row, v_stride_b, v_stride_h, v_stride_n, n, blocks,
-                        D, DP, PITCH, BLOCK, V_ALIGN, FP8, SPLITS)
+        _convert_values(v, order, padding, v_centre, v_scale, values, v_steps, v_pooled, v_limit, j, row, batch, head,
+                        order_row, v_stride_b, v_stride_h, v_stride_n, n, blocks, D, DP, PITCH, BLOCK, V_ALIGN, FP8)
 
 
 def prepare_queries(q: Tensor, k: Tensor, v: Tensor | None, *, factor: float, order: Tensor | None,
@@ -310,12 +309,12 @@ def prepare_queries(q: Tensor, k: Tensor, v: Tensor | None, *, factor: float, or
     v = k if v is None else v
     (q_strides, q_align), (k_strides, k_align), (v_strides, v_align) = (token_strides(x) for x in (q, k, v))
     out = PreparedQueries(*allocate(
-        q.device, ((batch, heads, blocks * block.q, pitch), torch.int8), ((batch, heads, blocks * block.q), torch.float32),
-        ((batch, heads, blocks, dim), torch.float32), ((batch, heads, blocks), torch.float32),
+        q.device, ((batch, heads, blocks * block.q, pitch), torch.int8),
+        ((batch, heads, blocks * block.q), torch.float32), ((batch, heads, blocks, dim), torch.float32), ((batch, heads, blocks), torch.float32),
         ((batch, kv_heads, _SPLITS, 4, padded), torch.float32), ((batch, kv_heads, _SPLITS), torch.int32)))
     launch(_queries_kernel, (samples + blocks * batch * heads,), q.device,
-           (q, k, v, order, flags, padding, out.quantised, out.scale, out.mean, out.similarity, out.partial, out.sampled,
-            factor, *q_strides, *k_strides, *v_strides, n, n_k, blocks, heads, kv_heads, samples, order_rows(order)),
+           (q, k, v, order, flags, padding, out.quantised, out.scale, out.mean, out.similarity, out.partial,
+            out.sampled, factor, *q_strides, *k_strides, *v_strides, n, n_k, blocks, heads, kv_heads, samples, order_rows(order)),
            dict(D=dim, DP=padded, PITCH=pitch, BLOCK=block.q, Q_ALIGN=q_align, K_ALIGN=k_align, V_ALIGN=v_align,
                 TILE=max(16, 4096 // padded), SAMPLE=SAMPLE, SPLITS=_SPLITS),
            dict(num_warps=prepare_warps(block.q, padded)))
@@ -330,20 +329,22 @@ def prepare_keys(k: Tensor, v: Tensor | None, queries: PreparedQueries, *, order
     batch, heads, n, dim = k.shape
     blocks, pitch, padded = -(-n // block.k), round_up(dim, 16), padded_dim(dim)
     (k_strides, k_align), (v_strides, v_align) = token_strides(k), token_strides(k if v is None else v)
-    rows, each, f32 = (batch, heads, blocks * block.k), (batch, heads, blocks), torch.float32
-    v_shape, v_dtype = (((batch, heads, dim, blocks * block.k), torch.float8_e4m3fn) if fp8 else
-                        ((*rows, pitch), torch.float16))
-    regions = allocate(
-        k.device, ((*rows, pitch), torch.int8), (each, f32), ((*each, dim), f32), (each, f32), (each, torch.int32),
-        None if padding is None else (rows, torch.int8), ((*each, pitch), torch.int8) if pooled else None,
+    head, each, rows = (batch, heads), (batch, heads, blocks), (batch, heads, blocks * block.k)
+    f32, f16, int8 = torch.float32, torch.float16, torch.int8
+    stored = ((*head, dim, rows[2]), torch.float8_e4m3fn) if fp8 else ((*rows, pitch), f16)
+    k_constant, centre, scale, *keys, values, step, v_pooled = allocate(
+        k.device, ((*head, padded), f32), ((*head, dim), f32), ((*head, dim), f32),
+        ((*rows, pitch), int8), (each, f32), ((*each, dim), f32), (each, f32), (each, torch.int32),
+        None if padding is None else (rows, int8), ((*each, pitch), int8) if pooled else None,
         (each, torch.bfloat16) if pooled else None,
-        *([None] * 5 if v is None else [(v_shape, v_dtype), ((batch, heads, dim), f32), ((batch, heads, dim), f32),
-                                        (each, f32), ((*each, pitch), torch.float16) if pooled else None]))
+        None if v is None else stored, (each, f32), ((*each, pitch), f16) if pooled and v is not None else None)
+    launch(_constants_kernel, (batch * heads,), k.device,
+           (queries.partial, queries.sampled, k_constant, centre, scale, _V_REACH[fp8]),
+           dict(D=dim, DP=padded, SPLITS=_SPLITS), dict(num_warps=8))
     programs = blocks * batch * heads
     launch(_keys_kernel, (programs if v is None else 2 * programs,), k.device,
-           (k, v, order, flags, padding, queries.partial, queries.sampled, *regions, _V_REACH[fp8], _V_LIMIT[fp8],
+           (k, v, order, flags, padding, k_constant, centre, scale, *keys, values, step, v_pooled, _V_LIMIT[fp8],
             *k_strides, *v_strides, n, blocks, heads, order_rows(order), programs),
-           dict(D=dim, DP=padded, PITCH=pitch, BLOCK=block.k, K_ALIGN=k_align, V_ALIGN=v_align, FP8=fp8,
-                SPLITS=_SPLITS),
+           dict(D=dim, DP=padded, PITCH=pitch, BLOCK=block.k, K_ALIGN=k_align, V_ALIGN=v_align, FP8=fp8),
            dict(num_warps=prepare_warps(block.k, padded)))
-    return PreparedKeys(*regions[:8]), None if v is None else PreparedValues(*regions[8:])
+    return PreparedKeys(*keys), None if v is None else PreparedValues(values, scale, centre, step, v_pooled)

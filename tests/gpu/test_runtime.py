@@ -138,7 +138,7 @@ def test_peak_memory(dim, pv_dtype):
     q_copy = heads * nq * (block.q * (pitch + 4) + 4 * dim + 4)
     k_copy = kv_heads * nk * (block.k * pitch + 4 * dim + 16)
     v_copy = kv_heads * nk * block.k * (dim if pv_dtype == "fp8" else 2 * pitch)
-    sample = kv_heads * 16 * (16 * padded + 4)
+    sample = kv_heads * 32 * (16 * padded + 4)
     lists = heads * nq * (4 * nk + 12)
     output = 2 * heads * n * dim
     expected = batch * (q_copy + k_copy + v_copy + sample + lists + output)
