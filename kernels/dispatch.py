@@ -111,9 +111,10 @@ def _unpack_thresholds(selection: str, thresholds: list[float], per_head: Tensor
 
 
 def _plain(params: SpargeParams) -> list[float]:
-    """The thresholds as numbers; unused (zeros) where they are given per head."""
+    """The thresholds as numbers; unused (zeros) where they are given per head, but for a λ test that is off."""
     if params.heads is not None:
-        return [0.0, 0.0, 0.0]
+        off = not isinstance(params.pv_threshold, Tensor) and params.pv_threshold == float("inf")
+        return [0.0, 0.0, float("inf") if off else 0.0]
     return [float(params.amount), float(params.similarity_threshold), float(params.pv_threshold)]
 
 

@@ -197,7 +197,7 @@ def attend(queries: PreparedQueries, keys: PreparedKeys, values: PreparedValues,
     kv_heads, nk = keys.similarity.shape[1:]
     nq, pitch, padded = queries.similarity.shape[2], keys.quantised.shape[-1], padded_dim(dim)
     block, fp8 = config.block, values.values.dtype == torch.float8_e4m3fn
-    skip_pv = per_head is not None or pv_threshold < float("inf")
+    skip_pv = pv_threshold < float("inf")
     skips = torch.empty((batch, heads, nq), dtype=torch.int32, device=out.device) if skip_pv and count_skips else None
     k, v, pooled_k, pooled_v = keys.quantised, values.values, keys.pooled, values.pooled
     if config.tma:

@@ -90,5 +90,5 @@ def autotune() -> bool:
 
 
 def prepare_warps(block: int, padded_dim: int) -> int:
-    """Warps of a preparation program: about 128 elements a thread, because rows that few warps share are cheap to sum."""
+    """Warps of a preparation program: about 128 elements a thread, because few warps sum a column fast."""
     return max(1, min(16, block * padded_dim // 4096))

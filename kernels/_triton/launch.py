@@ -1,7 +1,8 @@
 """What a call costs the host: memory taken in one piece a stage, and launches of kernels that are compiled already.
 
 Triton's own launch looks at every argument anew to find the compiled kernel, which takes longer than short sequences
-take the GPU. `launch` remembers it under what a kernel is specialised on: dtypes, alignment, absent arguments, constants.
+take the GPU. `launch` remembers it under what a kernel is specialised on: dtypes, alignment, absent arguments and
+constants.
 """
 from __future__ import annotations
 

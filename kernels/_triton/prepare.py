@@ -264,9 +264,12 @@ def _convert_values(v, order, padding, centres, scales, values, steps, pooled, l
         mean = tl.clamp(mean, -65504.0, 65504.0)
         tl.store(pooled + slot * PITCH + cols, mean.to(tl.float16), mask=cols < PITCH)
     excess = tl.max(tl.abs(x)) / limit
-    step = tl.exp2(tl.minimum(tl.ceil(tl.log2(tl.maximum(excess, 1.0))), 15.0))  # in float16 P is multiplied by it
+    exponent = tl.ceil(tl.log2(tl.maximum(excess, 1.0)))
+    if not FP8:
+        exponent = tl.minimum(exponent, 15.0)  # P is multiplied by it in float16
+    step = tl.exp2(exponent)
     tl.store(steps + slot, step)
-    x = tl.clamp(x / step, -65504.0, 65504.0) if not FP8 else x / step
+    x = tl.clamp(x / step, -65504.0, 65504.0)
     lane = tl.arange(0, BLOCK)
     if FP8:
         channels = row.to(tl.int64) * D + cols
@@ -310,13 +313,15 @@ def prepare_queries(q: Tensor, k: Tensor, v: Tensor | None, *, factor: float, or
     (q_strides, q_align), (k_strides, k_align), (v_strides, v_align) = (token_strides(x) for x in (q, k, v))
     out = PreparedQueries(*allocate(
         q.device, ((batch, heads, blocks * block.q, pitch), torch.int8),
-        ((batch, heads, blocks * block.q), torch.float32), ((batch, heads, blocks, dim), torch.float32), ((batch, heads, blocks), torch.float32),
+        ((batch, heads, blocks * block.q), torch.float32), ((batch, heads, blocks, dim), torch.float32),
+        ((batch, heads, blocks), torch.float32),
         ((batch, kv_heads, _SPLITS, 4, padded), torch.float32), ((batch, kv_heads, _SPLITS), torch.int32)))
     launch(_queries_kernel, (samples + blocks * batch * heads,), q.device,
            (q, k, v, order, flags, padding, out.quantised, out.scale, out.mean, out.similarity, out.partial,
-            out.sampled, factor, *q_strides, *k_strides, *v_strides, n, n_k, blocks, heads, kv_heads, samples, order_rows(order)),
+            out.sampled, factor, *q_strides, *k_strides, *v_strides, n, n_k, blocks, heads, kv_heads, samples,
+            order_rows(order)),
            dict(D=dim, DP=padded, PITCH=pitch, BLOCK=block.q, Q_ALIGN=q_align, K_ALIGN=k_align, V_ALIGN=v_align,
-                TILE=max(16, 4096 // padded), SAMPLE=SAMPLE, SPLITS=_SPLITS),
+                TILE=min(4096 // padded, SAMPLE // _SPLITS), SAMPLE=SAMPLE, SPLITS=_SPLITS),
            dict(num_warps=prepare_warps(block.q, padded)))
     return out
 

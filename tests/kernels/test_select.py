@@ -63,7 +63,7 @@ def bounds(queries, keys, *, thresholds, selection, causal, n_q):
     scores = scores.masked_fill(~judged, -torch.inf)
     if selection == "cdf":
         mass = (scores - scores.amax(-1, keepdim=True).clamp(min=-1e30)).exp2()
-        target, slack = amount * mass.sum(-1, keepdim=True), 1e-5 * mass.sum(-1, keepdim=True)
+        target, slack = amount * mass.sum(-1, keepdim=True), (1e-5 + rounding) * mass.sum(-1, keepdim=True)
     else:
         mass = judged.double()
         target = (amount * visible.sum(-1, keepdim=True) - 1e-3).ceil().minimum(mass.sum(-1, keepdim=True))
@@ -79,7 +79,8 @@ def bounds(queries, keys, *, thresholds, selection, causal, n_q):
     return must, may, visible, partial
 
 
-def check(queries, keys, *, n_q, n_k, selection, causal, amounts, theta=0.3, pooled=True, max_undecided=0.02):
+def check(queries, keys, *, n_q, n_k, selection, causal, amounts, theta=0.3, pooled=True,
+          max_undecided=0.1 if ON_GPU else 0.02):
     from comfyui_spargeattn.kernels._triton.blockmap import select_blocks
     thresholds = torch.tensor([amounts, [theta] * HEADS, [0.0] * HEADS], device=DEVICE)
     plain = len(set(amounts)) == 1
