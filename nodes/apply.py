@@ -9,12 +9,11 @@ from comfy_api.latest import io
 from ..kernels import SpargeParams
 from .blocks import BlockList
 from .models import expect_tokens
-from .override import SLOT, SpargeOverride, describe
+from .override import CALLBACK_KEY, SLOT, SpargeOverride, describe
 from .policy import CURVES, Settings
 from .run_state import log
 
 PV_THRESHOLD_OFF = 50.0
-_CALLBACK_KEY = "spargeattn"
 
 
 def _similarity_threshold() -> io.Float.Input:
@@ -131,8 +130,8 @@ class ApplySpargeAttn(io.ComfyNode):
         for event, callback in ((CallbacksMP.ON_PRE_RUN, override.on_pre_run),
                                 (CallbacksMP.ON_PREPARE_STATE, override.on_prepare_state),
                                 (CallbacksMP.ON_CLEANUP, override.on_cleanup)):
-            patched.add_callback_with_key(event, _CALLBACK_KEY, callback)
-        patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, _CALLBACK_KEY, expect_tokens)
+            patched.add_callback_with_key(event, CALLBACK_KEY, callback)
+        patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, CALLBACK_KEY, expect_tokens)
         return io.NodeOutput(patched)
 
 

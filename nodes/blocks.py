@@ -59,3 +59,7 @@ class BlockList:
 
     def __bool__(self) -> bool:
         return bool(self.ranges)
+
+    def __str__(self) -> str:
+        return ", ".join((f"{kind}:" if kind else "") + (f"{first}-{last}" if last > first else str(first))
+                         for kind, first, last in self.ranges)

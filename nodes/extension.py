@@ -2,8 +2,9 @@
 from comfy_api.latest import ComfyExtension, io
 
 from .apply import ApplySpargeAttn
+from .report import SpargeAttnReport
 
 
 class SpargeAttnExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [ApplySpargeAttn]
+        return [ApplySpargeAttn, SpargeAttnReport]
