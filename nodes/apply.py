@@ -8,6 +8,7 @@ from comfy_api.latest import io
 
 from ..kernels import SpargeParams
 from .blocks import BlockList
+from .host import show_on_node
 from .models import expect_tokens
 from .override import CALLBACK_KEY, SLOT, SpargeOverride, describe
 from .policy import CURVES, Settings
@@ -35,8 +36,9 @@ class ApplySpargeAttn(io.ComfyNode):
                         "map that would hardly contribute are predicted and skipped. Put it between the model loader "
                         "and the sampler, after other nodes that change attention. The longer the sequence (video, "
                         "large images), the more it gains. What happened is written to the log after each run.",
-            search_aliases=["sparge", "sparse attention", "SpargeAttention", "sage attention", "faster attention",
-                            "speed up", "optimize attention", "block sparse"],
+            search_aliases=["sparge", "sparse attention", "SpargeAttention", "sage", "sage attention",
+                            "faster attention", "speed up", "accelerate", "optimize attention", "block sparse",
+                            "加速", "稀疏注意力"],
             inputs=[
                 io.Model.Input("model", tooltip="The diffusion model. Only the output is patched."),
                 io.DynamicCombo.Input(
@@ -126,7 +128,7 @@ class ApplySpargeAttn(io.ComfyNode):
         previous = options.get(SLOT)
         if previous is not None:
             log.info("SpargeAttn: calls that stay dense go on to %s, found on the model", describe(previous))
-        override = options[SLOT] = SpargeOverride(settings, previous)
+        override = options[SLOT] = SpargeOverride(settings, previous, show_on_node)
         for event, callback in ((CallbacksMP.ON_PRE_RUN, override.on_pre_run),
                                 (CallbacksMP.ON_PREPARE_STATE, override.on_prepare_state),
                                 (CallbacksMP.ON_CLEANUP, override.on_cleanup)):

@@ -45,7 +45,8 @@ class BlockPictures:
         self.step = step
         self._seen += 1
         stride = math.ceil(_FULL_COST_STEPS / self.steps) if self.steps else _FULL_COST_STEPS
-        return block == self.request.block or (self._seen - 1) % stride == 0
+        chosen = self.request.block is not None and self.request.block.names(block)
+        return chosen or (self._seen - 1) % stride == 0
 
     def add(self, block: Block, mask: Tensor) -> None:
         """mask: bool (H, nq, nk), on any device; nothing waits for it."""

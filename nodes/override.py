@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from ..kernels import block_map, sparge_attention
 from .blocks import Block
 from .calling import AttentionCall, UnsupportedCall
+from .compilation import announced
 from .policy import Dense, Settings, SparsePlan, plan_call
 from .run_state import RunState, log
 from .run_summary import RunSummary
@@ -30,9 +32,12 @@ class SpargeOverride:
     `previous`, the override that was found when the node ran, else to the backend chosen on the command line.
     """
 
-    def __init__(self, settings: Settings, previous: Callable | None = None):
+    def __init__(self, settings: Settings, previous: Callable | None = None,
+                 show: Callable[[str], None] | None = None):
+        """show: shows the user a line while the model is being sampled, beside the log."""
         self.settings = settings
         self.previous = previous
+        self._show = show
         self.run = RunState(SigmaWindow(settings.start_percent, settings.end_percent))
         self._slot: Any = self
         self._thread = threading.local()
@@ -71,8 +76,9 @@ class SpargeOverride:
         how = {"params": plan.params, "layout": call.layout, "scale": call.scale, "order": plan.order,
                "sink_keys": plan.sink_keys, "pv_dtype": self.settings.pv_dtype}
         watch = Stopwatch(call.q.device)
-        out, stats = sparge_attention(call.q, call.k, call.v, key_padding_mask=padding, skipped=self.settings.skipped,
-                                      return_stats=True, **how)
+        with self._compilation_announced(call, how):
+            out, stats = sparge_attention(call.q, call.k, call.v, key_padding_mask=padding,
+                                          skipped=self.settings.skipped, return_stats=True, **how)
         watch.stop()
         curve = self.settings.curve
         tokens = ""
@@ -85,6 +91,18 @@ class SpargeOverride:
             first = block_map(call.q[:1], call.k[:1], key_padding_mask=None if padding is None else padding[:1], **how)
             self.run.add_map(row, first.mask()[0])
         return call.give_back(out)
+
+    def _compilation_announced(self, call: AttentionCall, how: dict[str, Any]) -> AbstractContextManager:
+        if call.q.device.type == "cpu":  # there a call computes
+            return nullcontext()
+        kind = (call.q.device, call.q.dtype, call.q.shape[-1], call.mask is None, how["order"] is None, how["pv_dtype"],
+                self.settings.skipped, how["params"].selection)
+        return announced(kind, self._say)
+
+    def _say(self, message: str) -> None:
+        log.info("SpargeAttn: %s", message)
+        if self._show is not None:
+            self._show(f"SpargeAttn: {message}")
 
     def _stay_dense(self, dense: Dense, func: Callable, args: tuple, kwargs: dict) -> Tensor:
         self.run.add_dense(dense)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise, repeat
 
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -20,6 +20,7 @@ _INNER = WIDTH - 2 * _MARGIN
 _MAP = 340  # side of the block map
 # The font that Pillow brings has no other glyphs than these.
 _GLYPHS = str.maketrans({"×": "x", "–": "-", "θ": "theta", "τ": "tau", "λ": "lambda"})
+SPARSE = "sparse"  # the label of the calls that went sparse
 Color = tuple[int, int, int]
 
 
@@ -142,8 +143,8 @@ class _Page:
         self.y += 30
 
     def bar(self, calls: Sequence[tuple[str, int]]) -> None:
-        colors = [self.theme.scale[2], *self.theme.dense]
-        colors = [colors[min(index, len(colors) - 1)] for index in range(len(calls))]
+        dense = chain(self.theme.dense, repeat(self.theme.dense[-1]))
+        colors = [self.theme.scale[2] if label == SPARSE else next(dense) for label, _ in calls]
         total, left = sum(count for _, count in calls), float(_MARGIN)
         for (_, count), color in zip(calls, colors):
             right = left + _INNER * count / total

@@ -6,14 +6,14 @@ import math
 import torch
 
 from .blocks import Block
-from .pictures import Panels
+from .pictures import SPARSE, Panels
 from .policy import Settings
 from .run_summary import RunSummary
 
 # What a user can do about calls that stay dense, by the start of the reason. The other reasons need nothing done.
 _ADVICE = {
-    "no fast kernel": "Triton is what makes it fast: on Windows install it with 'pip install triton-windows' in "
-                      "ComfyUI's Python, on Linux it comes with torch.",
+    "no fast kernel": "The fast kernels need Triton and an NVIDIA GPU from RTX 30 or A100 on, or an AMD GPU from RDNA3 "
+                      "or CDNA3 on. Triton comes with torch on Linux; on Windows: pip install triton-windows.",
     "too many tokens for the CPU": "A GPU is needed for sequences of this length.",
     "fewer tokens than min_tokens": "Lower min_tokens, or make the picture or clip larger: short sequences gain "
                                     "little.",
@@ -37,7 +37,7 @@ def run_report(summary: RunSummary | None, settings: Settings, block: Block | No
                              "Connect the model to the sampler, and the sampler's output to this node.")
     dense = [(f"dense: {reason}" + (f" ({summary.details[reason]})" if reason in summary.details else ""), count)
              for reason, count in summary.dense.items()]
-    calls = ([("sparse", summary.sparse)] if summary.sparse else []) + dense
+    calls = ([(SPARSE, summary.sparse)] if summary.sparse else []) + dense
     pixels, title = _block_map(summary, block, head, step)
     notes = _success(summary) if summary.sparse else [summary.problem or "the run ended early", *_advice(summary)]
     headline = "Nothing was accelerated in this run"
@@ -76,8 +76,7 @@ def _block_map(summary: RunSummary, block: Block | None, head: int, step: int):
         return None, f"No block map: step {step} was not sparse" if step and summary.sparse else ""
     if block is None:
         block = next(iter(kept.maps))
-    # A bare number means a block of any kind.
-    found = next((row for row in kept.maps if row == block or (not block.kind and row.index == block.index)), None)
+    found = next(filter(block.names, kept.maps), None)
     if found is None:
         return None, f"No block map of block {block}: it will be kept in the next run"
     heads = kept.maps[found]
