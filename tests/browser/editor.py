@@ -84,3 +84,11 @@ class Editor:
         for name, value in (("Comfy.Minimap.Visible", False), ("Comfy.Graph.CanvasInfo", False),
                             ("Comfy.Graph.CanvasMenu", False), ("LiteGraph.Canvas.MinFontSizeForLOD", 0)):
             self.setting(name, value)
+
+    def search(self, words):
+        """Open the node search, as a double click on the canvas does, and type."""
+        canvas = self.page.locator("#graph-canvas").bounding_box()
+        self.page.mouse.dblclick(canvas["x"] + canvas["width"] / 2, canvas["y"] + canvas["height"] / 2)
+        self.page.wait_for_timeout(600)
+        self.page.keyboard.type(words)
+        self.page.wait_for_timeout(1200)

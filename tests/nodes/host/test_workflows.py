@@ -78,7 +78,8 @@ def shrunk(prompt, family):
         elif kind == "CLIPTextEncode":
             length, width = family.context
             node = {"class_type": "RandomConditioning",
-                    "inputs": {"length": length, "width": width, "seed": int(key), "pooled": family.pooled or 0}}
+                    "inputs": {"length": length, "width": width, "seed": int(key), "pooled": family.pooled or 0,
+                               "masked": family.text_mask}}
         elif kind == "VAEEncode":
             node = {"class_type": "EmptySD3LatentImage", "inputs": {**SIZES["EmptySD3LatentImage"], "batch_size": 1}}
         elif kind == "ApplySpargeAttn":

@@ -11,12 +11,17 @@ class RandomConditioning:
     def INPUT_TYPES(cls):
         return {"required": {"length": ("INT", {"default": 48}), "width": ("INT", {"default": 64}),
                              "seed": ("INT", {"default": 0})},
-                "optional": {"pooled": ("INT", {"default": 0})}}
+                "optional": {"pooled": ("INT", {"default": 0}), "masked": ("BOOLEAN", {"default": False})}}
 
-    def make(self, length, width, seed, pooled=0):
+    def make(self, length, width, seed, pooled=0, masked=False):
         generator = torch.Generator().manual_seed(seed)
         context = torch.randn(1, length, width, generator=generator)
-        return ([[context, {"pooled_output": torch.randn(1, pooled, generator=generator)} if pooled else {}]],)
+        extra = {}
+        if pooled:
+            extra["pooled_output"] = torch.randn(1, pooled, generator=generator)
+        if masked:
+            extra["attention_mask"] = torch.ones(1, length, dtype=torch.int64)
+        return ([[context, extra]],)
 
 
 NODE_CLASS_MAPPINGS = {"RandomConditioning": RandomConditioning}
