@@ -33,6 +33,9 @@ class Editor:
         self.page.route("**/*", self._stay_local)
         self.url = url
         self.page.goto(url)
+        self.wait_until_ready()
+
+    def wait_until_ready(self):
         self.page.wait_for_function("!!(window.app?.graph && window.LiteGraph?.registered_node_types?.ApplySpargeAttn)")
         # Dialogs that greet a new user cover the canvas.
         self.page.wait_for_timeout(1500)
@@ -86,9 +89,42 @@ class Editor:
             self.setting(name, value)
 
     def search(self, words):
-        """Open the node search, as a double click on the canvas does, and type."""
+        """Type into the node search, which a double click on the canvas opens; returns the text of the page then."""
         canvas = self.page.locator("#graph-canvas").bounding_box()
         self.page.mouse.dblclick(canvas["x"] + canvas["width"] / 2, canvas["y"] + canvas["height"] / 2)
         self.page.wait_for_timeout(600)
         self.page.keyboard.type(words)
         self.page.wait_for_timeout(1200)
+        return self.page.locator("body").inner_text()
+
+    def place(self, node):
+        """Put one selected node on an empty canvas; returns its title and the (name, label) of its widgets."""
+        shown = self.run("""type => {
+            app.graph.clear()
+            const node = LiteGraph.createNode(type)
+            app.graph.add(node)
+            node.pos = [0, 0]
+            app.canvas.ds.scale = 1
+            app.canvas.ds.offset = [300, 250]
+            app.canvas.selectNode(node)
+            app.canvas.setDirty(true, true)
+            return {title: node.title, widgets: node.widgets.filter(widget => !widget.name.startsWith('$$'))
+                .map(widget => [widget.name, widget.label ?? widget.name])}
+        }""", node)
+        self.page.wait_for_timeout(700)
+        return shown
+
+    def tooltip(self, node, widget):
+        """The tooltip that appears when the mouse rests on a widget."""
+        place = self.run("""name => {
+            const node = app.graph._nodes[0], widget = node.widgets.find(widget => widget.name === name)
+            const page = app.canvas.canvas.getBoundingClientRect(), [x, y] = app.canvas.ds.offset
+            return [page.x + x + node.size[0] / 2, page.y + y + widget.last_y + 10]
+        }""", widget)
+        self.page.mouse.move(10, 300)
+        self.page.wait_for_timeout(100)
+        self.page.mouse.move(place[0] - 3, place[1])
+        self.page.mouse.move(*place, steps=3)
+        shown = self.page.locator(".node-tooltip")
+        shown.wait_for()
+        return shown.inner_text()

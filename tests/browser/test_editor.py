@@ -62,11 +62,71 @@ def test_loads_without_an_error_of_this_pack(editor, server, screenshot):
     assert "IMPORT FAILED" not in server.log() and "Error while calling comfy_entrypoint" not in server.log()
 
 
-@pytest.mark.parametrize("words", ("sparge", "sage", "sparse attention", "speed up", "accelerate", "加速", "稀疏注意力"))
+@pytest.mark.parametrize("words", ("sparge", "sage", "sparse attention", "speed up", "accelerate", "加速",
+                                   "稀疏注意力"))
 def test_search_finds_the_node(editor, words, screenshot):
-    editor.close_dialogs()
-    editor.search(words)
+    found = editor.search(words)
     screenshot(editor, f"search_{words.replace(' ', '_')}")
-    found = editor.page.get_by_role("option").all_inner_texts() or editor.page.locator("body").inner_text()
-    assert "Apply SpargeAttn" in "\n".join([found] if isinstance(found, str) else found)
     editor.close_dialogs()
+    assert "Apply SpargeAttn" in found
+
+
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_example_opens_from_the_template_browser(editor, name, screenshot):
+    editor.run("() => app.extensionManager.command.execute('Comfy.BrowseTemplates')")
+    editor.page.get_by_text("spargeattn-nodes").first.click()
+    card = editor.page.get_by_text(name, exact=True).first
+    card.wait_for()
+    if name == WORKFLOWS[0]:
+        editor.page.wait_for_timeout(1000)
+        screenshot(editor, "templates")
+        loaded = editor.run("() => [...document.querySelectorAll('img')].filter(image => /workflow_templates/.test("
+                            "image.src)).map(image => image.naturalWidth)")
+        assert len(loaded) >= 6 and all(loaded), loaded
+    card.click()
+    editor.page.wait_for_function("() => app.graph._nodes.some(node => node.type === 'ApplySpargeAttn')")
+    editor.page.wait_for_timeout(500)
+    text = editor.page.locator("body").inner_text()
+    editor.fit()
+    screenshot(editor, f"workflow_{name}")
+    assert "Missing" not in text and "missing" not in text, text
+    assert not editor.run("() => app.graph._nodes.filter(node => node.has_errors || !node.constructor.nodeData && "
+                          "node.type !== 'MarkdownNote').map(node => node.type)")
+    _, prompt = editor.export()
+    assert prompt == json.loads((PROMPTS / f"{name}.json").read_text(encoding="utf-8"))
+    editor.clear()
+
+
+@pytest.fixture(scope="module", params=LANGUAGES)
+def translated(server, chromium, request):
+    editor = Editor(chromium, server.url)
+    editor.setting("Comfy.Locale", request.param)
+    editor.page.reload()
+    editor.wait_until_ready()
+    yield request.param, editor
+    editor.setting("Comfy.Locale", "en")
+    editor.context.close()
+
+
+@pytest.mark.parametrize("node", NODES)
+def test_names_tooltips_and_help(translated, node, screenshot):
+    language, editor = translated
+    expected = translations(language)[node]
+    shown = editor.place(node)
+    assert shown["title"] == expected["display_name"]
+    names = {name.replace(".", "_"): label for name, label in shown["widgets"]}
+    assert names == {name: expected["inputs"][name]["name"] for name in names}
+    for name, _ in shown["widgets"]:
+        tooltip = editor.tooltip(node, name)
+        assert tooltip == expected["inputs"][name.replace(".", "_")]["tooltip"], name
+    screenshot(editor, f"tooltip_{node}_{language}")
+    editor.page.get_by_test_id("info-button").click()
+    page = (comfy_server.REPOSITORY / f"nodes/web/docs/{node}/{language}.md").read_text(encoding="utf-8")
+    editor.page.get_by_text(page.splitlines()[-1].split("**")[-1].strip()[:20]).first.wait_for()
+    editor.page.wait_for_timeout(1000)
+    screenshot(editor, f"help_{node}_{language}")
+    broken = editor.run("() => [...document.querySelectorAll('img')].filter(image => /docs/.test(image.src) && "
+                        "!image.naturalWidth).map(image => image.src)")
+    pictures = editor.run("() => [...document.querySelectorAll('img')].filter(image => /docs/.test(image.src)).length")
+    assert not broken and pictures == 1
+    assert not [error for error in editor.errors if "sparge" in error.lower()]
