@@ -80,9 +80,9 @@ def test_example_opens_from_the_template_browser(editor, name, screenshot):
     if name == WORKFLOWS[0]:
         editor.page.wait_for_timeout(1000)
         screenshot(editor, "templates")
-        loaded = editor.run("() => [...document.querySelectorAll('img')].filter(image => /workflow_templates/.test("
-                            "image.src)).map(image => image.naturalWidth)")
-        assert len(loaded) >= 6 and all(loaded), loaded
+        thumbnails = editor.run("() => [...document.querySelectorAll('img')].filter(image => /\\.jpg/.test(image.src))"
+                                ".map(image => [image.src, image.naturalWidth])")
+        assert len(thumbnails) >= 6 and all(width for _, width in thumbnails[:6]), thumbnails
     card.click()
     editor.page.wait_for_function("() => app.graph._nodes.some(node => node.type === 'ApplySpargeAttn')")
     editor.page.wait_for_timeout(500)
