@@ -2,8 +2,11 @@
 from comfy_api.latest import ComfyExtension, io
 
 from .apply import ApplySpargeAttn
+from .params_nodes import SpargeAttnLoadParams, SpargeAttnSaveParams, register_folder
+from .tune import SpargeAttnTune
 
 
 class SpargeAttnExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [ApplySpargeAttn]
+        register_folder()
+        return [ApplySpargeAttn, SpargeAttnTune, SpargeAttnSaveParams, SpargeAttnLoadParams]

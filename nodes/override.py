@@ -11,6 +11,7 @@ from torch import Tensor
 from ..kernels import sparge_attention
 from .blocks import Block
 from .calling import AttentionCall, UnsupportedCall
+from .layers import layer_name
 from .policy import Dense, Settings, SparsePlan, plan_call
 from .run_state import RunState, log
 from .sigma_window import SigmaWindow
@@ -51,7 +52,7 @@ class SpargeOverride:
         block = Block.of(call.transformer_options)
         if block is None and self.settings.dense_blocks:
             self.run.say_once("dense_blocks", "dense_blocks has no effect, this model does not number its blocks")
-        plan = plan_call(call, self.settings, block, self.run.window.inside)
+        plan = plan_call(call, self.settings, block, self.run.window.inside, layer_name(call, block))
         if isinstance(plan, Dense):
             return self._stay_dense(plan, func, args, kwargs)
         return self._go_sparse(plan, call, block)
@@ -61,14 +62,16 @@ class SpargeOverride:
         out, stats = sparge_attention(
             call.q, call.k, call.v, params=plan.params, layout=call.layout, scale=call.scale,
             key_padding_mask=None if visible is None else ~visible, order=plan.order, sink_keys=plan.sink_keys,
-            pv_dtype=self.settings.pv_dtype, skipped=self.settings.skipped, return_stats=True)
+            pv_dtype=plan.pv_dtype, skipped=plan.skipped, return_stats=True)
         curve = self.settings.curve
+        if plan.untuned:
+            self.run.say_once(plan.untuned, f"thresholds of the widgets: {plan.untuned}")
         if isinstance(plan.layout, str):
             if curve is not None:
                 self.run.say_once(plan.layout, f"tokens keep the model's order, no {curve} order: {plan.layout}")
             self.run.add_sparse(block, stats)
         else:
-            self.run.add_sparse(block, stats, f"{curve or 'row-major'} order of {plan.layout}")
+            self.run.add_sparse(block, stats, f"{plan.curve} order of {plan.layout}")
         return call.give_back(out)
 
     def _stay_dense(self, dense: Dense, func: Callable, args: tuple, kwargs: dict) -> Tensor:
