@@ -25,10 +25,9 @@ AMOUNTS = {
 }
 PV_THRESHOLDS = (4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0, 12.0, 14.0, 17.0, 20.0, math.inf)
 CURVES = ("row-major", "hilbert", "blocked", "time-major")  # an earlier one wins a tie
-# Work of a block pair by P·V format, and of the pooled tail (a key for each block of 64), in units of dense fp16;
-# tests/bench/results/h100_attention.json.
+# Work of a block pair by P·V format, and of the pooled tail, in units of dense fp16 attention; of an H100.
 _PV_WORK = {"fp16": 1.0, "fp8": 0.75}
-_TAIL_WORK = 1 / 64
+_TAIL_WORK = 0.045
 _JUDGE_OFF = -1.0
 _SIMILARITIES = {"cdf": (_JUDGE_OFF, 0.3, 0.5), "topk": (_JUDGE_OFF,)}
 
@@ -53,8 +52,9 @@ RULES = tuple(Rule(*variant, curve, similarity) for variant in VARIANTS for curv
 class Setting:
     """How a layer's calls go sparse.
 
-    params: thresholds, each float32 (H,) on the CPU. curves: order of the tokens for each head of K, in the names of
-    `CURVES`. skipped, pv_dtype: as in `sparge_attention`.
+    params: thresholds, float32 (H,) on the CPU; the P·V threshold is the number inf where all heads have it.
+    curves: order of the tokens for each head of K, in the names of `CURVES`. skipped, pv_dtype: as in
+    `sparge_attention`.
     """
 
     params: SpargeParams
@@ -81,7 +81,9 @@ Measure = Callable[[Setting], Measured | None]
 
 @dataclass(frozen=True)
 class Bounds:
-    """l1, l2: largest L1 of a head before and after the P·V threshold. min_gain: sparsity below which a head is dense.
+    """l1, l2: largest L1 of a head before and after the P·V threshold; equal, they leave that threshold off.
+
+    min_gain: sparsity below which a head keeps every block.
 
     Raises ValueError unless 0 < l1 ≤ l2 < 1 and 0 ≤ min_gain < 1.
     """
@@ -138,11 +140,13 @@ class LayerSearch:
         setting, chosen_kept = found._choose()
         if setting is None:
             return replace(found, setting=None, sparsity=1 - chosen_kept, error=torch.zeros(self.heads))
-        dense = setting.dense_heads
-        levels, _, _ = bisect(
-            lambda level: measure(_with_pv(setting, level, dense)), self.pv_levels, len(PV_THRESHOLDS) - 1,
-            self.bounds.l2, first=self.pv_levels if self.calls else None)
-        setting = _with_pv(setting, levels, dense)
+        levels = self.pv_levels
+        if self.bounds.l2 > self.bounds.l1:
+            dense = setting.dense_heads
+            levels, _, _ = bisect(
+                lambda level: measure(_with_pv(setting, level, dense)), levels, len(PV_THRESHOLDS) - 1,
+                self.bounds.l2, first=levels if self.calls else None)
+            setting = _with_pv(setting, levels, dense)
         error = torch.maximum(self.error, measure(setting).error)
         return replace(found, pv_levels=levels, setting=setting, sparsity=1 - chosen_kept, error=error)
 
@@ -222,13 +226,12 @@ def bisect(measure: Callable[[Tensor], Measured | None], start: Tensor, top: int
 
 def _setting(rule: Rule, amounts: Tensor, similarity: Tensor, curves: tuple[str, ...]) -> Setting:
     name = "cdf_threshold" if rule.selection == "cdf" else "topk"
-    params = SpargeParams(**{name: amounts}, similarity_threshold=similarity,
-                          pv_threshold=torch.full_like(amounts, math.inf))
+    params = SpargeParams(**{name: amounts}, similarity_threshold=similarity)
     return Setting(params, curves, rule.skipped, rule.pv_dtype)
 
 
 def _with_pv(setting: Setting, levels: Tensor, dense: Tensor) -> Setting:
     """The setting with P·V thresholds; heads that keep every block keep every product too."""
     thresholds = torch.where(dense, math.inf, torch.tensor(PV_THRESHOLDS)[levels])
-    values = dict(setting.params.items()) | {"pv_threshold": thresholds}
+    values = dict(setting.params.items()) | {"pv_threshold": math.inf if thresholds.isinf().all() else thresholds}
     return replace(setting, params=SpargeParams(**values))

@@ -102,7 +102,8 @@ def _serialise(params: TunedParams) -> bytes:
             about["setting"] = {"selection": setting.params.selection, "skipped": setting.skipped,
                                 "pv_dtype": setting.pv_dtype, "curves": list(setting.curves)}
             for key in _THRESHOLDS:
-                tensors[f"{name}.{key}"] = getattr(setting.params, key).to(torch.float32).contiguous()
+                value = torch.as_tensor(getattr(setting.params, key), dtype=torch.float32)
+                tensors[f"{name}.{key}"] = value.expand(search.heads).clone()
         layers[name] = about
     bounds = params.bounds
     about = {"family": params.architecture.family, "config": dict(params.architecture.config),
@@ -196,6 +197,8 @@ def _setting(name: str, about: Any, tensors: dict[str, Tensor], heads: int, kv_h
         choices[key] = _get(about, key, str)
         _expect(choices[key] in allowed, f"{name}: {key} to be one of {', '.join(allowed)}", choices[key])
     amount, similarity, pv = (_take(tensors, f"{name}.{key}", torch.float32, (heads,)) for key in _THRESHOLDS)
+    if (pv == math.inf).all():
+        pv = math.inf
     try:
         params = SpargeParams(**{"cdf_threshold" if choices["selection"] == "cdf" else "topk": amount},
                               similarity_threshold=similarity, pv_threshold=pv)

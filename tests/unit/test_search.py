@@ -32,7 +32,7 @@ def planted(needs, *, curves=("row-major",), skipped="drop", pv_dtype="fp16", se
     def measure(setting: Setting) -> Measured:
         if calls is not None:
             calls.append(setting)
-        amount, pv = setting.params.amount, setting.params.pv_threshold
+        amount, pv = setting.params.amount, torch.as_tensor(setting.params.pv_threshold)
         good = torch.tensor([a == b for a, b in zip(setting.curves, curves * (len(setting.curves) // len(curves)))])
         good = good.repeat_interleave(heads // len(setting.curves))
         good &= setting.skipped == skipped and setting.params.selection == selection
@@ -79,8 +79,9 @@ def test_heads_that_share_a_head_of_k_share_its_order():
 
 
 def test_heads_that_gain_too_little_keep_every_block():
-    found = LayerSearch.start(2, 2, Bounds(0.05, 0.06, min_gain=0.25)).learn(planted([0.4, 0.85]))
+    found = LayerSearch.start(2, 2, Bounds(0.05, 0.06, min_gain=0.25)).learn(planted([0.4, 0.85], pv_needs=3.0))
     assert found.setting.dense_heads.tolist() == [False, True]
+    assert found.setting.params.pv_threshold[0] == PV_THRESHOLDS[0]
     assert found.setting.params.pv_threshold[1] == math.inf
     assert found.setting.params.similarity_threshold[1] == -1
     assert found.sparsity[1] == 0
@@ -109,6 +110,11 @@ def test_pv_threshold_is_the_least_that_holds_l2():
     found = LayerSearch.start(2, 2, BOUNDS).learn(planted([0.4, 0.4], pv_needs=torch.tensor([9.5, math.inf])))
     assert found.setting.params.pv_threshold.tolist() == [10.0, math.inf]
     assert (found.error <= BOUNDS.l2).all()
+
+
+def test_equal_bounds_leave_the_pv_threshold_off():
+    found = LayerSearch.start(2, 2, Bounds(0.05, 0.05)).learn(planted([0.4, 0.5]))
+    assert found.setting.params.pv_threshold == math.inf
 
 
 def test_what_a_call_cannot_run_is_never_chosen():
