@@ -3,7 +3,9 @@ from comfy_api.latest import ComfyExtension, io
 
 from .apply import ApplySpargeAttn
 from .host import keep_compiled_kernels
+from .params_nodes import SpargeAttnLoadParams, SpargeAttnSaveParams, register_folder
 from .report import SpargeAttnReport
+from .tune import SpargeAttnTune
 
 
 class SpargeAttnExtension(ComfyExtension):
@@ -11,4 +13,5 @@ class SpargeAttnExtension(ComfyExtension):
         keep_compiled_kernels()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [ApplySpargeAttn, SpargeAttnReport]
+        register_folder()
+        return [ApplySpargeAttn, SpargeAttnTune, SpargeAttnSaveParams, SpargeAttnLoadParams, SpargeAttnReport]

@@ -14,6 +14,7 @@ from ..kernels import block_map, sparge_attention
 from .blocks import Block
 from .calling import AttentionCall, UnsupportedCall
 from .compilation import announced
+from .layers import layer_name
 from .policy import Dense, Settings, SparsePlan, plan_call
 from .run_state import RunState, log
 from .run_summary import RunSummary
@@ -60,7 +61,7 @@ class SpargeOverride:
         block = Block.of(call.transformer_options)
         if block is None and self.settings.dense_blocks:
             self.run.say_once("dense_blocks", "dense_blocks has no effect, this model does not number its blocks")
-        plan = plan_call(call, self.settings, block, self.run.window.inside)
+        plan = plan_call(call, self.settings, block, self.run.window.inside, layer_name(call, block))
         if isinstance(plan, SparsePlan):
             return self._go_sparse(plan, call, block)
         if call.queries != call.keys or call.queries < self.settings.min_tokens:
@@ -74,16 +75,18 @@ class SpargeOverride:
         visible = call.visible_keys()
         padding = None if visible is None else ~visible
         how = {"params": plan.params, "layout": call.layout, "scale": call.scale, "order": plan.order,
-               "sink_keys": plan.sink_keys, "pv_dtype": self.settings.pv_dtype}
+               "sink_keys": plan.sink_keys, "pv_dtype": plan.pv_dtype}
         watch = Stopwatch(call.q.device)
-        with self._compilation_announced(call, how):
+        with self._compilation_announced(call, plan):
             out, stats = sparge_attention(call.q, call.k, call.v, key_padding_mask=padding,
-                                          skipped=self.settings.skipped, return_stats=True, **how)
+                                          skipped=plan.skipped, return_stats=True, **how)
         watch.stop()
         curve = self.settings.curve
+        if plan.untuned:
+            self.run.say_once(plan.untuned, f"thresholds of the widgets: {plan.untuned}")
         tokens = ""
         if not isinstance(plan.layout, str):
-            tokens = f"{curve or 'row-major'} order of {plan.layout}"
+            tokens = f"{plan.curve} order of {plan.layout}"
         elif curve is not None:
             self.run.say_once(plan.layout, f"tokens keep the model's order, no {curve} order: {plan.layout}")
         row = self.run.add_call(call, block, watch, stats, tokens)
@@ -92,11 +95,11 @@ class SpargeOverride:
             self.run.add_map(row, first.mask()[0])
         return call.give_back(out)
 
-    def _compilation_announced(self, call: AttentionCall, how: dict[str, Any]) -> AbstractContextManager:
+    def _compilation_announced(self, call: AttentionCall, plan: SparsePlan) -> AbstractContextManager:
         if call.q.device.type == "cpu":  # there a call computes
             return nullcontext()
-        kind = (call.q.device, call.q.dtype, call.q.shape[-1], call.mask is None, how["order"] is None, how["pv_dtype"],
-                self.settings.skipped, how["params"].selection)
+        kind = (call.q.device, call.q.dtype, call.q.shape[-1], call.mask is None, plan.order is None, plan.pv_dtype,
+                plan.skipped, plan.params.selection)
         return announced(kind, self._say)
 
     def _say(self, message: str) -> None:

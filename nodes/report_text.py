@@ -91,6 +91,8 @@ def _settings(settings: Settings, summary: RunSummary) -> list[str]:
              f"start_percent {settings.start_percent:g}, end_percent {settings.end_percent:g}, min_tokens "
              f"{settings.min_tokens}, skipped_blocks {settings.skipped}, pv_precision {settings.pv_dtype}, hilbert "
              f"{settings.hilbert}"]
+    if settings.tuned is not None:
+        lines.insert(0, f"tuned: {settings.tuned}; the other layers use:")
     if settings.dense_blocks:
         lines.append(f"dense_blocks {settings.dense_blocks}")
     lines += [f"{count} calls over tokens in {order}" for order, count in summary.tokens.items()]

@@ -319,6 +319,33 @@ def compare():
     return graph
 
 
+def tune_and_save():
+    graph = Example("tune_and_save", "Tune once and save with SpargeAttn",
+                    "Finds thresholds for every layer and head on this prompt, saves them to `models/sparge_params`, "
+                    "and samples with them. It takes minutes, once for a model; afterwards **Load SpargeAttn Params** "
+                    "takes the place of the tuning node, and others can use your file.")
+    model = graph.diffusion_model(f"{WAN21}/diffusion_models/wan2.1_t2v_1.3B_fp16.safetensors")
+    clip = graph.text_encoder("wan", f"{WAN21}/text_encoders/umt5_xxl_fp8_e4m3fn_scaled.safetensors")
+    vae = graph.vae(f"{WAN21}/vae/wan_2.1_vae.safetensors")
+    positive, negative = graph.prompts(clip, PROMPT, "blurry, static, low quality, subtitles")
+    latent = graph.add("latent", "EmptyHunyuanLatentVideo", 1, width=832, height=480, length=81)
+    shifted = graph.add("shift", "ModelSamplingSD3", 1, {"model": model}, shift=8.0)
+    settings = {"steps": 30, "cfg": 6.0, "sampler_name": "uni_pc"}
+    tuned = graph.add("tune", "SpargeAttnTune", 2, {"model": shifted, "positive": positive, "negative": negative,
+                                                    "latent_image": latent}, seed=SEED, scheduler="simple", **settings)
+    graph.add("save_params", "SpargeAttnSaveParams", 3, {"params": tuned}, filename="wan2.1_1.3b_480p")
+    graph.add("tuning_report", "PreviewImage", 3, {"images": ("tune", 2)})
+    model = graph.add("sparge", "ApplySpargeAttn", 3, {"model": shifted, "params": tuned}, **VIDEO, dense_blocks="0")
+    samples = graph.add("sampler", "KSampler", 4, {
+        "model": model, "positive": positive, "negative": negative, "latent_image": latent}, seed=SEED + 1,
+        scheduler="simple", **settings)
+    report = graph.add("report", "SpargeAttnReport", 5, {"model": model, "samples": samples})
+    images = graph.add("decode", "VAEDecode", 6, {"samples": report, "vae": vae})
+    video = graph.add("video", "CreateVideo", 6, {"images": images}, fps=16)
+    graph.add("save", "SaveVideo", 7, {"video": video}, filename_prefix=f"video/{graph.name}")
+    return graph
+
+
 EXAMPLES = {graph.name: graph for graph in (make() for make in (
     wan21_text_to_video, wan22_text_to_video, wan22_image_to_video, hunyuan_video, mochi, ltx_video, flux_dev,
-    flux_kontext, sd35, qwen_image, sdxl, compare))}
+    flux_kontext, sd35, qwen_image, sdxl, compare, tune_and_save))}

@@ -22,7 +22,7 @@ if CHROMIUM is None:
 pytestmark = [pytest.mark.comfy, pytest.mark.slow]
 WORKFLOWS = sorted(path.stem for path in (comfy_server.REPOSITORY / "workflows").glob("*.json"))
 PROMPTS = comfy_server.REPOSITORY / "tests/nodes/host/prompts"
-NODES = "ApplySpargeAttn", "SpargeAttnReport"
+NODES = "ApplySpargeAttn", "SpargeAttnReport", "SpargeAttnTune", "SpargeAttnSaveParams", "SpargeAttnLoadParams"
 LANGUAGES = "en", "zh", "zh-TW"
 
 
