@@ -3,6 +3,8 @@
 ComfyUI loads this folder as a node pack; installed with pip it imports as `comfyui_spargeattn`.
 """
 
+WEB_DIRECTORY = "./nodes/web"  # help pages
+
 
 async def comfy_entrypoint():
     """ComfyUI's entry point. Everything is imported here, so that the package itself needs nothing."""

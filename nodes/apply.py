@@ -8,13 +8,16 @@ from comfy_api.latest import io
 
 from ..kernels import SpargeParams
 from .blocks import BlockList
+from .host import show_on_node
+from .layers import number_layers
 from .models import expect_tokens
-from .override import SLOT, SpargeOverride, describe
+from .override import CALLBACK_KEY, SLOT, SpargeOverride, describe
 from .policy import CURVES, Settings
 from .run_state import log
+from .tuned import Architecture, TunedParams
 
+SPARGE_PARAMS = io.Custom("SPARGE_PARAMS")
 PV_THRESHOLD_OFF = 50.0
-_CALLBACK_KEY = "spargeattn"
 
 
 def _similarity_threshold() -> io.Float.Input:
@@ -36,8 +39,9 @@ class ApplySpargeAttn(io.ComfyNode):
                         "map that would hardly contribute are predicted and skipped. Put it between the model loader "
                         "and the sampler, after other nodes that change attention. The longer the sequence (video, "
                         "large images), the more it gains. What happened is written to the log after each run.",
-            search_aliases=["sparge", "sparse attention", "SpargeAttention", "sage attention", "faster attention",
-                            "speed up", "optimize attention", "block sparse"],
+            search_aliases=["sparge", "sparse attention", "SpargeAttention", "sage", "sage attention",
+                            "faster attention", "speed up", "accelerate", "optimize attention", "block sparse",
+                            "加速", "稀疏注意力"],
             inputs=[
                 io.Model.Input("model", tooltip="The diffusion model. Only the output is patched."),
                 io.DynamicCombo.Input(
@@ -102,6 +106,11 @@ class ApplySpargeAttn(io.ComfyNode):
                             "are computed at the same error where similarity_threshold is 0.3 or more. off: the "
                             "model's own order. auto is off for now. Where a model's grid is not certain, the order "
                             "stays as it is."),
+                SPARGE_PARAMS.Input(
+                    "params", optional=True,
+                    tooltip="Tuned parameters of this model. Layers they know use them, each head its own; the "
+                            "thresholds, skipped_blocks, pv_precision and hilbert serve the layers they don't know. "
+                            "The window of steps, dense_blocks and min_tokens stay in force."),
             ],
             outputs=[io.Model.Output(tooltip="The patched model; the input stays as it was.")],
         )
@@ -118,22 +127,34 @@ class ApplySpargeAttn(io.ComfyNode):
     @classmethod
     def execute(cls, model, selection: dict, pv_threshold: float, start_percent: float, end_percent: float,
                 skipped_blocks: str, pv_precision: str, dense_blocks: str, min_tokens: int,
-                verbose: bool, hilbert: str = "auto") -> io.NodeOutput:
+                verbose: bool, hilbert: str = "auto", params: TunedParams | None = None) -> io.NodeOutput:
         settings = Settings(_params(selection, pv_threshold), start_percent, end_percent,
                             BlockList.parse(dense_blocks), min_tokens, skipped_blocks, pv_precision, verbose,
-                            hilbert)
+                            hilbert, _fitting(params, model))
         patched = model.clone()
         options = patched.model_options["transformer_options"]
         previous = options.get(SLOT)
         if previous is not None:
             log.info("SpargeAttn: calls that stay dense go on to %s, found on the model", describe(previous))
-        override = options[SLOT] = SpargeOverride(settings, previous)
+        override = options[SLOT] = SpargeOverride(settings, previous, show_on_node)
         for event, callback in ((CallbacksMP.ON_PRE_RUN, override.on_pre_run),
                                 (CallbacksMP.ON_PREPARE_STATE, override.on_prepare_state),
                                 (CallbacksMP.ON_CLEANUP, override.on_cleanup)):
-            patched.add_callback_with_key(event, _CALLBACK_KEY, callback)
-        patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, _CALLBACK_KEY, expect_tokens)
+            patched.add_callback_with_key(event, CALLBACK_KEY, callback)
+        patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, CALLBACK_KEY, expect_tokens)
+        patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, CALLBACK_KEY, number_layers)
         return io.NodeOutput(patched)
+
+
+def _fitting(params: TunedParams | None, model) -> TunedParams | None:
+    """The parameters, None where they don't fit the model and the user prefers the widgets to an error."""
+    problem = None if params is None else params.architecture.mismatch(Architecture.of(model))
+    if not problem:
+        return params
+    if not params.lenient:
+        raise ValueError(f"params must be tuned for this model: {problem}")
+    log.warning("SpargeAttn: the tuned parameters are not used: %s", problem)
+    return None
 
 
 def _params(selection: dict, pv_threshold: float) -> SpargeParams:

@@ -28,6 +28,10 @@ class Block:
             return None
         return cls(transformer_options.get("block_type") or "", index)
 
+    def names(self, other: Block) -> bool:
+        """Whether `other` is this block; one without a kind stands for that index of any kind."""
+        return self.index == other.index and self.kind in ("", other.kind)
+
     def __str__(self) -> str:
         return f"{self.kind}:{self.index}" if self.kind else str(self.index)
 
@@ -59,3 +63,7 @@ class BlockList:
 
     def __bool__(self) -> bool:
         return bool(self.ranges)
+
+    def __str__(self) -> str:
+        return ", ".join((f"{kind}:" if kind else "") + (f"{first}-{last}" if last > first else str(first))
+                         for kind, first, last in self.ranges)

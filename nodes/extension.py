@@ -2,8 +2,16 @@
 from comfy_api.latest import ComfyExtension, io
 
 from .apply import ApplySpargeAttn
+from .host import keep_compiled_kernels
+from .params_nodes import SpargeAttnLoadParams, SpargeAttnSaveParams, register_folder
+from .report import SpargeAttnReport
+from .tune import SpargeAttnTune
 
 
 class SpargeAttnExtension(ComfyExtension):
+    async def on_load(self) -> None:
+        keep_compiled_kernels()
+
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [ApplySpargeAttn]
+        register_folder()
+        return [ApplySpargeAttn, SpargeAttnTune, SpargeAttnSaveParams, SpargeAttnLoadParams, SpargeAttnReport]

@@ -3,19 +3,26 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..kernels import sparge_attention
+from ..kernels import block_map, sparge_attention
 from .blocks import Block
 from .calling import AttentionCall, UnsupportedCall
+from .compilation import announced
+from .layers import layer_name
 from .policy import Dense, Settings, SparsePlan, plan_call
 from .run_state import RunState, log
+from .run_summary import RunSummary
 from .sigma_window import SigmaWindow
+from .stopwatch import Stopwatch
 
 SLOT = "optimized_attention_override"  # ComfyUI's key in transformer_options; one slot, no chain
+CALLBACK_KEY = "spargeattn"  # of this pack's callbacks and wrappers on a model
 
 
 class SpargeOverride:
@@ -26,9 +33,12 @@ class SpargeOverride:
     `previous`, the override that was found when the node ran, else to the backend chosen on the command line.
     """
 
-    def __init__(self, settings: Settings, previous: Callable | None = None):
+    def __init__(self, settings: Settings, previous: Callable | None = None,
+                 show: Callable[[str], None] | None = None):
+        """show: shows the user a line while the model is being sampled, beside the log."""
         self.settings = settings
         self.previous = previous
+        self._show = show
         self.run = RunState(SigmaWindow(settings.start_percent, settings.end_percent))
         self._slot: Any = self
         self._thread = threading.local()
@@ -51,25 +61,51 @@ class SpargeOverride:
         block = Block.of(call.transformer_options)
         if block is None and self.settings.dense_blocks:
             self.run.say_once("dense_blocks", "dense_blocks has no effect, this model does not number its blocks")
-        plan = plan_call(call, self.settings, block, self.run.window.inside)
-        if isinstance(plan, Dense):
+        plan = plan_call(call, self.settings, block, self.run.window.inside, layer_name(call, block))
+        if isinstance(plan, SparsePlan):
+            return self._go_sparse(plan, call, block)
+        if call.queries != call.keys or call.queries < self.settings.min_tokens:
             return self._stay_dense(plan, func, args, kwargs)
-        return self._go_sparse(plan, call, block)
+        watch = Stopwatch(call.q.device)
+        out = self._stay_dense(plan, func, args, kwargs)
+        self.run.add_call(call, block, watch.stop())
+        return out
 
     def _go_sparse(self, plan: SparsePlan, call: AttentionCall, block: Block | None) -> Tensor:
         visible = call.visible_keys()
-        out, stats = sparge_attention(
-            call.q, call.k, call.v, params=plan.params, layout=call.layout, scale=call.scale,
-            key_padding_mask=None if visible is None else ~visible, order=plan.order, sink_keys=plan.sink_keys,
-            pv_dtype=self.settings.pv_dtype, skipped=self.settings.skipped, return_stats=True)
+        padding = None if visible is None else ~visible
+        how = {"params": plan.params, "layout": call.layout, "scale": call.scale, "order": plan.order,
+               "sink_keys": plan.sink_keys, "pv_dtype": plan.pv_dtype}
+        watch = Stopwatch(call.q.device)
+        with self._compilation_announced(call, plan):
+            out, stats = sparge_attention(call.q, call.k, call.v, key_padding_mask=padding,
+                                          skipped=plan.skipped, return_stats=True, **how)
+        watch.stop()
         curve = self.settings.curve
-        if isinstance(plan.layout, str):
-            if curve is not None:
-                self.run.say_once(plan.layout, f"tokens keep the model's order, no {curve} order: {plan.layout}")
-            self.run.add_sparse(block, stats)
-        else:
-            self.run.add_sparse(block, stats, f"{curve or 'row-major'} order of {plan.layout}")
+        if plan.untuned:
+            self.run.say_once(plan.untuned, f"thresholds of the widgets: {plan.untuned}")
+        tokens = ""
+        if not isinstance(plan.layout, str):
+            tokens = f"{plan.curve} order of {plan.layout}"
+        elif curve is not None:
+            self.run.say_once(plan.layout, f"tokens keep the model's order, no {curve} order: {plan.layout}")
+        row = self.run.add_call(call, block, watch, stats, tokens)
+        if row is not None:
+            first = block_map(call.q[:1], call.k[:1], key_padding_mask=None if padding is None else padding[:1], **how)
+            self.run.add_map(row, first.mask()[0])
         return call.give_back(out)
+
+    def _compilation_announced(self, call: AttentionCall, plan: SparsePlan) -> AbstractContextManager:
+        if call.q.device.type == "cpu":  # there a call computes
+            return nullcontext()
+        kind = (call.q.device, call.q.dtype, call.q.shape[-1], call.mask is None, plan.order is None, plan.pv_dtype,
+                plan.skipped, plan.params.selection)
+        return announced(kind, self._say)
+
+    def _say(self, message: str) -> None:
+        log.info("SpargeAttn: %s", message)
+        if self._show is not None:
+            self._show(f"SpargeAttn: {message}")
 
     def _stay_dense(self, dense: Dense, func: Callable, args: tuple, kwargs: dict) -> Tensor:
         self.run.add_dense(dense)
@@ -105,16 +141,23 @@ class SpargeOverride:
         log.info("SpargeAttn: %s", summary)
         if self.settings.verbose and summary.by_step:
             log.info("%s", summary.table())
-        if summary.sparse or (slot is not self and isinstance(slot, SpargeOverride)):
+        problem = _why_nothing_was_sparse(summary, None if slot is self else slot)
+        if summary.sparse or not problem:
             return
-        if not summary.dense and slot is not self:
-            log.warning("SpargeAttn: nothing was sparse in this run: no attention call arrived, %s took the model's "
-                        "attention over; put Apply SpargeAttn after the node that set it", describe(slot))
-        elif not summary.dense:
-            log.warning("SpargeAttn: nothing was sparse in this run: no attention call arrived; "
-                        "this model's attention can't be overridden")
-        else:
-            log.warning("SpargeAttn: nothing was sparse in this run: every attention call stayed dense")
+        self.run.summary = replace(summary, problem=problem)
+        log.warning("SpargeAttn: nothing was sparse in this run: %s", problem)
+
+
+def _why_nothing_was_sparse(summary: RunSummary, on_top: object) -> str:
+    """`on_top`: the override that ComfyUI called instead, where another one took this one's place."""
+    if isinstance(on_top, SpargeOverride):
+        return ""  # it reports for both
+    if summary.dense:
+        return "every attention call stayed dense"
+    if on_top is None:
+        return "no attention call arrived; this model's attention can't be overridden"
+    return (f"no attention call arrived, {describe(on_top)} took the model's attention over; put Apply SpargeAttn "
+            f"after the node that set it")
 
 
 def describe(override: object) -> str:

@@ -12,6 +12,7 @@ from ..kernels.capability import DTYPES, MAX_HEAD_DIM, arch_of, supports_fp8
 from .blocks import Block, BlockList
 from .calling import AttentionCall
 from .models import UNSEEN, TokenLayout, token_layout
+from .tuned import TunedParams, order_of, params_on, setting_for
 
 # The eager path is for trying things out; on longer sequences it would keep a CPU busy for minutes a call.
 MAX_CPU_TOKENS = 16384
@@ -26,7 +27,8 @@ class Settings:
 
     start_percent, end_percent: the part of the sampling, from 0 to 1, that may go sparse. min_tokens: shorter sequences
     stay dense. dense_blocks: blocks that stay dense. skipped, pv_dtype: as in `sparge_attention`. verbose: log the
-    sparsity of every block and step. hilbert: a choice of `CURVES`.
+    sparsity of every block and step. hilbert: a choice of `CURVES`. tuned: replaces params, skipped, pv_dtype and
+    hilbert in the layers that it knows.
     """
 
     params: SpargeParams
@@ -38,6 +40,7 @@ class Settings:
     pv_dtype: str = "auto"
     verbose: bool = False
     hilbert: str = "auto"
+    tuned: TunedParams | None = None
 
     @property
     def curve(self) -> str | None:
@@ -49,12 +52,17 @@ class SparsePlan:
     """How a call goes sparse.
 
     order: token order for blocking, as in `sparge_attention`; None keeps the model's. layout: of the tokens, or why it
-    is not known.
+    is not known. skipped, pv_dtype: as in `sparge_attention`. curve: name of the order. untuned: why the tuned
+    parameters have nothing for this call, where there are any.
     """
 
     params: SpargeParams
     order: Tensor | None = None
     layout: TokenLayout | str = UNSEEN
+    skipped: str = "drop"
+    pv_dtype: str = "auto"
+    curve: str = "row-major"
+    untuned: str = ""
 
     @property
     def sink_keys(self) -> tuple[tuple[int, int], ...]:
@@ -73,16 +81,45 @@ class Dense:
         return f"{self.reason} ({self.detail})" if self.detail else self.reason
 
 
-def plan_call(call: AttentionCall, settings: Settings, block: Block | None, in_window: bool) -> SparsePlan | Dense:
-    """What becomes of a call. `in_window`: the sampling step lies between start_percent and end_percent."""
+def plan_call(call: AttentionCall, settings: Settings, block: Block | None, in_window: bool,
+              layer: str | None = None) -> SparsePlan | Dense:
+    """What becomes of a call.
+
+    in_window: the sampling step lies between start_percent and end_percent. layer: name by which tuned parameters know
+    the call.
+    """
     declined = (_not_wanted(call, settings, block, in_window) or _no_implementation_takes(call)
                 or _no_implementation_here(call, settings))
     if declined:
         return declined
     layout = token_layout(call.queries, call.transformer_options)
+    untuned = ""
+    if settings.tuned is not None:
+        plan = _tuned_plan(call, settings.tuned, layer, layout)
+        if not isinstance(plan, str):
+            return plan
+        untuned = plan
+    how = dict(layout=layout, skipped=settings.skipped, pv_dtype=settings.pv_dtype, untuned=untuned)
     if settings.curve is None or isinstance(layout, str):
-        return SparsePlan(settings.params, layout=layout)
-    return SparsePlan(settings.params, layout.order(settings.curve, call.q.device), layout)
+        return SparsePlan(settings.params, **how)
+    return SparsePlan(settings.params, layout.order(settings.curve, call.q.device), curve=settings.curve, **how)
+
+
+def _tuned_plan(call: AttentionCall, tuned: TunedParams, layer: str | None,
+                layout: TokenLayout | str) -> SparsePlan | Dense | str:
+    """As tuned, or why there is nothing tuned for this call."""
+    setting = setting_for(tuned, layer, call)
+    if isinstance(setting, str):
+        return setting
+    if setting is None:
+        return Dense("tuned to stay dense", f"layer {layer}")
+    order = order_of(setting.curves, layout, call.q.device)
+    if order is False:
+        return f"an order was tuned that needs the grid of the tokens: {layout}"
+    # A card without FP8 is at least as exact with fp16.
+    pv_dtype = "auto" if setting.pv_dtype == "fp8" else setting.pv_dtype
+    curve = setting.curves[0] if len(set(setting.curves)) == 1 else "mixed"
+    return SparsePlan(params_on(setting, call.q.device), order, layout, setting.skipped, pv_dtype, curve)
 
 
 def _not_wanted(call: AttentionCall, settings: Settings, block: Block | None, in_window: bool) -> Dense | None:

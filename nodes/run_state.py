@@ -4,16 +4,21 @@ from __future__ import annotations
 import logging
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 
 from torch import Tensor
 
 from ..kernels import SpargeStats
+from .block_pictures import BlockPictures, MapRequest
 from .blocks import Block
+from .calling import AttentionCall
 from .policy import Dense
-from .run_summary import RunSummary, SparseCall
+from .run_summary import CallRecord, RunSummary
 from .sigma_window import SigmaWindow
+from .stopwatch import Stopwatch
 
 log = logging.getLogger("comfyui_spargeattn")
 
@@ -24,6 +29,7 @@ class RunState:
     def __init__(self, window: SigmaWindow):
         self.window = window
         self.summary: RunSummary | None = None  # of the last run that ended
+        self.map_request = MapRequest()  # for the next run
         self._lock = threading.Lock()
         self._clear()
 
@@ -31,8 +37,12 @@ class RunState:
         self.running = False
         self.steps = 0
         self._timestep: Tensor | None = None
-        self._calls: list[SparseCall] = []
+        self._calls: list[CallRecord] = []
+        self._calls_of_step = 0
         self._dense: Counter[str] = Counter()
+        self._details: dict[str, str] = {}
+        self._maps = BlockPictures(self.map_request)
+        self._started = time.perf_counter()
         self._said: set[str] = set()
         self.window.reset()
 
@@ -48,23 +58,44 @@ class RunState:
         """
         if timestep is self._timestep:
             return
-        if self.steps == 0 and self.window.bounded:
-            # Reading the schedule waits for the device once a run, when nothing is queued yet.
-            self.window.begin(percent_to_sigma, [] if schedule is None else schedule.tolist())
+        if self.steps == 0:
+            self._maps.steps = 0 if schedule is None else len(schedule) - 1
+            if self.window.bounded:
+                # Reading the schedule waits for the device once a run, when nothing is queued yet.
+                self.window.begin(percent_to_sigma, [] if schedule is None else schedule.tolist())
         self.window.advance(lambda: timestep.flatten()[0].item())
         self._timestep = timestep
         self.steps += 1
+        self._calls_of_step = 0
 
-    def add_sparse(self, block: Block | None, stats: SpargeStats, tokens: str = "") -> None:
+    def add_call(self, call: AttentionCall, block: Block | None, watch: Stopwatch, stats: SpargeStats | None = None,
+                 tokens: str = "") -> Block | None:
+        """Record a self-attention call of at least min_tokens, dense where it has no `stats`.
+
+        Returns the row of the heat map it belongs to where the run wants its block map too.
+        """
+        with self._lock:
+            if not self.running:
+                return None
+            row = block or Block("call", self._calls_of_step)
+            self._calls_of_step += 1
+            shape = call.q.dtype, call.batch, *call.heads, call.keys, call.q.shape[-1], call.mask is None
+            self._calls.append(CallRecord(self.steps, row, block is not None, shape, watch, stats, tokens))
+            return row if stats is not None and self._maps.wants(self.steps, row) else None
+
+    def add_map(self, row: Block, mask: Tensor) -> None:
+        """mask: bool (H, nq, nk)."""
         with self._lock:
             if self.running:
-                self._calls.append(SparseCall(self.steps, block, stats, tokens))
+                self._maps.add(row, mask)
 
     def add_dense(self, dense: Dense) -> None:
         with self._lock:
             if not self.running:
                 return
             self._dense[dense.reason] += 1
+            if dense.detail:
+                self._details.setdefault(dense.reason, dense.detail)
         self.say_once(dense.reason, f"dense attention: {dense}")
 
     def say_once(self, key: str, message: str) -> None:
@@ -82,6 +113,8 @@ class RunState:
                 return None
             # Where an error or an interruption ends the run, the device may be in no state to be read.
             complete = sys.exc_info()[0] is None
-            self.summary = RunSummary.of(self.steps, self._dense, self._calls, read=complete)
+            summary = RunSummary.of(self.steps, self._dense, self._calls, read=complete)
+            self.summary = replace(summary, details=self._details, seconds=time.perf_counter() - self._started,
+                                   maps=self._maps.fetch() if complete else None)
             self._clear()
             return self.summary

@@ -4,26 +4,50 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from statistics import fmean
+from statistics import fmean, median
 
 import torch
 from torch import Tensor
 
 from ..kernels import SpargeStats
+from .block_pictures import BlockPictures
 from .blocks import Block
+from .stopwatch import Stopwatch
 
 
 @dataclass(frozen=True)
-class SparseCall:
-    """A call that went sparse; its statistics may still be on their way to the device.
+class CallRecord:
+    """A self-attention call of at least min_tokens; its statistics may still be on their way to the device.
 
-    tokens: their order and grid in words, empty where the grid is not known.
+    row: its block, or its place in the step, as the block `call:n`, where the model does not number its blocks.
+    stats: None where it stayed dense. tokens: their order and grid in words, empty where the grid is not known.
+    shape: what its time depends on.
     """
 
     step: int
-    block: Block | None
-    stats: SpargeStats
+    row: Block
+    numbered: bool
+    shape: tuple
+    time: Stopwatch
+    stats: SpargeStats | None = None
     tokens: str = ""
+
+
+@dataclass(frozen=True)
+class CallTimes:
+    """Sparse calls of one shape: how many, and the median milliseconds of one.
+
+    dense: median of the calls of this shape that stayed dense in the same run, None where there was none.
+    """
+
+    calls: int
+    sparse: float
+    dense: float | None
+
+    @property
+    def saved(self) -> float:
+        """Milliseconds."""
+        return 0.0 if self.dense is None else self.calls * (self.dense - self.sparse)
 
 
 @dataclass(frozen=True)
@@ -34,7 +58,10 @@ class RunSummary:
     reason. sparsity, pv_skipped: mean share of skipped block pairs, and of skipped P·V products among the others,
     over the sparse calls; None where none was read. by_block, by_step: mean sparsity of each; steps count from 1, and
     a model that does not number its blocks has an empty `by_block`. tokens: sparse calls by the order and grid of their
-    tokens, those whose grid is known.
+    tokens, those whose grid is known. details: an example for each reason in `dense` that has one. cells: mean sparsity
+    of each row (as in `CallRecord`) and step, 0 where all its calls stayed dense. times: one for each shape of a timed
+    sparse call. seconds: from the start of the run to its end. problem: why nothing was sparse, empty where something
+    was.
     """
 
     steps: int
@@ -45,20 +72,36 @@ class RunSummary:
     by_block: dict[Block, float] = field(default_factory=dict)
     by_step: dict[int, float] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
+    details: dict[str, str] = field(default_factory=dict)
+    cells: dict[tuple[Block, int], float] = field(default_factory=dict)
+    times: tuple[CallTimes, ...] = ()
+    seconds: float = 0.0
+    maps: BlockPictures | None = None
+    problem: str = ""
 
     @classmethod
-    def of(cls, steps: int, dense: Counter[str], calls: Sequence[SparseCall], read: bool) -> RunSummary:
+    def of(cls, steps: int, dense: Counter[str], calls: Sequence[CallRecord], read: bool) -> RunSummary:
         """Summarise; `read` fetches the statistics, which waits for the device."""
         dense = dict(dense.most_common())
-        tokens = dict(Counter(call.tokens for call in calls if call.tokens).most_common())
-        if not (calls and read):
-            return cls(steps, len(calls), dense, tokens=tokens)
-        kept = _read([call.stats.kept.mean() for call in calls])
-        pv_skipped = _read([call.stats.pv_skipped.mean() for call in calls])
+        sparse = [call for call in calls if call.stats is not None]
+        tokens = dict(Counter(call.tokens for call in sparse if call.tokens).most_common())
+        if not (sparse and read):
+            return cls(steps, len(sparse), dense, tokens=tokens)
+        kept = _read([call.stats.kept.mean() for call in sparse])
+        pv_skipped = _read([call.stats.pv_skipped.mean() for call in sparse])
         sparsity = [1 - x for x in kept]
-        return cls(steps, len(calls), dense, fmean(sparsity), fmean(pv_skipped),
-                   _means((call.block, x) for call, x in zip(calls, sparsity) if call.block is not None),
-                   _means((call.step, x) for call, x in zip(calls, sparsity)), tokens)
+        cells = {(call.row, call.step): 0.0 for call in calls}
+        cells |= _means(((call.row, call.step), x) for call, x in zip(sparse, sparsity))
+        return cls(steps, len(sparse), dense, fmean(sparsity), fmean(pv_skipped),
+                   _means((call.row, x) for call, x in zip(sparse, sparsity) if call.numbered),
+                   _means((call.step, x) for call, x in zip(sparse, sparsity)), tokens,
+                   cells=dict(sorted(cells.items())), times=_times(calls))
+
+    @property
+    def saved(self) -> float | None:
+        """Seconds that the sparse calls took less than dense ones of the same shape in this run; None if unknown."""
+        known = [times.saved for times in self.times if times.dense is not None]
+        return sum(known) / 1000 if known else None
 
     def __str__(self) -> str:
         text = f"{self.sparse} attention calls sparse"
@@ -77,6 +120,17 @@ class RunSummary:
         rows = [("block", self.by_block), ("step", self.by_step)]
         return "\n".join(f"sparsity by {name}: " + ", ".join(f"{key} {value:.1%}" for key, value in values.items())
                          for name, values in rows if values)
+
+
+def _times(calls: Sequence[CallRecord]) -> tuple[CallTimes, ...]:
+    """Medians, because the first call of a shape may include the compilation of its kernels."""
+    groups = defaultdict(lambda: ([], []))
+    for call in calls:
+        milliseconds = call.time.milliseconds()
+        if milliseconds is not None:
+            groups[call.shape][call.stats is None].append(milliseconds)
+    return tuple(CallTimes(len(sparse), median(sparse), median(dense) if dense else None)
+                 for sparse, dense in groups.values() if sparse)
 
 
 def _means(pairs: Iterable[tuple]) -> dict:

@@ -14,7 +14,7 @@ import pytest
 
 pytestmark = pytest.mark.comfy
 HOST = Path(__file__).parent / "host"
-TIMEOUT = 900  # seconds for all host tests together
+TIMEOUT = 1800  # seconds for all host tests together
 
 
 def host_python():

@@ -16,6 +16,7 @@ from comfyui_spargeattn.nodes.override import SLOT, SpargeOverride
 from comfyui_spargeattn.nodes.policy import Dense, Settings, SparsePlan, plan_call
 from comfyui_spargeattn.nodes.run_state import RunState
 from comfyui_spargeattn.nodes.sigma_window import SigmaWindow
+from comfyui_spargeattn.nodes.stopwatch import Stopwatch
 
 PARAMS = SpargeParams(topk=0.5, similarity_threshold=-1.0)
 SETTINGS = Settings(PARAMS, start_percent=0.0, min_tokens=64)
@@ -251,7 +252,8 @@ def test_means_of_a_run():
     for step, kept in enumerate((0.25, 0.75)):
         run.next_step(torch.tensor([1.0 - step]), flow, None)
         for block in range(2):
-            run.add_sparse(Block("", block), SpargeStats(torch.full((1, 2), kept), torch.full((1, 2), 0.5)))
+            stats = SpargeStats(torch.full((1, 2), kept), torch.full((1, 2), 0.5))
+            run.add_call(make_call(), Block("", block), Stopwatch(torch.device("cpu")).stop(), stats)
     summary = run.end()
     assert summary.sparsity == pytest.approx(0.5) and summary.pv_skipped == pytest.approx(0.5)
     assert summary.by_step == pytest.approx({1: 0.75, 2: 0.25})

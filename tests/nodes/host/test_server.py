@@ -1,69 +1,14 @@
-"""ComfyUI's server with the pack, driven over HTTP on the loopback interface."""
+"""Prompts with the node on a running server."""
 import json
-import os
-import socket
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 import checkpoints
 import comfy_host
+import comfy_server
 import pytest
 import torch
 from safetensors.torch import load_file
 from sampling import relative_l1
-
-START_TIMEOUT = 180  # seconds, for imports on a slow disk
-RUN_TIMEOUT = 180
-
-
-class Server:
-    """A running `main.py`; `url` ends without a slash, `log()` is what it has printed so far."""
-
-    def __init__(self, process, url, log_path):
-        self.process, self.url, self.log_path = process, url, log_path
-
-    def log(self):
-        return self.log_path.read_text(errors="replace")
-
-    def get(self, path, data=None):
-        request = urllib.request.Request(self.url + path, data and json.dumps(data).encode(),
-                                         {"Content-Type": "application/json"} if data else {})
-        try:
-            with urllib.request.urlopen(request, timeout=10) as response:
-                return json.load(response)
-        except urllib.error.HTTPError as error:
-            raise AssertionError(f"{path}: {error} {error.read().decode()}") from error
-
-    def wait_until_up(self):
-        deadline = time.monotonic() + START_TIMEOUT
-        while time.monotonic() < deadline and self.process.poll() is None:
-            try:
-                return self.get("/system_stats")
-            except (urllib.error.URLError, ConnectionError, TimeoutError):
-                time.sleep(0.5)
-        raise AssertionError(f"the server did not start:\n{self.log()[-4000:]}")
-
-    def run(self, prompt):
-        """Queue `prompt` (API format) and wait for its entry in the history; returns it and the node errors."""
-        queued = self.get("/prompt", {"prompt": prompt})
-        prompt_id = queued["prompt_id"]
-        deadline = time.monotonic() + RUN_TIMEOUT
-        while time.monotonic() < deadline and self.process.poll() is None:
-            history = self.get(f"/history/{prompt_id}")
-            if prompt_id in history:
-                return history[prompt_id], queued["node_errors"]
-            time.sleep(0.25)
-        raise AssertionError(f"the prompt did not finish:\n{self.log()[-4000:]}")
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
@@ -71,27 +16,12 @@ def server(comfy_nodes, tmp_path_factory):  # comfy_nodes: the checkpoint is wri
     base = tmp_path_factory.mktemp("server")
     comfy_host.prepare_base_directory(base, Path(__file__).parent / "random_conditioning")
     checkpoints.write(checkpoints.FAMILIES["wan"], base / "models/diffusion_models/tiny_wan.safetensors")
-    port = free_port()
-    command = [sys.executable, os.path.join(os.environ["COMFYUI_PATH"], "main.py"), "--listen", "127.0.0.1",
-               "--port", str(port), "--base-directory", str(base), "--database-url", "sqlite:///:memory:",
-               "--disable-auto-launch", "--disable-api-nodes", "--disable-dynamic-vram"]
-    if not torch.cuda.is_available():
-        command.append("--cpu")
-    log_path = base / "server.log"
-    with open(log_path, "wb") as log:
-        process = subprocess.Popen(command, cwd=base, stdout=log, stderr=subprocess.STDOUT)
-    try:
-        running = Server(process, f"http://127.0.0.1:{port}", log_path)
-        running.wait_until_up()
-        running.base = base
+    with comfy_server.running(base, "--disable-dynamic-vram", *cpu_option()) as running:
         yield running
-    finally:
-        process.terminate()
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+
+
+def cpu_option():
+    return () if torch.cuda.is_available() else ("--cpu",)
 
 
 def node(class_type, **inputs):

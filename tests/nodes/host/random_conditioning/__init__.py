@@ -10,11 +10,18 @@ class RandomConditioning:
     @classmethod
     def INPUT_TYPES(cls):
         return {"required": {"length": ("INT", {"default": 48}), "width": ("INT", {"default": 64}),
-                             "seed": ("INT", {"default": 0})}}
+                             "seed": ("INT", {"default": 0})},
+                "optional": {"pooled": ("INT", {"default": 0}), "masked": ("BOOLEAN", {"default": False})}}
 
-    def make(self, length, width, seed):
-        context = torch.randn(1, length, width, generator=torch.Generator().manual_seed(seed))
-        return ([[context, {}]],)
+    def make(self, length, width, seed, pooled=0, masked=False):
+        generator = torch.Generator().manual_seed(seed)
+        context = torch.randn(1, length, width, generator=generator)
+        extra = {}
+        if pooled:
+            extra["pooled_output"] = torch.randn(1, pooled, generator=generator)
+        if masked:
+            extra["attention_mask"] = torch.ones(1, length, dtype=torch.int64)
+        return ([[context, extra]],)
 
 
 NODE_CLASS_MAPPINGS = {"RandomConditioning": RandomConditioning}

@@ -1,0 +1,237 @@
+"""The search for each layer's thresholds: as sparse as the error of each head allows, all heads of a call at once.
+
+After SpargeAttn (arXiv 2502.18137, 3.6): first the selection of blocks with L1 = Σ|O − O'| / Σ|O| below l1, then the
+P·V threshold with L1 below l2. A `Rule` fixes everything but the amount of blocks; for each rule and head, bisection
+finds the most aggressive amount that holds the bound. Further calls can only make it stricter, so that what is found
+holds for every call seen. Then each head takes the rule that leaves it the least work.
+"""
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .types import SpargeParams
+
+_STEPS = 31
+# From the most aggressive to every block. The share that cdf leaves out falls by a constant factor, and so on for topk.
+AMOUNTS = {
+    "cdf": tuple(1 - 0.7 * (0.002 / 0.7) ** (i / (_STEPS - 2)) for i in range(_STEPS - 1)) + (1.0,),
+    "topk": tuple(0.02 * (0.9 / 0.02) ** (i / (_STEPS - 2)) for i in range(_STEPS - 1)) + (1.0,),
+}
+PV_THRESHOLDS = (4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0, 12.0, 14.0, 17.0, 20.0, math.inf)
+CURVES = ("row-major", "hilbert", "blocked", "time-major")  # an earlier one wins a tie
+# Work of a block pair by P·V format, and of the pooled tail, in units of dense fp16 attention; of an H100.
+_PV_WORK = {"fp16": 1.0, "fp8": 0.75}
+_TAIL_WORK = 0.045
+_JUDGE_OFF = -1.0
+_SIMILARITIES = {"cdf": (_JUDGE_OFF, 0.3, 0.5), "topk": (_JUDGE_OFF,)}
+
+
+class Rule(NamedTuple):
+    """How blocks are selected and the others dealt with, but for the amount."""
+
+    selection: str
+    skipped: str
+    pv_dtype: str
+    curve: str
+    similarity: float
+
+
+# What a call can have one value of, and the rules under it: a head may choose among those.
+VARIANTS = tuple((selection, skipped, pv) for pv in _PV_WORK for skipped in ("drop", "pooled") for selection in AMOUNTS)
+RULES = tuple(Rule(*variant, curve, similarity) for variant in VARIANTS for curve in CURVES
+              for similarity in _SIMILARITIES[variant[0]])
+
+
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """How a layer's calls go sparse.
+
+    params: thresholds, float32 (H,) on the CPU; the P·V threshold is the number inf where all heads have it.
+    curves: order of the tokens for each head of K, in the names of `CURVES`. skipped, pv_dtype: as in
+    `sparge_attention`.
+    """
+
+    params: SpargeParams
+    curves: tuple[str, ...]
+    skipped: str
+    pv_dtype: str
+
+    @property
+    def dense_heads(self) -> Tensor:
+        """bool (H,), heads that keep every block."""
+        return self.params.amount >= 1
+
+
+class Measured(NamedTuple):
+    """What a call gave, each float32 (H,) on the CPU: L1 against dense attention, and the share of blocks attended."""
+
+    error: Tensor
+    kept: Tensor
+
+
+# Runs the call with a setting; None where it can't, for want of a grid or of hardware.
+Measure = Callable[[Setting], Measured | None]
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """l1, l2: largest L1 of a head before and after the P·V threshold; equal, they leave that threshold off.
+
+    min_gain: sparsity below which a head keeps every block.
+
+    Raises ValueError unless 0 < l1 ≤ l2 < 1 and 0 ≤ min_gain < 1.
+    """
+
+    l1: float = 0.05
+    l2: float = 0.06
+    min_gain: float = 0.1
+
+    def __post_init__(self):
+        if not 0 < self.l1 <= self.l2 < 1:
+            raise ValueError(f"l1 and l2 must hold 0 < l1 <= l2 < 1; got l1={self.l1:g}, l2={self.l2:g}")
+        if not 0 <= self.min_gain < 1:
+            raise ValueError(f"min_gain must lie in [0, 1); got {self.min_gain:g}")
+
+
+@dataclass(frozen=True, eq=False)
+class LayerSearch:
+    """What is known of a layer; frozen, so that an interrupted `learn` leaves it as it was.
+
+    levels: int64 (rules, H), index into `AMOUNTS` of the least amount that held l1 in every call; the number of amounts
+        where none did.
+    kept: float32 (rules, H), mean share of blocks attended at that amount.
+    pv_levels: int64 (H,), index into `PV_THRESHOLDS` of the least that held l2.
+    error: float32 (H,), largest L1 of the setting chosen after each call. unseen: the same on calls it was not chosen
+        on, which `unseen_calls` counts.
+    sparsity: float32 (H,), mean share of blocks that the setting skips. setting: None where the layer stays dense.
+    """
+
+    heads: int
+    kv_heads: int
+    bounds: Bounds
+    calls: int
+    levels: Tensor
+    kept: Tensor
+    pv_levels: Tensor
+    error: Tensor
+    unseen_calls: int
+    unseen: Tensor
+    sparsity: Tensor
+    setting: Setting | None = None
+
+    @classmethod
+    def start(cls, heads: int, kv_heads: int, bounds: Bounds = Bounds()) -> LayerSearch:
+        zeros = torch.zeros(heads)
+        return cls(heads, kv_heads, bounds, 0, torch.zeros(len(RULES), heads, dtype=torch.long),
+                   torch.ones(len(RULES), heads), torch.zeros(heads, dtype=torch.long), zeros, 0, zeros, zeros)
+
+    def learn(self, measure: Measure) -> LayerSearch:
+        """The search after one more call. An exception from `measure` loses this call alone."""
+        rows = [self._tighten(rule, self.levels[r], self.kept[r], measure) for r, rule in enumerate(RULES)]
+        levels, kept = (torch.stack(x) for x in zip(*rows))
+        found = replace(self, calls=self.calls + 1, levels=levels, kept=kept, unseen_calls=0,
+                        unseen=torch.zeros(self.heads))
+        setting, chosen_kept = found._choose()
+        if setting is None:
+            return replace(found, setting=None, sparsity=1 - chosen_kept, error=torch.zeros(self.heads))
+        levels = self.pv_levels
+        if self.bounds.l2 > self.bounds.l1:
+            dense = setting.dense_heads
+            levels, _, _ = bisect(
+                lambda level: measure(_with_pv(setting, level, dense)), levels, len(PV_THRESHOLDS) - 1,
+                self.bounds.l2, first=levels if self.calls else None)
+            setting = _with_pv(setting, levels, dense)
+        error = torch.maximum(self.error, measure(setting).error)
+        return replace(found, pv_levels=levels, setting=setting, sparsity=1 - chosen_kept, error=error)
+
+    def evaluate(self, measure: Measure) -> LayerSearch:
+        """The search with the error of its setting on a call that it does not learn from."""
+        measured = None if self.setting is None else measure(self.setting)
+        if measured is None:
+            return self
+        return replace(self, unseen_calls=self.unseen_calls + 1, unseen=torch.maximum(self.unseen, measured.error))
+
+    def _tighten(self, rule: Rule, start: Tensor, kept: Tensor, measure: Measure) -> tuple[Tensor, Tensor]:
+        """(level, mean kept) of each head after one more call."""
+        def at(level: Tensor) -> Measured | None:
+            amounts = torch.tensor(AMOUNTS[rule.selection])[level.clamp(max=_STEPS - 1)]
+            return measure(_setting(rule, amounts, torch.full((self.heads,), rule.similarity),
+                                    (rule.curve,) * self.kv_heads))
+
+        level, first, last = bisect(at, start, _STEPS, self.bounds.l1, first=start if self.calls else None)
+        # A stricter amount than the earlier calls were measured at: they need more blocks too, by this call's ratio.
+        ratio = torch.where(level > start, last / first.clamp(min=1e-6), 1.0)
+        mean = ((kept * ratio).clamp(max=1) * self.calls + last) / (self.calls + 1)
+        return level, torch.where(level < _STEPS, mean, 1.0)
+
+    def _choose(self) -> tuple[Setting | None, Tensor]:
+        """The setting with the least work, None where no head gains, and the mean share of blocks (H,) it attends."""
+        best, least = (None, torch.ones(self.heads)), math.inf
+        every, group = torch.arange(self.heads), self.heads // self.kv_heads
+        for variant in VARIANTS:
+            rows = torch.tensor([r for r, rule in enumerate(RULES) if rule[:3] == variant]).view(len(CURVES), -1)
+            holds = self.levels[rows] < _STEPS  # (curves, similarities, H)
+            if not holds.flatten(0, 1).any(0).all():
+                continue  # a head is too far from dense with every block
+            gains = holds & (self.kept[rows] <= 1 - self.bounds.min_gain)
+            kept, which = torch.where(gains, self.kept[rows], 1.0).min(1)  # (curves, H)
+            # The heads that share a head of K share its order.
+            curve = kept.unflatten(1, (self.kv_heads, group)).mean(-1).argmin(0)  # (Hkv,)
+            by_head = curve.repeat_interleave(group)
+            kept = kept[by_head, every]
+            selection, skipped, pv_dtype = variant
+            work = kept.mean().item() * _PV_WORK[pv_dtype] + (_TAIL_WORK if skipped == "pooled" else 0)
+            if work >= least - 1e-9 or not gains.any():
+                continue
+            rule = rows[by_head, which[by_head, every]]
+            sparse = kept < 1
+            amounts = torch.tensor(AMOUNTS[selection])[self.levels[rule, every].clamp(max=_STEPS - 1)]
+            similarity = torch.tensor([RULES[r].similarity for r in rule])
+            setting = _setting(RULES[rows[0, 0]], torch.where(sparse, amounts, 1.0),
+                               torch.where(sparse, similarity, _JUDGE_OFF), tuple(CURVES[c] for c in curve))
+            best, least = (setting, kept), work
+        return best
+
+
+def bisect(measure: Callable[[Tensor], Measured | None], start: Tensor, top: int, bound: float,
+           first: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """The least level from `start` on whose error is at most `bound`, for all heads at once; `top` where none is.
+
+    measure: the call at levels (H,). start: int64 (H,). first: levels to try first, the middle by default.
+    Returns (level, kept at the levels tried first, kept at the level found), the last 1 where nothing was measured.
+    A level that is returned below `top` was measured, and errors that are NaN never hold.
+    """
+    low, high = start.clone(), torch.full_like(start, top)
+    level = (low + high) // 2 if first is None else first
+    opening = None
+    last = torch.ones(len(start))
+    while (low < high).any():
+        measured = measure(level)
+        if measured is None:
+            return torch.full_like(start, top), last, last
+        opening = measured.kept if opening is None else opening
+        undecided, holds = low < high, measured.error <= bound
+        last = torch.where(undecided & holds, measured.kept, last)
+        high = torch.where(undecided & holds, level, high)
+        low = torch.where(undecided & ~holds, level + 1, low)
+        level = (low + high) // 2
+    return low, last if opening is None else opening, last
+
+
+def _setting(rule: Rule, amounts: Tensor, similarity: Tensor, curves: tuple[str, ...]) -> Setting:
+    name = "cdf_threshold" if rule.selection == "cdf" else "topk"
+    params = SpargeParams(**{name: amounts}, similarity_threshold=similarity)
+    return Setting(params, curves, rule.skipped, rule.pv_dtype)
+
+
+def _with_pv(setting: Setting, levels: Tensor, dense: Tensor) -> Setting:
+    """The setting with P·V thresholds; heads that keep every block keep every product too."""
+    thresholds = torch.where(dense, math.inf, torch.tensor(PV_THRESHOLDS)[levels])
+    values = dict(setting.params.items()) | {"pv_threshold": math.inf if thresholds.isinf().all() else thresholds}
+    return replace(setting, params=SpargeParams(**values))

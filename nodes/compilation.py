@@ -1,0 +1,38 @@
+"""Says that kernels are being compiled, where that keeps a user waiting."""
+from __future__ import annotations
+
+import contextvars
+import os
+import threading
+import time
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+
+PATIENCE = 1.5  # seconds; kernels that were compiled before load in less
+_started: set[Hashable] = set()
+
+
+@contextmanager
+def announced(kind: Hashable, say: Callable[[str], None]) -> Iterator[None]:
+    """Around a call that only hands work to a GPU: the first of its kind that takes longer than that is compiling.
+
+    `say` may be called from another thread, in the context of this one.
+    """
+    if kind in _started:
+        yield
+        return
+    _started.add(kind)
+    cache = os.environ.get("TRITON_CACHE_DIR")
+    place = f" and kept in {cache}" if cache else ""
+    message = f"compiling kernels for this model and GPU. This happens once; they are loaded from then on{place}"
+    timer = threading.Timer(PATIENCE, contextvars.copy_context().run, (say, message))
+    timer.daemon = True
+    timer.start()
+    begin = time.perf_counter()
+    try:
+        yield
+    finally:
+        timer.cancel()
+    seconds = time.perf_counter() - begin
+    if seconds > PATIENCE:
+        say(f"kernels are ready after {seconds:.0f} s")

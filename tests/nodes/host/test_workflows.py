@@ -1,0 +1,113 @@
+"""The example workflows on a running server: all are valid, and those of families with tiny checkpoints run."""
+import json
+from pathlib import Path
+
+import checkpoints
+import comfy_server
+import pytest
+from test_server import cpu_option
+
+HOST = Path(__file__).parent
+PROMPTS = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in (HOST / "prompts").glob("*.json")}
+WORKFLOWS = comfy_server.REPOSITORY / "workflows"
+# A tiny checkpoint takes the place of the file that the workflow names.
+RUNNABLE = {"wan2.1_text_to_video": "wan", "wan2.2_text_to_video": "wan", "compare_dense_and_sparse": "wan",
+            "flux_dev_text_to_image": "flux", "flux_kontext_edit_image": "flux", "sd3.5_text_to_image": "sd3.5",
+            "ltx_video_text_to_video": "ltxv", "sdxl_text_to_image": "sdxl", "tune_and_save": "wan"}
+SIZES = {"EmptyHunyuanLatentVideo": {"width": 256, "height": 256, "length": 9},
+         "EmptyLTXVLatentVideo": {"width": 512, "height": 512, "length": 17},
+         "EmptySD3LatentImage": {"width": 384, "height": 384}, "EmptyLatentImage": {"width": 256, "height": 256}}
+DECODING = {"VAEDecode", "VAELoader", "CLIPLoader", "DualCLIPLoader", "CreateVideo", "SaveVideo", "SaveImage",
+            "ImageStitch", "LoadImage", "FluxKontextImageScale"}
+
+
+@pytest.fixture(scope="module")
+def server(comfy_nodes, tmp_path_factory):
+    base = tmp_path_factory.mktemp("workflows")
+    comfy_server.prepare(base, models=comfy_server.needed_models())
+    (base / "custom_nodes/random_conditioning").symlink_to(HOST / "random_conditioning")
+    (base / "models/diffusion_models").mkdir(parents=True, exist_ok=True)
+    for family in set(RUNNABLE.values()):
+        checkpoints.write(checkpoints.FAMILIES[family], base / f"models/diffusion_models/tiny_{family}.safetensors")
+    with comfy_server.running(base, "--disable-dynamic-vram", *cpu_option()) as running:
+        yield running
+
+
+def test_every_workflow_has_its_files():
+    names = {path.stem for path in WORKFLOWS.glob("*.json")}
+    assert names == PROMPTS.keys() == {path.stem for path in WORKFLOWS.glob("*.jpg")} and len(names) >= 12
+
+
+@pytest.mark.parametrize("name", sorted(PROMPTS))
+def test_workflow_and_prompt_have_the_same_nodes(name):
+    workflow = json.loads((WORKFLOWS / f"{name}.json").read_text(encoding="utf-8"))
+    notes = [node for node in workflow["nodes"] if node["type"] == "MarkdownNote"]
+    assert len(notes) == 1
+    assert {str(node["id"]): node["type"] for node in workflow["nodes"] if node not in notes} == \
+        {key: node["class_type"] for key, node in PROMPTS[name].items()}
+    models = {model["name"] for node in workflow["nodes"] for model in node["properties"].get("models", ())}
+    assert models and all(model in notes[0]["widgets_values"][0] for model in models)
+
+
+@pytest.mark.parametrize("name", sorted(PROMPTS))
+def test_only_core_nodes_and_this_packs(server, name):
+    info = server.get("/object_info")
+    for node in PROMPTS[name].values():
+        module = info[node["class_type"]]["python_module"]
+        assert module == "nodes" or module.startswith(("comfy_extras.", "custom_nodes.spargeattn-nodes")), module
+
+
+@pytest.mark.parametrize("name", sorted(PROMPTS))
+def test_server_takes_the_prompt(server, name):
+    answer = server.get("/prompt", {"prompt": PROMPTS[name]})
+    assert answer["node_errors"] == {}  # it is queued, and ends at the first empty file
+
+
+def shrunk(prompt, family):
+    """The same graph around a tiny checkpoint: random conditions, small latents, three steps, latents for results."""
+    family = checkpoints.FAMILIES[family]
+    prompt = json.loads(json.dumps(prompt))
+    kept = {}
+    for key, node in prompt.items():
+        kind, inputs = node["class_type"], node["inputs"]
+        if kind in DECODING:
+            continue
+        if kind in ("UNETLoader", "CheckpointLoaderSimple"):
+            node = {"class_type": "UNETLoader",
+                    "inputs": {"unet_name": f"tiny_{family.name}.safetensors", "weight_dtype": "default"}}
+        elif kind == "CLIPTextEncode":
+            length, width = family.context
+            node = {"class_type": "RandomConditioning",
+                    "inputs": {"length": length, "width": width, "seed": int(key), "pooled": family.pooled or 0,
+                               "masked": family.text_mask}}
+        elif kind == "VAEEncode":
+            node = {"class_type": "EmptySD3LatentImage", "inputs": {**SIZES["EmptySD3LatentImage"], "batch_size": 1}}
+        elif kind == "ApplySpargeAttn":
+            inputs["min_tokens"] = checkpoints.MIN_TOKENS
+        elif kind == "SpargeAttnTune":
+            inputs |= {"min_tokens": checkpoints.MIN_TOKENS, "steps": 4, "sampled_steps": 1, "evaluate": False}
+        elif kind == "KSamplerAdvanced":
+            inputs |= {"steps": 4, "start_at_step": min(2, inputs["start_at_step"])}
+            inputs["end_at_step"] = 2 if inputs["start_at_step"] == 0 else 10000
+        elif "steps" in inputs:
+            inputs["steps"] = 4
+        inputs |= SIZES.get(kind, {})
+        kept[key] = node
+        if kind == "SpargeAttnReport":
+            kept[f"save_{key}"] = {"class_type": "SaveLatent",
+                                   "inputs": {"samples": [key, 0], "filename_prefix": "latent"}}
+    return kept
+
+
+@pytest.mark.parametrize("name", sorted(RUNNABLE))
+def test_workflow_runs(server, name):
+    prompt = shrunk(PROMPTS[name], RUNNABLE[name])
+    entry, errors = server.run(prompt)
+    assert not errors and entry["status"]["status_str"] == "success", entry["status"]["messages"][-1]
+    reports = [key for key, node in prompt.items() if node["class_type"] == "SpargeAttnReport"]
+    for key in reports:
+        output = entry["outputs"][key]
+        # A model of random weights is tuned to stay dense.
+        expected = "tuned: " if name == "tune_and_save" else "of the attention skipped"
+        assert output["images"] and expected in output["text"][0], output["text"]
+        assert entry["outputs"][f"save_{key}"]["latents"]
