@@ -15,8 +15,8 @@ _CHUNK = 1024  # entries of a row that a program looks at together
 
 @triton.jit(do_not_specialize=["stride_b", "stride_h", "stride_q", "stride_k", "nq", "nk", "n_q", "heads", "group"])
 def _given_kernel(mask, k_count, v_steps, indices, counts, tail, stride_b: tl.int64, stride_h: tl.int64,
-                  stride_q: tl.int64, stride_k: tl.int64, nq, nk, n_q, heads, group, CAUSAL: tl.constexpr, BLOCK_Q: tl.constexpr,
-                  BLOCK_K: tl.constexpr, CHUNK: tl.constexpr):
+                  stride_q: tl.int64, stride_k: tl.int64, nq, nk, n_q, heads, group, CAUSAL: tl.constexpr,
+                  BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, CHUNK: tl.constexpr):
     """One row of the map."""
     row = tl.program_id(0).to(tl.int64)
     i, head, batch = (row % nq).to(tl.int32), (row // nq % heads).to(tl.int32), row // nq // heads
