@@ -91,4 +91,4 @@ def autotune() -> bool:
 
 def prepare_warps(block: int, padded_dim: int) -> int:
     """Warps of a preparation program: about 128 elements a thread, because few warps sum a column fast."""
-    return max(1, min(16, block * padded_dim // 4096))
+    return max(2, min(16, block * padded_dim // 4096))

@@ -321,7 +321,7 @@ def prepare_queries(q: Tensor, k: Tensor, v: Tensor | None, *, factor: float, or
             out.sampled, factor, *q_strides, *k_strides, *v_strides, n, n_k, blocks, heads, kv_heads, samples,
             order_rows(order)),
            dict(D=dim, DP=padded, PITCH=pitch, BLOCK=block.q, Q_ALIGN=q_align, K_ALIGN=k_align, V_ALIGN=v_align,
-                TILE=min(4096 // padded, SAMPLE // _SPLITS), SAMPLE=SAMPLE, SPLITS=_SPLITS),
+                TILE=min(2048 // padded, SAMPLE // _SPLITS), SAMPLE=SAMPLE, SPLITS=_SPLITS),
            dict(num_warps=prepare_warps(block.q, padded)))
     return out
 
