@@ -184,6 +184,6 @@ def select_blocks(queries: PreparedQueries, keys: PreparedKeys, values: Prepared
             lists.indices, lists.counts, lists.tail, per_head, thresholds[0], thresholds[1], scale * LOG2E, nq, nk, n_q,
             n_k, heads, heads // kv_heads),
            dict(D=dim, DP=padded_dim(dim), TOPK=selection == "topk", CAUSAL=causal, BLOCK_Q=block.q, BLOCK_K=block.k,
-                ROWS=_ROWS, CHUNK=_CHUNK, PRODUCT=min(64, _CHUNK), BISECTIONS=_BISECTIONS),
+                ROWS=_ROWS, CHUNK=_CHUNK, PRODUCT=min(64, 8192 // padded_dim(dim), _CHUNK), BISECTIONS=_BISECTIONS),
            dict(num_warps=8, num_stages=2))
     return lists

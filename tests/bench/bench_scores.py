@@ -1,0 +1,149 @@
+"""What better block scores than the product of means would be worth: `python -m tests.bench.bench_scores --out x.json`.
+
+The map is built in PyTorch from four scores, for every order and judge, and attended by the kernels as a given map:
+
+mean: q̄·k̄, what the kernels predict from. k2: adds ½ q̄²·var(K_j), the second order of log E[exp(q·k)] over the keys of a
+block. qk2: over its queries as well. oracle: the true share of each block, averaged over the queries of the block.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from comfyui_spargeattn.kernels import block_shape, block_sparse_attention
+from tests.bench.bench_orders import (
+    GRID,
+    JUDGES,
+    TARGET_L1,
+    WORDS,
+    Call,
+    demo_calls,
+    orders,
+)
+from tests.cases import video_qkv
+from tests.demo import compare
+from tests.demo.clips import prompt
+from tests.demo.model import load, scaled_dot_product
+
+SCORES = ("mean", "k2", "qk2", "oracle")
+
+
+def blocks_of(x: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and variance (B, H, n, D) and self-similarity (B, H, n) of the blocks of x (B, H, N, D)."""
+    pad = -x.shape[2] % block
+    count = x.new_full((-(-x.shape[2] // block), 1), block)
+    count[-1] = block - pad
+
+    def mean(y):
+        return torch.nn.functional.pad(y, (0, 0, 0, pad)).unflatten(2, (-1, block)).sum(3) / count
+
+    centre, unit = mean(x), mean(x / x.norm(dim=-1, keepdim=True).clamp(min=1e-12))
+    return centre, mean(x.square()) - centre.square(), unit.square().sum(-1)
+
+
+def shares(q: Tensor, k: Tensor, block) -> Tensor:
+    """log of the true share (B, H, nq, nk) of each block of keys, averaged over the queries of a block."""
+    columns = torch.arange(k.shape[2], device=k.device) // block.k
+    rows = []
+    for start in range(0, q.shape[2], block.q):
+        p = (q[:, :, start:start + block.q] @ k.mT * q.shape[-1] ** -0.5).softmax(-1).mean(2)
+        rows.append(p.new_zeros(*p.shape[:2], int(columns[-1]) + 1).index_add_(2, columns, p))
+    return torch.stack(rows, 2).clamp(min=1e-30).log()
+
+
+def scores_of(call: Call, order: Tensor | None, block, names=SCORES) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """Scores (B, H, nq, nk) in natural-log units by name, similarity of the blocks of Q and of K."""
+    q, k = (x.float() if order is None else x[:, :, order.long()].float() for x in call[:2])
+    k = k - k.mean(2, keepdim=True)
+    scale = q.shape[-1] ** -0.5
+    (q_mean, q_var, q_alike), (k_mean, k_var, k_alike) = blocks_of(q, block.q), blocks_of(k, block.k)
+    found = {"mean": q_mean @ k_mean.mT * scale}
+    found["k2"] = found["mean"] + 0.5 * scale ** 2 * (q_mean.square() @ k_var.mT)
+    found["qk2"] = found["k2"] + 0.5 * scale ** 2 * (q_var @ (k_mean.square() + k_var).mT)
+    if "oracle" in names:
+        found["oracle"] = shares(q, k, block)
+    return found, q_alike, k_alike
+
+
+def top_cdf(scores: Tensor, q_alike: Tensor, k_alike: Tensor, theta: float, tau: float) -> Tensor:
+    """The block map, bool (B, H, nq, nk), by the rules of `reference.predict_map`."""
+    always = (k_alike < theta)[:, :, None]
+    p = scores.masked_fill(always, float("-inf")).softmax(-1).nan_to_num(0.0)
+    ranked, index = p.sort(-1, descending=True)
+    chosen = torch.empty_like(p, dtype=torch.bool).scatter_(-1, index, ranked.cumsum(-1) - ranked < tau)
+    return chosen & (p > 0) | always | (q_alike < theta)[..., None]
+
+
+def sparsity_at_error(calls, dense, prepared, name, order, theta, pv_dtype) -> float:
+    """Largest mean sparsity, over one τ for all calls, whose mean L1 is below the target."""
+    low, high, best = 0.3, 1.0, 0.0
+    for _ in range(8):
+        tau = (low + high) / 2
+        masks = [top_cdf(scores[name], q, k, theta, tau) for scores, q, k in prepared]
+        outs = [block_sparse_attention(*call, mask, order=order, pv_dtype=pv_dtype) for call, mask in zip(calls, masks)]
+        errors = [(out.float() - exact.float()).abs().sum() / exact.float().abs().sum()
+                  for out, exact in zip(outs, dense)]
+        if torch.stack(errors).mean().item() <= TARGET_L1:
+            high, best = tau, 1 - torch.stack([mask.float().mean() for mask in masks]).mean().item()
+        else:
+            low = tau
+    return best
+
+
+def measure(inputs: str, calls: list[Call], device: str) -> list[dict]:
+    """One row an order and score."""
+    dense, rows = [scaled_dot_product(*call) for call in calls], []
+    for pv_dtype in ("fp16", "fp8"):  # their block shapes differ
+        block = block_shape(calls[0][0], pv_dtype=pv_dtype)
+        for label, order in orders(device).items():
+            if label == "random":
+                continue
+            prepared = [scores_of(call, order, block) for call in calls]
+            for name in SCORES:
+                row = dict(inputs=inputs, block=f"{block.q}×{block.k}", order=label, score=name)
+                for theta in JUDGES:
+                    row[f"skipped θ={theta:g}"] = sparsity_at_error(calls, dense, prepared, name, order, theta, pv_dtype)
+                rows.append(row)
+                print(row, flush=True)
+    return rows
+
+
+def boundary(device: str) -> list[dict]:
+    """A call with text behind the visual tokens, where a block holds both and where it does not."""
+    rows = []
+    for pv_dtype in ("fp16", "fp8"):
+        call = video_qkv((28, 30, 26), 24, 128, text=256)
+        block = block_shape(call[0], pv_dtype=pv_dtype)
+        visual = 28 * 30 * 26
+        for label, first in (("mixed", 0), ("split", visual % 128)):
+            part = [x[:, :, first:].contiguous() for x in call]
+            prepared = [scores_of(part, None, block, ("mean",))]
+            row = dict(text_boundary=label, block=f"{block.q}×{block.k}", tokens=part[0].shape[2])
+            for theta in JUDGES:
+                row[f"skipped θ={theta:g}"] = sparsity_at_error([part], [scaled_dot_product(*part)], prepared, "mean",
+                                                                None, theta, pv_dtype)
+            rows.append(row)
+            print(row, flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, help="JSON file for the rows")
+    args = parser.parse_args()
+    device, words = "cuda", prompt(*WORDS)
+    model = load(Path(compare.__file__).parent / "wan_shapes.safetensors", device, torch.bfloat16)
+    clip = compare.generate(model, "dense", None, words, GRID, 20, 0, 0).latent
+    rows = boundary(device)
+    rows += measure("demo model", demo_calls(model, words, clip), device)
+    rows += measure("structured", [video_qkv(GRID, 4, 128)], device)
+    if args.out:
+        args.out.write_text(json.dumps(dict(card=torch.cuda.get_device_name(), rows=rows), indent=1))
+
+
+if __name__ == "__main__":
+    main()
