@@ -106,7 +106,8 @@ def measure(inputs: str, calls: list[Call], device: str) -> list[dict]:
             for name in SCORES:
                 row = dict(inputs=inputs, block=f"{block.q}×{block.k}", order=label, score=name)
                 for theta in JUDGES:
-                    row[f"skipped θ={theta:g}"] = sparsity_at_error(calls, dense, prepared, name, order, theta, pv_dtype)
+                    row[f"skipped θ={theta:g}"] = sparsity_at_error(calls, dense, prepared, name, order, theta,
+                                                                    pv_dtype)
                 rows.append(row)
                 print(row, flush=True)
     return rows
