@@ -26,8 +26,8 @@ AMOUNTS = {
 PV_THRESHOLDS = (4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0, 12.0, 14.0, 17.0, 20.0, math.inf)
 CURVES = ("row-major", "hilbert", "blocked", "time-major")  # an earlier one wins a tie
 # Work of a block pair by P·V format, and of the pooled tail, in units of dense fp16 attention; of an H100.
-_PV_WORK = {"fp16": 1.0, "fp8": 0.75}
-_TAIL_WORK = 0.045
+_PV_WORK = {"fp16": 1.0, "fp8": 0.7}
+_TAIL_WORK = 0.025
 _JUDGE_OFF = -1.0
 _SIMILARITIES = {"cdf": (_JUDGE_OFF, 0.3, 0.5), "topk": (_JUDGE_OFF,)}
 

@@ -91,7 +91,8 @@ class SpargeParams:
     @property
     def heads(self) -> int | None:
         """Number of heads the thresholds are given for, None where all are plain numbers."""
-        return next((len(value) for _, value in self.items() if isinstance(value, Tensor)), None)
+        values = self.amount, self.similarity_threshold, self.pv_threshold
+        return next((len(value) for value in values if isinstance(value, Tensor)), None)
 
     def to(self, device: torch.device | str) -> SpargeParams:
         """The same parameters with their tensors on `device`."""

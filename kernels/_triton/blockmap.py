@@ -15,8 +15,8 @@ from .prepare import PreparedKeys, PreparedQueries, PreparedValues
 from .primitives import padded_dim, threshold_of
 
 _ROWS = 16  # query blocks of a program, the least that tensor cores multiply
-_CHUNK = 256  # scores of a row that a program looks at together; longer rows take several steps
-_BISECTIONS = 26  # leaves 2^-26 of a row's range of scores undecided, below float32's resolution
+_RESIDENT = 512  # scores of a row that stay in registers while its threshold is sought
+_CHUNK = 128  # scores of a row that a program looks at together elsewhere
 
 
 @dataclass(frozen=True)
@@ -41,16 +41,37 @@ def allocate_lists(device: torch.device, shape: tuple[int, int, int, int], poole
 
 
 @triton.jit
-def _chunk_of(scores, at, j, end, ROW_END: tl.constexpr):
-    return tl.load(scores + at[:, None] + j[None, :], mask=j[None, :] < end[:, None], other=ROW_END)
+def _chunk_of(scores, at, j, end):
+    return tl.load(scores + at[:, None] + j[None, :], mask=j[None, :] < end[:, None], other=float("-inf"))
+
+
+@triton.jit
+def _key_of(x, high, TOPK: tl.constexpr):
+    """Scores as integers of the same order: the bits of the scores, or under cdf of their exponentials."""
+    if TOPK:
+        bits = x.to(tl.int32, bitcast=True)
+        return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    else:
+        return tl.exp2(x - high).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def _mass_from(keys, threshold, TOPK: tl.constexpr):
+    """What the keys that reach the threshold of their row add up to, in probability or in blocks, and their number."""
+    over = keys >= threshold[:, None]
+    count = tl.sum(over.to(tl.int32), 1)
+    if TOPK:
+        return count.to(tl.float32), count
+    else:
+        return tl.sum(tl.where(over, keys.to(tl.float32, bitcast=True), 0.0), 1), count
 
 
 @triton.jit(do_not_specialize=["nq", "nk", "n_q", "n_k", "heads", "group"])
 def _select_kernel(q_means, k_means, q_similarity, k_similarity, k_count, v_steps, scores, indices, counts, tail,
                    per_head, amount, similarity, factor, nq, nk, n_q, n_k, heads, group,
                    D: tl.constexpr, DP: tl.constexpr, TOPK: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_Q: tl.constexpr,
-                   BLOCK_K: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, PRODUCT: tl.constexpr,
-                   BISECTIONS: tl.constexpr):
+                   BLOCK_K: tl.constexpr, ROWS: tl.constexpr, RESIDENT: tl.constexpr, CHUNK: tl.constexpr,
+                   PRODUCT: tl.constexpr):
     """ROWS rows of the map. `scores` and `indices` share their memory: a row's list replaces its scores."""
     tiles = tl.cdiv(nq, ROWS)
     row = tl.program_id(0) // tiles
@@ -98,56 +119,51 @@ def _select_kernel(q_means, k_means, q_similarity, k_similarity, k_count, v_step
     tl.debug_barrier()
 
     # The largest threshold whose blocks reach the target, by bisection: `low` always reaches it, `above` never. A row
-    # is settled when at most one score lies between them.
+    # is settled when at most one key lies between them, or none can.
+    searched = (n_judged > 0) & (tl.where(whole_row, 1.0, amount) < 1.0)
+    high = tl.where(n_judged > 0, high, 0.0)
+    resident = _key_of(_chunk_of(scores, at, tl.arange(0, RESIDENT), end), high[:, None], TOPK)
     if TOPK:
         target = tl.minimum(tl.maximum(tl.ceil(amount * n_visible - 1e-3), 1.0), n_judged.to(tl.float32))
     else:
-        target = tl.zeros([ROWS], tl.float32)
-        for start in range(0, last, CHUNK):
-            x = _chunk_of(scores, at, start + tl.arange(0, CHUNK), end, float("-inf"))
-            target += tl.sum(tl.exp2(x - tl.where(n_judged > 0, high, 0.0)[:, None]), 1)
+        target = tl.sum(resident.to(tl.float32, bitcast=True), 1)
+        for start in range(RESIDENT, last, CHUNK):
+            x = _chunk_of(scores, at, start + tl.arange(0, CHUNK), end)
+            target += tl.sum(tl.exp2(x - high[:, None]), 1)
         target = target * amount
-    searched = (n_judged > 0) & (tl.where(whole_row, 1.0, amount) < 1.0)
-    high = tl.where(searched, high, 0.0)
-    low = tl.where(searched, low, 0.0)
-    above = high + tl.maximum(tl.abs(high) * 1e-6, 1e-6)
+    low = tl.where(searched, _key_of(low, high, TOPK), 0)
+    above = tl.where(searched, _key_of(high, high, TOPK) + 1, 0)
     n_low = n_judged
     n_above = tl.zeros([ROWS], tl.int32)
-    step = 0
-    undecided = tl.max(tl.where(searched, n_low, 0), 0)
+    undecided = tl.max(tl.where(above > low + 1, n_low - n_above, 0), 0)
     while undecided > 1:
-        middle = 0.5 * (low + above)
-        reached = tl.zeros([ROWS], tl.float32)
-        n_middle = tl.zeros([ROWS], tl.int32)
-        for start in range(0, last, CHUNK):
-            x = _chunk_of(scores, at, start + tl.arange(0, CHUNK), end, float("-inf"))
-            over = x >= middle[:, None]
-            n_middle += tl.sum(over.to(tl.int32), 1)
-            if not TOPK:
-                reached += tl.sum(tl.where(over, tl.exp2(x - high[:, None]), 0.0), 1)
-        if TOPK:
-            reached = n_middle.to(tl.float32)
+        middle = (low & above) + ((low ^ above) >> 1)  # the mean, without overflow
+        reached, n_middle = _mass_from(resident, middle, TOPK)
+        for start in range(RESIDENT, last, CHUNK):
+            x = _chunk_of(scores, at, start + tl.arange(0, CHUNK), end)
+            more, n_more = _mass_from(_key_of(x, high[:, None], TOPK), middle, TOPK)
+            reached += more
+            n_middle += n_more
         enough = reached >= target
         low = tl.where(enough, middle, low)
         n_low = tl.where(enough, n_middle, n_low)
         above = tl.where(enough, above, middle)
         n_above = tl.where(enough, n_above, n_middle)
-        step += 1
-        undecided = tl.where(step < BISECTIONS, tl.max(tl.where(searched, n_low - n_above, 0), 0), 0)
+        undecided = tl.max(tl.where(above > low + 1, n_low - n_above, 0), 0)
 
-    low = tl.where(searched, low, float("-inf"))
+    low = tl.where(searched, low, -2147483648)
     theta = tl.where(whole_row, float("inf"), theta)  # a row that is computed whole keeps every column by rule
     n_kept = tl.zeros([ROWS], tl.int32)
     n_unmasked = tl.full([ROWS], nk, tl.int32)
     for start in range(0, last, CHUNK):
         j = start + tl.arange(0, CHUNK)
-        x = _chunk_of(scores, at, j, end, float("-inf"))
+        x = _chunk_of(scores, at, j, end)
         count = tl.load(k_count + j, mask=j < nk, other=0)
         inside = j[None, :] < end[:, None]
         visible = inside & (count > 0)[None, :]
         alike = tl.load(k_similarity + j, mask=j < nk, other=0.0)
         ruled = (alike[None, :] < theta[:, None]) | (j[None, :] >= diagonal[:, None])
-        kept = visible & (ruled | ((x >= low[:, None]) & (x > float("-inf"))))
+        kept = visible & (ruled | ((_key_of(x, high[:, None], TOPK) >= low[:, None]) & (x > float("-inf"))))
         place = n_kept[:, None] + tl.cumsum(kept.to(tl.int32), 1) - 1
         special = (count < BLOCK_K)[None, :] | (j[None, :] >= diagonal[:, None])
         if v_steps is not None:
@@ -184,6 +200,6 @@ def select_blocks(queries: PreparedQueries, keys: PreparedKeys, values: Prepared
             lists.indices, lists.counts, lists.tail, per_head, thresholds[0], thresholds[1], scale * LOG2E, nq, nk, n_q,
             n_k, heads, heads // kv_heads),
            dict(D=dim, DP=padded_dim(dim), TOPK=selection == "topk", CAUSAL=causal, BLOCK_Q=block.q, BLOCK_K=block.k,
-                ROWS=_ROWS, CHUNK=_CHUNK, PRODUCT=min(64, 8192 // padded_dim(dim), _CHUNK), BISECTIONS=_BISECTIONS),
+                ROWS=_ROWS, RESIDENT=_RESIDENT, CHUNK=_CHUNK, PRODUCT=min(64, 8192 // padded_dim(dim), _CHUNK)),
            dict(num_warps=8, num_stages=2))
     return lists

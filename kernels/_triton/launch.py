@@ -62,15 +62,18 @@ def launch(kernel, grid: tuple[int, ...], device: torch.device, arguments: tuple
     """Launch a Triton kernel: `arguments` in its order, then its `constants`, by name and in its order too."""
     values, key = [], [kernel, device, *constants.values(), *options.values()]
     for x in arguments:
-        if type(x) is Region:
+        kind = type(x)
+        if kind is Region:
             key.append(x.dtype)
             x = x.address
-        elif isinstance(x, Tensor):
+        elif x is None:
+            key.append(None)
+        elif kind is TensorDescriptor:
+            key.append((x.base.dtype, *x.block_shape))
+        elif kind is not int and kind is not float:
             address = x.data_ptr()
             key.append((x.dtype, address % 16 == 0))
             x = address
-        elif x is None or type(x) is TensorDescriptor:
-            key.append(x if x is None else (x.base.dtype, *x.block_shape))
         values.append(x)
     key = tuple(key)
     compiled = _compiled.get(key)

@@ -28,8 +28,8 @@ from .primitives import (
     token_strides,
 )
 
-SAMPLE = 4096  # tokens a head that the constants are found from; all of them where there are no more
-_SPLITS = 32  # programs a head that share the sample
+SAMPLE = 1024  # tokens a head that the constants are found from; all of them where there are no more
+_SPLITS = 16  # programs a head that share the sample
 # The largest sampled value of a channel becomes 1 in float16 and an eighth of the range in float8: others may be
 # larger. Rounding stays as fine as it is, because neither format comes near its smallest normal number.
 _V_REACH = {True: FP8_MAX / 8, False: 1.0}

@@ -22,7 +22,7 @@ def round_up(n: int, multiple: int) -> int:
 
 def padded_dim(dim: int) -> int:
     """The power of two, at least 16, that a head_dim fills up to in registers."""
-    return triton.next_power_of_2(max(dim, 16))
+    return 1 << (max(dim, 16) - 1).bit_length()
 
 
 def order_rows(order: torch.Tensor | None) -> int:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from comfyui_spargeattn.hilbert import CURVES, sequence_order
-from comfyui_spargeattn.kernels import SpargeParams, sparge_attention
+from comfyui_spargeattn.kernels import SpargeParams, block_shape, sparge_attention
 from comfyui_spargeattn.kernels.reference import compress
 from tests.bench.measure import device_ms, error
 from tests.cases import video_qkv
@@ -25,10 +25,9 @@ from tests.demo.clips import prompt
 from tests.demo.model import load, scaled_dot_product
 
 GRID = (21, 30, 52)
-BLOCK_Q, BLOCK_K = 128, 64
 TARGET_L1 = 0.05
 JUDGES = (-1.0, 0.3, 0.5)  # similarity_threshold; -1 switches the judge off
-CLIP = SpargeParams(cdf_threshold=0.95, similarity_threshold=0.3)
+CLIPS = ((0.95, -1.0), (0.95, 0.3), (0.98, 0.5))  # (cdf_threshold, similarity_threshold) of whole clips
 WORDS = ("star red plain right", "blue checker left", "ring yellow plain left")
 Call = tuple[Tensor, Tensor, Tensor]
 
@@ -54,8 +53,8 @@ def demo_calls(model, words: Tensor, clip: Tensor, level: float = 0.5) -> list[C
 
 def similarity(calls: list[Call], order: Tensor | None) -> tuple[float, float]:
     """Mean self-similarity of the blocks of Q and K."""
-    means = []
-    for which, block in ((0, BLOCK_Q), (1, BLOCK_K)):
+    means, shape = [], block_shape(calls[0][0])
+    for which, block in enumerate((shape.q, shape.k)):
         values = []
         for call in calls:
             x = call[which].float() if order is None else call[which][:, :, order.long()].float()
@@ -71,8 +70,7 @@ def sparsity_at_error(calls: list[Call], dense: list[Tensor], order: Tensor | No
     for _ in range(9):
         middle = (low + high) / 2
         params = SpargeParams(cdf_threshold=middle, similarity_threshold=theta)
-        results = [sparge_attention(*call, params=params, order=order, pv_dtype="fp16", return_stats=True)
-                   for call in calls]
+        results = [sparge_attention(*call, params=params, order=order, return_stats=True) for call in calls]
         mean = sum(error(out, exact)["L1"] for (out, _), exact in zip(results, dense)) / len(calls)
         if mean <= TARGET_L1:
             high, best = middle, sum(stats.sparsity.mean().item() for _, stats in results) / len(calls)
@@ -95,17 +93,27 @@ def measure(name: str, calls: list[Call], device: str) -> list[dict]:
     return rows
 
 
-def clip_psnr(model, words: Tensor, device: str, steps: int = 20) -> dict[str, tuple[float, float]]:
-    """Order → (PSNR in dB against dense, sparsity) of a clip at fixed thresholds."""
+def clips(model, words: Tensor, steps: int = 20) -> dict[str, dict]:
+    """Order → PSNR in dB against dense, sparsity, and attention time of a clip at each of `CLIPS`."""
     first = compare.dense_share(steps, 0.2)
-    dense, found = compare.generate(model, "dense", None, words, GRID, steps, 0, first), {}
-    attention = compare.sparge_attention
-    for label, order in orders(device).items():
-        compare.sparge_attention = partial(attention, order=order)
-        run = compare.generate(model, label, CLIP, words, GRID, steps, 0, first)
-        found[label] = compare.psnr(run.latent, dense.latent), 1 - run.kept
+    dense = compare.generate(model, "dense", None, words, GRID, steps, 0, first)
+    found, attention = {}, compare.sparge_attention
+    for label, order in orders("cuda").items():
+        compare.sparge_attention, row = partial(attention, order=order), {}
+        for cdf, theta in CLIPS:
+            params = SpargeParams(cdf_threshold=cdf, similarity_threshold=theta)
+            run = compare.generate(model, label, params, words, GRID, steps, 0, first)
+            row[f"clip {cdf:g}, θ={theta:g}"] = dict(
+                psnr_db=compare.psnr(run.latent, dense.latent), sparsity=1 - run.kept, seconds=run.attention_seconds)
+        found[label] = row
     compare.sparge_attention = attention
     return found
+
+
+def _cell(value) -> str:
+    if isinstance(value, dict):
+        return "{psnr_db:.1f} dB, {sparsity:.1%}, {seconds:.3f} s".format(**value)
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
 def main() -> None:
@@ -116,15 +124,12 @@ def main() -> None:
     model = load(Path(compare.__file__).parent / "wan_shapes.safetensors", device, torch.bfloat16)
     clip = compare.generate(model, "dense", None, words, GRID, 20, 0, 0).latent
     rows = measure("structured", [video_qkv(GRID, 12, 128)], device)
-    psnr = clip_psnr(model, words, device)
-    for row in measure("demo model", demo_calls(model, words, clip), device):
-        row["psnr_db"], row["clip_sparsity"] = psnr[row["order"]]
-        rows.append(row)
+    whole = clips(model, words)
+    rows += [row | whole[row["order"]] for row in measure("demo model", demo_calls(model, words, clip), device)]
     names = list(rows[-1])
     print("| " + " | ".join(names) + " |\n" + "|---" * len(names) + "|")
     for row in rows:
-        values = (row.get(name, "") for name in names)
-        print("| " + " | ".join(f"{x:.3f}" if isinstance(x, float) else str(x) for x in values) + " |")
+        print("| " + " | ".join(_cell(row.get(name, "")) for name in names) + " |")
     if args.out:
         Path(args.out).write_text(json.dumps(dict(card=torch.cuda.get_device_name(), rows=rows), indent=1))
 
