@@ -1,6 +1,9 @@
 """The fast path of a call: prepare → map → attend. Nothing here waits for the device."""
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -15,6 +18,16 @@ from .prepare import PreparedKeys, PreparedQueries, PreparedValues, prepare_keys
 from .primitives import padded_dim
 
 
+def _on_its_device(run: Callable) -> Callable:
+    """Make the GPU that holds q the current one, on which Triton launches."""
+    @functools.wraps(run)
+    def guarded(q: Tensor, *args, **kwargs):
+        with torch.cuda.device_of(q):
+            return run(q, *args, **kwargs)
+    return guarded
+
+
+@_on_its_device
 def attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor, *, per_head: Tensor | None, thresholds: list[float],
               selection: str, scale: float | None, causal: bool, key_padding_mask: Tensor | None,
               order: Tensor | None, sink_keys: TokenRanges | None, dense_queries: TokenRanges | None, pv_dtype: str,
@@ -40,6 +53,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor, *, per_head: Tensor 
     return kept, skips.sum(-1) / (n_kept * (config.block.q // ROW_GROUP)).clamp(min=1)
 
 
+@_on_its_device
 def predict(q: Tensor, k: Tensor, *, per_head: Tensor | None, thresholds: list[float], selection: str,
             scale: float | None, causal: bool, key_padding_mask: Tensor | None, order: Tensor | None,
             sink_keys: TokenRanges | None, dense_queries: TokenRanges | None, pv_dtype: str) -> BlockMap:

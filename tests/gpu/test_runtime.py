@@ -37,6 +37,15 @@ def test_repeats_bit_for_bit(pv_dtype):
     assert all(torch.equal(other, first) for other in others)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_another_gpu_than_the_current_one():
+    qkv = inputs()
+    expected = sparge_attention(*qkv, params=SPARSE, impl="triton")
+    with torch.cuda.device(0):
+        out = sparge_attention(*(x.to("cuda:1") for x in qkv), params=SPARSE, impl="triton")
+    assert torch.equal(out.to(expected.device), expected)
+
+
 @pytest.mark.parametrize("call", ("plain", "everything"))
 def test_torch_compile(call):
     qkv = inputs()
