@@ -46,7 +46,7 @@ def fixed_share(topk: float, pv_threshold: float = math.inf) -> SpargeParams:
 def methods() -> list[Method]:
     """Peers that are installed, then this project at fixed shares of kept blocks and at its defaults."""
     found = [Method("SDPA flash", partial(sdpa, SDPBackend.FLASH_ATTENTION), "exact"), Method(BASELINE, cudnn, "exact")]
-    for peer in (_flash_attn, _comfy_kitchen, _sageattention, _spas_sage_attn):
+    for peer in (_flash_attn, _comfy_kitchen, _sol_attn, _sageattention, _spas_sage_attn):
         try:
             found += peer()
         except (ImportError, OSError):  # not installed, or its binary is built for another torch
@@ -69,6 +69,18 @@ def _flash_attn() -> list[Method]:
 def _comfy_kitchen() -> list[Method]:
     from comfy_kitchen import int8_attention, int8_attention_is_available
     return [Method("comfy-kitchen int8", int8_attention, "fp8")] if int8_attention_is_available() else []
+
+
+def _sol_attn() -> list[Method]:
+    """comfy-kitchen's sparse attention: thresholds, with single tokens beside the chosen blocks and without."""
+    from comfy_kitchen import sol_attn, sol_attn_is_available
+
+    def run(q, k, v, **settings):
+        return sol_attn(*(x.transpose(1, 2) for x in (q, k, v)), **settings).transpose(1, 2)
+
+    settings = ((1.0, 256), (1.3, 256), (2.0, 256), (1.3, 0)) if sol_attn_is_available() else ()
+    return [Method(f"sol_attn τ={tau}, {tokens} tokens", partial(run, tau=tau, token_aug=tokens), None)
+            for tau, tokens in settings]
 
 
 def _sageattention() -> list[Method]:

@@ -5,9 +5,10 @@
 The weights are random, so the pictures mean nothing and only time and memory are measured: models are built by
 ComfyUI's loader from random state dicts, sampled by its euler sampler, and compared with ComfyUI's default attention.
 The node keeps a fixed share of the blocks (topk, the similarity judge off), which makes its time independent of the
-weights; it does so with P·V in the format of "auto" and in fp16. comfy-kitchen's INT8 attention joins where its CUDA
-extension is installed. Mochi has its full width and length but fewer layers, so that it fits beside its activations:
-only the share of attention in a step carries over. `--tiny` runs the same code at a size for a CPU.
+weights; it does so with P·V in the format of "auto" and in fp16. comfy-kitchen's INT8 attention and its sparse one,
+where it takes the calls, join where its CUDA extension is installed. Mochi has its full width and length but fewer
+layers, so that it fits beside its activations: only the share of attention in a step carries over. `--tiny` runs the
+same code at a size for a CPU.
 """
 import argparse
 import json
@@ -154,16 +155,39 @@ def with_int8_attention(model):
     return clone
 
 
+def with_sol_attention(model, tau=1.3):
+    """A clone of `model` whose long unmasked self-attention is comfy-kitchen's sparse one; None where it can't run."""
+    try:
+        from comfy_kitchen import sol_attn, sol_attn_is_available
+    except ImportError:
+        return None
+    if not sol_attn_is_available():
+        return None
+
+    def override(func, q, k, v, heads, mask=None, skip_reshape=False, skip_output_reshape=False, **others):
+        width = q.shape[-1] if skip_reshape else q.shape[-1] // heads
+        if mask is not None or skip_output_reshape or q.shape != k.shape or width != 128:
+            return func(q, k, v, heads, mask=mask, skip_reshape=skip_reshape, skip_output_reshape=skip_output_reshape,
+                        **others)
+        q, k, v = (x.transpose(1, 2) if skip_reshape else x.unflatten(-1, (heads, width)) for x in (q, k, v))
+        return sol_attn(q, k, v, tau=tau, token_aug=256).flatten(2)
+
+    clone = model.clone()
+    clone.model_options.setdefault("transformer_options", {})["optimized_attention_override"] = override
+    return clone
+
+
 def compare(nodes, log, family, device):
-    """One row for dense attention, one for INT8 attention, one for each share of kept blocks and P·V format."""
+    """One row for dense attention, one for each peer, one for each share of kept blocks and P·V format."""
     from sampling import apply
 
     model, clock = load(family, device), Clock(device)
     rows = [{"model": family.name, "tokens": family.tokens, "attention": "dense", **measure(model, family, clock)}]
-    int8 = with_int8_attention(model)
-    if int8 is not None:
-        rows.append({"model": family.name, "tokens": family.tokens, "attention": "comfy-kitchen int8",
-                     **measure(int8, family, clock)})
+    peers = {"comfy-kitchen int8": with_int8_attention(model), "sol_attn τ=1.3": with_sol_attention(model)}
+    for name, peer in peers.items():
+        if peer is not None:
+            rows.append({"model": family.name, "tokens": family.tokens, "attention": name,
+                         **measure(peer, family, clock)})
     for percent, precision in product(KEEP_PERCENT, PRECISIONS):
         log.lines.clear()
         selection = {"selection": "topk", "keep_percent": percent, "similarity_threshold": -1.0}
