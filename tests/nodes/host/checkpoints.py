@@ -43,10 +43,16 @@ def _operations():
     return {"operations": comfy.ops.disable_weight_init, "dtype": torch.float32, "device": "cpu"}
 
 
-def _wan():
+def _wan(**options):
     from comfy.ldm.wan.model import WanModel
 
-    return WanModel(dim=256, ffn_dim=256, num_heads=2, num_layers=2, text_dim=64, freq_dim=256, **_operations())
+    return WanModel(dim=256, ffn_dim=256, num_heads=2, num_layers=2, text_dim=64, freq_dim=256, **options,
+                    **_operations())
+
+
+def _wan_image():
+    """As the experts of Wan 2.2: beside the noise, a mask and the picture's latent."""
+    return _wan(in_dim=16 + 4 + 16)
 
 
 def _flux():
@@ -68,13 +74,20 @@ def _sd3():
         **_operations())
 
 
-def _hunyuan_video():
+def _hunyuan_video(**options):
     from comfy.ldm.hunyuan_video.model import HunyuanVideo
 
-    return HunyuanVideo(in_channels=16, out_channels=16, vec_in_dim=768, context_in_dim=64, hidden_size=128,
-                        mlp_ratio=4.0, num_heads=1, depth=1, depth_single_blocks=1, axes_dim=[16, 56, 56], theta=256,
-                        patch_size=[1, 2, 2], qkv_bias=True, guidance_embed=False, byt5=False, meanflow=False,
-                        use_cond_type_embedding=False, vision_in_dim=None, meanflow_sum=False, **_operations())
+    options = {"in_channels": 16, "out_channels": 16, "vec_in_dim": 768, "patch_size": [1, 2, 2], "byt5": False,
+               "use_cond_type_embedding": False, "vision_in_dim": None, "meanflow_sum": False, **options}
+    return HunyuanVideo(context_in_dim=64, hidden_size=128, mlp_ratio=4.0, num_heads=1, depth=1, depth_single_blocks=1,
+                        axes_dim=[16, 56, 56], theta=256, qkv_bias=True, guidance_embed=False, meanflow=False,
+                        **options, **_operations())
+
+
+def _hunyuan_video_15():
+    """Beside the noise, a mask and the latent of a picture; its kinds of tokens are told apart."""
+    return _hunyuan_video(in_channels=32 + 1 + 32, out_channels=32, vec_in_dim=None, patch_size=[1, 1, 1], byt5=True,
+                          use_cond_type_embedding=True, vision_in_dim=1152, meanflow_sum=True)
 
 
 LTXV_CONFIG = {"num_attention_heads": 2, "attention_head_dim": 64, "cross_attention_dim": 128, "caption_channels": 64}
@@ -134,9 +147,11 @@ def _mochi():
 
 FAMILIES = {family.name: family for family in (
     Family("wan", _wan, (1, 16, 3, 32, 32), 768, 2, (48, 64), metadata={"num_heads": 2, "text_dim": 64}),
+    Family("wan_image", _wan_image, (1, 16, 3, 32, 32), 768, 2, (48, 64), metadata={"num_heads": 2, "text_dim": 64}),
     Family("flux", _flux, (1, 16, 48, 48), 48 + 576, 3, (48, 64), pooled=32),
     Family("sd3.5", _sd3, (1, 16, 48, 48), 48 + 576, 3, (48, 64), pooled=64),
     Family("hunyuan_video", _hunyuan_video, (1, 16, 3, 32, 32), 48 + 768, 2, (48, 64), pooled=768),
+    Family("hunyuan_video_1.5", _hunyuan_video_15, (1, 32, 3, 16, 16), 48 + 768, 2, (48, 64), pooled=768),
     Family("ltxv", _ltxv, (1, 128, 3, 16, 16), 768, 2, (48, 64), text_mask=True, metadata=LTXV_CONFIG),
     Family("sdxl", _sdxl, (1, 4, 48, 48), 576, 2, (77, 2048), pooled=1280, dtype=torch.float16),
     Family("lumina2", _lumina2, (1, 16, 48, 48), 48 + 576, 4, (48, 64), detected=LUMINA2_CONFIG),

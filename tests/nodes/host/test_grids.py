@@ -15,7 +15,7 @@ from checkpoints import FAMILIES, MIN_TOKENS
 from sampling import CONSERVATIVE, SPARSE, apply, condition, node_class, relative_l1, sample
 
 SLOT = "optimized_attention_override"
-PATCHES = {"ltxv": (1, 1, 1)}  # (1, 2, 2) elsewhere
+PATCHES = {"ltxv": (1, 1, 1), "hunyuan_video_1.5": (1, 1, 1)}  # (1, 2, 2) elsewhere
 ODD = {"wan": (1, 16, 3, 31, 33), "flux": (1, 16, 47, 51), "sd3.5": (1, 16, 47, 51), "qwen_image": (1, 16, 1, 47, 51),
        "hunyuan_video": (1, 16, 3, 32, 34), "lumina2": (1, 16, 47, 51), "ltxv": (1, 128, 3, 15, 17)}
 
