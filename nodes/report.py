@@ -1,8 +1,6 @@
 """The node SpargeAttn Report: what happened in the last run of a patched model, as a picture and as text."""
 from __future__ import annotations
 
-import numpy as np
-import torch
 from comfy.patcher_extension import CallbacksMP
 from comfy_api.latest import io, ui
 
@@ -10,7 +8,7 @@ from .block_pictures import MapRequest
 from .blocks import Block, BlockList
 from .menu import CATEGORY, SEARCH_ALIASES
 from .override import CALLBACK_KEY, SpargeOverride
-from .pictures import THEMES, draw_report
+from .pictures import THEMES, as_image, draw_report
 from .report_text import failed_report, run_report
 
 
@@ -67,8 +65,7 @@ class SpargeAttnReport(io.ComfyNode):
         else:
             override.run.map_request = MapRequest(step, chosen)
             panels = run_report(override.run.summary, override.settings, chosen, head, step)
-        pixels = np.array(draw_report(panels, THEMES[theme]))
-        image = torch.from_numpy(pixels).float().div(255).unsqueeze(0)
+        image = as_image(draw_report(panels, THEMES[theme]))
         text = panels.text()
         preview = ui.PreviewImage(image, cls=cls)
         return io.NodeOutput(samples, image, text, ui={**preview.as_dict(), "text": [text]})

@@ -17,11 +17,12 @@ from ..kernels.search import Bounds
 from . import params_file
 from .menu import CATEGORY, SEARCH_ALIASES
 from .params_nodes import SPARGE_PARAMS, params_folder
+from .pictures import as_image
 from .policy import Settings
 from .run_state import log
 from .tuned import Architecture, TunedParams
 from .tuning import Tuner
-from .tuning_picture import as_image, report
+from .tuning_picture import draw_tuned
 
 _PREVIEW_SIZE = 768
 _PROGRESS = 1000
@@ -109,7 +110,7 @@ class SpargeAttnTune(io.ComfyNode):
 
         def progress(share: float) -> None:
             nonlocal shown
-            preview = ("JPEG", report(tuner.params), _PREVIEW_SIZE) if tuner.searched > shown else None
+            preview = ("JPEG", draw_tuned(tuner.params), _PREVIEW_SIZE) if tuner.searched > shown else None
             shown = tuner.searched
             bar.update_absolute(int(_PROGRESS * (share + (not tuner.learn)) / runs), _PROGRESS, preview)
 
@@ -134,7 +135,7 @@ class SpargeAttnTune(io.ComfyNode):
             raise
         log.info("SpargeAttn: tuned: %s", tuner.params)
         bar.update_absolute(_PROGRESS)
-        return io.NodeOutput(tuner.params, latent, as_image(report(tuner.params)))
+        return io.NodeOutput(tuner.params, latent, as_image(draw_tuned(tuner.params)))
 
 
 def _beginning(params: TunedParams | None, model, bounds: Bounds) -> TunedParams:

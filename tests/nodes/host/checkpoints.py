@@ -7,6 +7,7 @@ Imports of ComfyUI stay inside the builders: this module is imported before Comf
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -78,16 +79,17 @@ def _hunyuan_video(**options):
     from comfy.ldm.hunyuan_video.model import HunyuanVideo
 
     options = {"in_channels": 16, "out_channels": 16, "vec_in_dim": 768, "patch_size": [1, 2, 2], "byt5": False,
-               "use_cond_type_embedding": False, "vision_in_dim": None, "meanflow_sum": False, **options}
-    return HunyuanVideo(context_in_dim=64, hidden_size=128, mlp_ratio=4.0, num_heads=1, depth=1, depth_single_blocks=1,
-                        axes_dim=[16, 56, 56], theta=256, qkv_bias=True, guidance_embed=False, meanflow=False,
-                        **options, **_operations())
+               "use_cond_type_embedding": False, "vision_in_dim": None, "meanflow_sum": False, "depth": 1,
+               "depth_single_blocks": 1, **options}
+    return HunyuanVideo(context_in_dim=64, hidden_size=128, mlp_ratio=4.0, num_heads=1, axes_dim=[16, 56, 56],
+                        theta=256, qkv_bias=True, guidance_embed=False, meanflow=False, **options, **_operations())
 
 
 def _hunyuan_video_15():
     """Beside the noise, a mask and the latent of a picture; its kinds of tokens are told apart."""
     return _hunyuan_video(in_channels=32 + 1 + 32, out_channels=32, vec_in_dim=None, patch_size=[1, 1, 1], byt5=True,
-                          use_cond_type_embedding=True, vision_in_dim=1152, meanflow_sum=True)
+                          use_cond_type_embedding=True, vision_in_dim=1152, meanflow_sum=True, depth=2,
+                          depth_single_blocks=0)
 
 
 LTXV_CONFIG = {"num_attention_heads": 2, "attention_head_dim": 64, "cross_attention_dim": 128, "caption_channels": 64}
@@ -145,6 +147,22 @@ def _mochi():
                          **MOCHI_CONFIG, **_operations())
 
 
+def _wan_vae():
+    from comfy.ldm.wan.vae import WanVAE
+
+    return WanVAE(dim=8, z_dim=16, temperal_downsample=[False, True, True])
+
+
+def _tiny_autoencoder(channels):
+    from comfy.taesd.taesd import TAESD
+
+    return TAESD(latent_channels=channels)
+
+
+# By the family of the model; the loader takes those of the other families at their full size alone.
+VAES = {"wan": _wan_vae, "wan_image": _wan_vae, "qwen_image": _wan_vae, "flux": partial(_tiny_autoencoder, 16),
+        "sd3.5": partial(_tiny_autoencoder, 16), "sdxl": partial(_tiny_autoencoder, 4)}
+
 FAMILIES = {family.name: family for family in (
     Family("wan", _wan, (1, 16, 3, 32, 32), 768, 2, (48, 64), metadata={"num_heads": 2, "text_dim": 64}),
     Family("wan_image", _wan_image, (1, 16, 3, 32, 32), 768, 2, (48, 64), metadata={"num_heads": 2, "text_dim": 64}),
@@ -183,8 +201,15 @@ def write(family, path, seed=0):
     """Save a random checkpoint of `family` at `path`."""
     from safetensors.torch import save_file
 
-    metadata = {"config": json.dumps({"transformer": family.metadata})} if family.metadata else None
-    save_file(random_weights(family.build(), seed, family.dtype), path, metadata=metadata)
+    config = {"transformer": family.metadata, "detected": family.detected}
+    save_file(random_weights(family.build(), seed, family.dtype), path, metadata={"config": json.dumps(config)})
+
+
+def write_vae(name, path):
+    """Save a random VAE for the latents of the family `name`."""
+    from safetensors.torch import save_file
+
+    save_file(random_weights(VAES[name](), 0, torch.float32), path)
 
 
 def load(family, path, monkeypatch):
