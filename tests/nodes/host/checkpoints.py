@@ -38,7 +38,8 @@ class Family:
     dtype: torch.dtype = torch.float32
 
 
-def _operations():
+def operations():
+    """What every model class of ComfyUI is built with."""
     import comfy.ops
 
     return {"operations": comfy.ops.disable_weight_init, "dtype": torch.float32, "device": "cpu"}
@@ -48,7 +49,7 @@ def _wan(**options):
     from comfy.ldm.wan.model import WanModel
 
     return WanModel(dim=256, ffn_dim=256, num_heads=2, num_layers=2, text_dim=64, freq_dim=256, **options,
-                    **_operations())
+                    **operations())
 
 
 def _wan_image():
@@ -61,7 +62,7 @@ def _flux():
 
     return Flux(in_channels=16, out_channels=16, vec_in_dim=32, context_in_dim=64, hidden_size=256, mlp_ratio=4.0,
                 num_heads=2, depth=1, depth_single_blocks=2, axes_dim=[16, 56, 56], theta=10000, patch_size=2,
-                qkv_bias=True, guidance_embed=False, txt_ids_dims=[], **_operations())
+                qkv_bias=True, guidance_embed=False, txt_ids_dims=[], **operations())
 
 
 def _sd3():
@@ -72,7 +73,7 @@ def _sd3():
         input_size=None, in_channels=16, out_channels=16, depth=2, adm_in_channels=64, num_patches=48 * 48,
         pos_embed_max_size=48, qk_norm="rms", x_block_self_attn_layers=[0],
         context_embedder_config={"target": "torch.nn.Linear", "params": {"in_features": 64, "out_features": 128}},
-        **_operations())
+        **operations())
 
 
 def _hunyuan_video(**options):
@@ -82,7 +83,7 @@ def _hunyuan_video(**options):
                "use_cond_type_embedding": False, "vision_in_dim": None, "meanflow_sum": False, "depth": 1,
                "depth_single_blocks": 1, **options}
     return HunyuanVideo(context_in_dim=64, hidden_size=128, mlp_ratio=4.0, num_heads=1, axes_dim=[16, 56, 56],
-                        theta=256, qkv_bias=True, guidance_embed=False, meanflow=False, **options, **_operations())
+                        theta=256, qkv_bias=True, guidance_embed=False, meanflow=False, **options, **operations())
 
 
 def _hunyuan_video_15():
@@ -98,7 +99,7 @@ LTXV_CONFIG = {"num_attention_heads": 2, "attention_head_dim": 64, "cross_attent
 def _ltxv():
     from comfy.ldm.lightricks.model import LTXVModel
 
-    return LTXVModel(num_layers=2, **LTXV_CONFIG, **_operations())
+    return LTXVModel(num_layers=2, **LTXV_CONFIG, **operations())
 
 
 def _sdxl():
@@ -109,7 +110,7 @@ def _sdxl():
                      channel_mult=(1, 1, 1), num_heads=-1, num_head_channels=64, use_spatial_transformer=True,
                      transformer_depth=[0, 2, 5], transformer_depth_output=[0] * 6, transformer_depth_middle=-1,
                      context_dim=2048, num_classes="sequential", adm_in_channels=2816,
-                     use_linear_in_transformer=True, legacy=False, **_operations())
+                     use_linear_in_transformer=True, legacy=False, **operations())
 
 
 LUMINA2_CONFIG = {"n_heads": 2, "n_kv_heads": 1, "axes_dims": [32, 32, 32], "axes_lens": [300, 512, 512],
@@ -120,7 +121,7 @@ def _lumina2():
     from comfy.ldm.lumina.model import NextDiT
 
     return NextDiT(in_channels=16, dim=192, n_layers=2, qk_norm=True, cap_feat_dim=64, **LUMINA2_CONFIG,
-                   **_operations())
+                   **operations())
 
 
 QWEN_CONFIG = {"num_attention_heads": 2, "joint_attention_dim": 64}
@@ -129,7 +130,7 @@ QWEN_CONFIG = {"num_attention_heads": 2, "joint_attention_dim": 64}
 def _qwen_image():
     from comfy.ldm.qwen_image.model import QwenImageTransformer2DModel
 
-    return QwenImageTransformer2DModel(num_layers=2, **QWEN_CONFIG, **_operations())
+    return QwenImageTransformer2DModel(num_layers=2, **QWEN_CONFIG, **operations())
 
 
 # Mochi's class insists on a feed-forward width of 12288.
@@ -144,7 +145,7 @@ def _mochi():
                          qk_norm=True, qkv_bias=False, out_bias=True, attn_drop=0.0, patch_embed_bias=True,
                          posenc_preserve_area=True, timestep_mlp_bias=True, attend_to_padding=False,
                          timestep_scale=1000.0, use_t5=True, t5_token_length=256, rope_theta=10000.0,
-                         **MOCHI_CONFIG, **_operations())
+                         **MOCHI_CONFIG, **operations())
 
 
 def _wan_vae():
