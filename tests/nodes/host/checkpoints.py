@@ -160,9 +160,21 @@ def _tiny_autoencoder(channels):
     return TAESD(latent_channels=channels)
 
 
+LTXV_VAE_CONFIG = {"dims": 3, "latent_channels": 128, "patch_size": 4, "norm_layer": "pixel_norm",
+                   "latent_log_var": "uniform", "encoder_base_channels": 32, "decoder_base_channels": 32,
+                   "blocks": [["compress_all", 1], ["compress_all", 1], ["compress_all", 1], ["res_x", 1]]}
+
+
+def _ltxv_vae():
+    from comfy.ldm.lightricks.vae.causal_video_autoencoder import VideoVAE
+
+    return VideoVAE(config=LTXV_VAE_CONFIG)
+
+
 # By the family of the model; the loader takes those of the other families at their full size alone.
-VAES = {"wan": _wan_vae, "wan_image": _wan_vae, "qwen_image": _wan_vae, "flux": partial(_tiny_autoencoder, 16),
-        "sd3.5": partial(_tiny_autoencoder, 16), "sdxl": partial(_tiny_autoencoder, 4)}
+VAES = {"wan": _wan_vae, "wan_image": _wan_vae, "qwen_image": _wan_vae, "ltxv": _ltxv_vae,
+        "flux": partial(_tiny_autoencoder, 16), "sd3.5": partial(_tiny_autoencoder, 16),
+        "sdxl": partial(_tiny_autoencoder, 4)}
 
 FAMILIES = {family.name: family for family in (
     Family("wan", _wan, (1, 16, 3, 32, 32), 768, 2, (48, 64), metadata={"num_heads": 2, "text_dim": 64}),
@@ -210,7 +222,8 @@ def write_vae(name, path):
     """Save a random VAE for the latents of the family `name`."""
     from safetensors.torch import save_file
 
-    save_file(random_weights(VAES[name](), 0, torch.float32), path)
+    metadata = {"config": json.dumps({"vae": LTXV_VAE_CONFIG})}  # other families' loaders don't read it
+    save_file(random_weights(VAES[name](), 0, torch.float32), path, metadata=metadata)
 
 
 def load(family, path, monkeypatch):
