@@ -10,6 +10,7 @@ from ..kernels import SpargeParams
 from .blocks import BlockList
 from .host import show_on_node
 from .layers import number_layers
+from .menu import CATEGORY, SEARCH_ALIASES
 from .models import expect_tokens
 from .override import CALLBACK_KEY, SLOT, SpargeOverride, describe
 from .policy import CURVES, Settings
@@ -34,14 +35,12 @@ class ApplySpargeAttn(io.ComfyNode):
         return io.Schema(
             node_id="ApplySpargeAttn",
             display_name="Apply SpargeAttn",
-            category="model/patch/SpargeAttn",
+            category=CATEGORY,
             description="Makes the model's attention sparse and quantised, without training: blocks of the attention "
                         "map that would hardly contribute are predicted and skipped. Put it between the model loader "
                         "and the sampler, after other nodes that change attention. The longer the sequence (video, "
                         "large images), the more it gains. What happened is written to the log after each run.",
-            search_aliases=["sparge", "sparse attention", "SpargeAttention", "sage", "sage attention",
-                            "faster attention", "speed up", "accelerate", "optimize attention", "block sparse",
-                            "加速", "稀疏注意力"],
+            search_aliases=[*SEARCH_ALIASES],
             inputs=[
                 io.Model.Input("model", tooltip="The diffusion model. Only the output is patched."),
                 io.DynamicCombo.Input(

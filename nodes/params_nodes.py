@@ -10,6 +10,7 @@ from comfy_api.latest import io
 
 from . import params_file
 from .apply import SPARGE_PARAMS
+from .menu import CATEGORY, SEARCH_ALIASES
 from .params_file import ParamsFileError
 from .run_state import log
 from .tuned import TunedParams
@@ -49,8 +50,9 @@ class SpargeAttnSaveParams(io.ComfyNode):
         return io.Schema(
             node_id="SpargeAttnSaveParams",
             display_name="Save SpargeAttn Params",
-            category="model/patch/SpargeAttn",
+            category=CATEGORY,
             description=f"Writes tuned parameters to models/{FOLDER}, a small file that can be shared.",
+            search_aliases=[*SEARCH_ALIASES, "tuned", "preset"],
             is_output_node=True,
             inputs=[
                 SPARGE_PARAMS.Input("params", tooltip="From Tune SpargeAttn."),
@@ -74,8 +76,9 @@ class SpargeAttnLoadParams(io.ComfyNode):
         return io.Schema(
             node_id="SpargeAttnLoadParams",
             display_name="Load SpargeAttn Params",
-            category="model/patch/SpargeAttn",
+            category=CATEGORY,
             description=f"Reads tuned parameters from models/{FOLDER} and checks them.",
+            search_aliases=[*SEARCH_ALIASES, "tuned", "preset"],
             inputs=[
                 io.Combo.Input("filename", options=_files(), tooltip=f"A file in models/{FOLDER}."),
                 io.Combo.Input(

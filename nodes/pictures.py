@@ -1,14 +1,16 @@
-"""The report as one picture, drawn with Pillow, which every ComfyUI has.
+"""Reports as pictures, drawn with Pillow, which every ComfyUI has.
 
 A preview in the editor is about 400 pixels wide, half of this: letters are large, and the picture brings its own
 background, so that it reads the same in dark and light themes.
 """
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise, repeat
 
+import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -17,6 +19,7 @@ from .blocks import Block
 WIDTH = 768
 _MARGIN = 24
 _INNER = WIDTH - 2 * _MARGIN
+_LABELS = 110  # width of the names of a heat map's rows
 _MAP = 340  # side of the block map
 # The font that Pillow brings has no other glyphs than these.
 _GLYPHS = str.maketrans({"×": "x", "–": "-", "θ": "theta", "τ": "tau", "λ": "lambda"})
@@ -68,7 +71,7 @@ class Panels:
 
 def draw_report(panels: Panels, theme: Theme) -> Image.Image:
     """RGB, `WIDTH` wide and as tall as it needs to be."""
-    page = _Page(theme)
+    page = Page(theme)
     page.text(panels.headline, 34, theme.alarm if panels.failed else theme.text)
     for note in panels.notes:
         page.text(note, 22, theme.alarm if panels.failed else theme.faint)
@@ -89,7 +92,9 @@ def draw_report(panels: Panels, theme: Theme) -> Image.Image:
     return page.finish()
 
 
-class _Page:
+class Page:
+    """A picture `WIDTH` wide that is filled from the top down."""
+
     def __init__(self, theme: Theme):
         self.theme = theme
         self.image = Image.new("RGB", (WIDTH, 4096), theme.background)
@@ -109,35 +114,33 @@ class _Page:
         self.text(text, 24, self.theme.text)
         self.y += 4
 
-    def heat_map(self, cells: dict[tuple[Block, int], float]) -> None:
-        rows = sorted({row for row, _ in cells})
-        first, last = min(step for _, step in cells), max(step for _, step in cells)
-        labels = 110
-        wide = (_INNER - labels) / (last - first + 1)
-        tall = max(3.0, min(26.0, 480 / len(rows)))
-        for (row, step), sparsity in cells.items():
-            left, top = _MARGIN + labels + wide * (step - first), self.y + tall * rows.index(row)
-            color = self._shade(sparsity) if sparsity else self.theme.dense[0]
-            gap = 1 if min(wide, tall) >= 6 else 0
+    def heat_map(self, cells: Mapping[tuple[Hashable, int], float], height: int = 480,
+                 ends: tuple[str, str] = ("0%", "100%")) -> None:
+        """cells: {(row, column): share from 0 to 1, 0 for dense}, rows in order. ends: what the shares 0 and 1 are."""
+        rows = list(dict.fromkeys(row for row, _ in cells))
+        first, last = min(column for _, column in cells), max(column for _, column in cells)
+        wide = (_INNER - _LABELS) / (last - first + 1)
+        tall = max(3.0, min(26.0, height / len(rows)))
+        tops = {row: self.y + tall * index for index, row in enumerate(rows)}
+        gap = 1 if min(wide, tall) >= 6 else 0
+        for (row, column), share in cells.items():
+            left, top = _MARGIN + _LABELS + wide * (column - first), tops[row]
+            color = self._shade(share) if share else self.theme.dense[0]
             self.draw.rectangle((left, top, left + wide - 1 - gap, top + tall - 1 - gap), fill=color)
-        every = max(1, round(24 / tall))
-        for index, row in enumerate(rows):
-            if index % every == 0:
-                self._small(str(row), _MARGIN, self.y + tall * index - 2)
+        for row in rows[::max(1, round(24 / tall))]:
+            self._small(str(row), _MARGIN, tops[row] - 2)
         self.y = round(self.y + tall * len(rows)) + 6
-        every = max(1, round(60 / wide))
-        for step in range(first, last + 1):
-            if (step - first) % every == 0:
-                self._small(str(step), _MARGIN + labels + wide * (step - first), self.y)
+        for column in range(first, last + 1, max(1, round(60 / wide))):
+            self._small(str(column), _MARGIN + _LABELS + wide * (column - first), self.y)
         self.y += 32
-        self._scale()
+        self._scale(*ends)
 
-    def _scale(self) -> None:
-        left, width = _MARGIN + 110, 260
+    def _scale(self, low: str, high: str) -> None:
+        left, width = _MARGIN + _LABELS, 260
         for x in range(width):
             self.draw.line((left + x, self.y + 2, left + x, self.y + 20), fill=self._shade(x / width))
-        self._small("0%", left - 34, self.y)
-        self._small("100%", left + width + 8, self.y)
+        self._small(low, left - 34, self.y)
+        self._small(high, left + width + 8, self.y)
         self.draw.rectangle((left + 380, self.y + 2, left + 398, self.y + 20), fill=self.theme.dense[0])
         self._small("stayed dense", left + 406, self.y)
         self.y += 30
@@ -172,9 +175,10 @@ class _Page:
 
     def _shade(self, share: float) -> Color:
         """The color of a share from 0 to 1 on the theme's scale."""
-        at = min(max(share, 0.0), 1.0) * (len(self.theme.scale) - 1)
-        low, high = list(pairwise(self.theme.scale))[min(int(at), len(self.theme.scale) - 2)]
-        return tuple(round(a + (b - a) * (at - min(int(at), len(self.theme.scale) - 2))) for a, b in zip(low, high))
+        pairs = list(pairwise(self.theme.scale))
+        at = min(max(share, 0.0), 1.0) * len(pairs)
+        index = min(int(at), len(pairs) - 1)
+        return tuple(round(a + (b - a) * (at - index)) for a, b in zip(*pairs[index]))
 
     def _wrap(self, text: str, size: int, width: int) -> list[str]:
         lines = [""]
@@ -189,3 +193,8 @@ class _Page:
 
 def _font(size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.load_default(size)
+
+
+def as_image(picture: Image.Image) -> Tensor:
+    """ComfyUI's IMAGE of one picture: float32 (1, H, W, 3) in 0 … 1."""
+    return torch.from_numpy(np.array(picture)).float().div(255).unsqueeze(0)

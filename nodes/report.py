@@ -1,15 +1,14 @@
 """The node SpargeAttn Report: what happened in the last run of a patched model, as a picture and as text."""
 from __future__ import annotations
 
-import numpy as np
-import torch
 from comfy.patcher_extension import CallbacksMP
 from comfy_api.latest import io, ui
 
 from .block_pictures import MapRequest
 from .blocks import Block, BlockList
+from .menu import CATEGORY, SEARCH_ALIASES
 from .override import CALLBACK_KEY, SpargeOverride
-from .pictures import THEMES, draw_report
+from .pictures import THEMES, as_image, draw_report
 from .report_text import failed_report, run_report
 
 
@@ -19,12 +18,12 @@ class SpargeAttnReport(io.ComfyNode):
         return io.Schema(
             node_id="SpargeAttnReport",
             display_name="SpargeAttn Report",
-            category="model/patch/SpargeAttn",
+            category=CATEGORY,
             description="Shows what Apply SpargeAttn did in the last run: how much attention was skipped in every "
                         "block and step, which calls stayed dense and why, the time it saved, and the block map of one "
                         "head. Connect the model that goes into the sampler and the latent that comes out of it.",
-            search_aliases=["sparge", "sparse attention", "sparsity", "heat map", "statistics", "why is it not faster",
-                            "block map", "speed up", "加速", "稀疏注意力", "报告", "報告"],
+            search_aliases=[*SEARCH_ALIASES, "sparsity", "heat map", "statistics", "why is it not faster", "block map",
+                            "报告", "報告"],
             inputs=[
                 io.Model.Input("model", tooltip="The patched model, as it goes into the sampler."),
                 io.Latent.Input("samples", tooltip="The sampler's output: the report is made once it is there. Goes "
@@ -66,8 +65,7 @@ class SpargeAttnReport(io.ComfyNode):
         else:
             override.run.map_request = MapRequest(step, chosen)
             panels = run_report(override.run.summary, override.settings, chosen, head, step)
-        pixels = np.array(draw_report(panels, THEMES[theme]))
-        image = torch.from_numpy(pixels).float().div(255).unsqueeze(0)
+        image = as_image(draw_report(panels, THEMES[theme]))
         text = panels.text()
         preview = ui.PreviewImage(image, cls=cls)
         return io.NodeOutput(samples, image, text, ui={**preview.as_dict(), "text": [text]})

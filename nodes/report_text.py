@@ -19,6 +19,7 @@ _ADVICE = {
                                     "little.",
     "outside start_percent": "Sampling outside start_percent … end_percent stays dense on purpose.",
     "listed in dense_blocks": "These blocks are listed in dense_blocks.",
+    "tuned to stay dense": "Nothing can be skipped at the error tuned for: tune with larger l1, or disconnect params.",
     "pv_precision fp8": "Choose pv_precision auto.",
     "mask other than": "This model hides some pairs of tokens, which only dense attention can do.",
     "unsupported dtype": "Load the model in 16 bits.",

@@ -15,12 +15,14 @@ from comfy_api.latest import io
 from ..kernels import SpargeParams
 from ..kernels.search import Bounds
 from . import params_file
+from .menu import CATEGORY, SEARCH_ALIASES
 from .params_nodes import SPARGE_PARAMS, params_folder
+from .pictures import as_image
 from .policy import Settings
 from .run_state import log
 from .tuned import Architecture, TunedParams
 from .tuning import Tuner
-from .tuning_picture import as_image, report
+from .tuning_picture import draw_tuned
 
 _PREVIEW_SIZE = 768
 _PROGRESS = 1000
@@ -33,12 +35,12 @@ class SpargeAttnTune(io.ComfyNode):
         return io.Schema(
             node_id="SpargeAttnTune",
             display_name="Tune SpargeAttn",
-            category="model/patch/SpargeAttn",
+            category=CATEGORY,
             description="Samples once with dense attention and finds, for each layer and head, how much of it can be "
                         "skipped at an error that you choose. It takes minutes, once for a model; save the result and "
                         "give it to Apply SpargeAttn. Tune on the size of picture or clip that you use. If you stop "
                         "it, what was found is saved; connect it to params to go on.",
-            search_aliases=["sparge", "tune", "calibrate", "sparse attention", "hyper-parameter search"],
+            search_aliases=[*SEARCH_ALIASES, "calibrate", "hyper-parameter search", "调优", "調優"],
             inputs=[
                 io.Model.Input("model", tooltip="The diffusion model, from before Apply SpargeAttn."),
                 io.Int.Input("seed", default=0, min=0, max=0xffffffffffffffff, control_after_generate=True,
@@ -108,7 +110,7 @@ class SpargeAttnTune(io.ComfyNode):
 
         def progress(share: float) -> None:
             nonlocal shown
-            preview = ("JPEG", report(tuner.params), _PREVIEW_SIZE) if tuner.searched > shown else None
+            preview = ("JPEG", draw_tuned(tuner.params), _PREVIEW_SIZE) if tuner.searched > shown else None
             shown = tuner.searched
             bar.update_absolute(int(_PROGRESS * (share + (not tuner.learn)) / runs), _PROGRESS, preview)
 
@@ -133,7 +135,7 @@ class SpargeAttnTune(io.ComfyNode):
             raise
         log.info("SpargeAttn: tuned: %s", tuner.params)
         bar.update_absolute(_PROGRESS)
-        return io.NodeOutput(tuner.params, latent, as_image(report(tuner.params)))
+        return io.NodeOutput(tuner.params, latent, as_image(draw_tuned(tuner.params)))
 
 
 def _beginning(params: TunedParams | None, model, bounds: Bounds) -> TunedParams:

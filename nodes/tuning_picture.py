@@ -1,61 +1,31 @@
-"""Pictures of tuned parameters: a cell for each layer (row) and head (column)."""
+"""Tuned parameters as a picture: heat maps with a row for each layer and a column for each head."""
 from __future__ import annotations
 
-import torch
-from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
+from PIL import Image
 
+from .pictures import THEMES, Page
 from .tuned import TunedParams
 
-_PAPER, _INK, _UNUSED = (250, 250, 247), (40, 40, 40), (225, 225, 222)
-# Ends of the scales: nothing skipped to everything skipped; no error to the bound.
-_SPARSITY = (255, 255, 229), (0, 90, 50)
-_ERROR = (255, 247, 236), (179, 0, 0)
-_GAP, _TITLE, _LABEL = 12, 22, 96
+_TALL = 320  # of a heat map, so that three are seen at once
 
 
-def report(params: TunedParams) -> Image.Image:
-    """Sparsity beside the errors, on the calls tuned on and where there are any on others, with a title over each."""
-    names = list(params.layers)
-    searches = [params.layers[name].search for name in names]
-    l2 = params.bounds.l2
-    panels = [("sparsity, 0 to 100%", [x.sparsity for x in searches], 1.0, _SPARSITY),
-              (f"L1 when tuned, 0 to {l2:g}", [x.error for x in searches], l2, _ERROR)]
+def draw_tuned(params: TunedParams) -> Image.Image:
+    """Sparsity, then the errors on the calls tuned on and, where there are any, on others."""
+    page = Page(THEMES["dark"])
+    page.text(f"{params.sparsity:.1%} of the attention can be skipped", 34, page.theme.text)
+    page.text(str(params), 20, page.theme.faint)
+    page.title("Attention skipped, by layer (down) and head (across)")
+    page.heat_map(_cells(params, "sparsity", 1.0), _TALL)
+    most = params.bounds.l2
+    page.title("Error (L1) when tuned")
+    page.heat_map(_cells(params, "error", most), _TALL, ("0", f"{most:g}"))
     if params.unseen_error is not None:
-        panels.append((f"L1 with another seed, 0 to {l2:g}", [x.unseen for x in searches], l2, _ERROR))
-    heads = max((x.heads for x in searches), default=1)
-    cell = max(4, min(24, 480 // heads, 960 // max(1, len(names))))
-    width = max(190, heads * cell)
-    page = Image.new("RGB", (_LABEL + len(panels) * (width + _GAP), 2 * _TITLE + max(1, len(names)) * cell + _GAP),
-                     _PAPER)
-    draw, font = ImageDraw.Draw(page), ImageFont.load_default()
-    draw.text((_GAP, 5), _plain(str(params)), fill=_INK, font=font)
-    for i, (title, rows, top, scale) in enumerate(panels):
-        x = _LABEL + i * (width + _GAP)
-        draw.text((x, _TITLE + 4), title, fill=_INK, font=font)
-        _heat_map(draw, x, 2 * _TITLE, cell, rows, top, scale)
-    every = max(1, -(-12 // cell))  # of the labels, as many as fit
-    for row in range(0, len(names), every):
-        draw.text((_GAP, 2 * _TITLE + row * cell + (cell - 10) // 2), names[row][:14], fill=_INK, font=font)
-    return page
+        page.title("Error (L1) with another seed")
+        page.heat_map(_cells(params, "unseen", most), _TALL, ("0", f"{most:g}"))
+    return page.finish()
 
 
-def _heat_map(draw: ImageDraw.ImageDraw, left: int, top: int, cell: int, rows: list[Tensor], most: float,
-              scale: tuple) -> None:
-    for y, values in enumerate(rows):
-        for x, value in enumerate(values.tolist()):
-            share = min(1.0, value / most)
-            colour = tuple(round(a + (b - a) * share) for a, b in zip(*scale)) if value > 0 else _UNUSED
-            corner = left + x * cell, top + y * cell
-            draw.rectangle((*corner, corner[0] + cell - 2, corner[1] + cell - 2), fill=colour)
-
-
-def _plain(text: str) -> str:
-    """PIL's own font has Latin letters alone."""
-    return text.encode("latin-1", "replace").decode("latin-1")
-
-
-def as_image(picture: Image.Image) -> Tensor:
-    """ComfyUI's IMAGE of one picture: float32 (1, H, W, 3) in 0 … 1."""
-    data = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
-    return data.view(1, picture.height, picture.width, 3).float() / 255
+def _cells(params: TunedParams, name: str, most: float) -> dict[tuple[str, int], float]:
+    """A field of every layer's search, as a share of `most`."""
+    return {(layer, head): value / most for layer, tuned in params.layers.items()
+            for head, value in enumerate(getattr(tuned.search, name).tolist())}

@@ -3,7 +3,7 @@ the tests hand to the server.
 
     COMFYUI_PATH=... python -m tests.browser.make_workflows [name ...]
 
-Run it after a change of the nodes' inputs or of examples.py.
+Run it after a change of the nodes' inputs or of the examples.
 """
 import io
 import json
@@ -16,10 +16,23 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ..nodes.host import comfy_server
 from .editor import Editor, browser
-from .examples import EXAMPLES
+from .image_examples import flux_dev, flux_kontext, qwen_image, sd35, sdxl
+from .video_examples import (
+    compare,
+    hunyuan_video,
+    ltx_video,
+    mochi,
+    tune_and_save,
+    wan21_text_to_video,
+    wan22_image_to_video,
+    wan22_text_to_video,
+)
 
 WORKFLOWS = comfy_server.REPOSITORY / "workflows"
 PROMPTS = comfy_server.REPOSITORY / "tests/nodes/host/prompts"
+EXAMPLES = {graph.name: graph for graph in (make() for make in (
+    wan21_text_to_video, wan22_text_to_video, wan22_image_to_video, hunyuan_video, mochi, ltx_video, flux_dev,
+    flux_kontext, sd35, qwen_image, sdxl, compare, tune_and_save))}
 
 BUILD = """async ({nodes, note}) => {
     app.graph.clear()

@@ -7,21 +7,15 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from comfyui_spargeattn.tests.nodes.host.comfy_server import host_python
+
 pytestmark = pytest.mark.comfy
 HOST = Path(__file__).parent / "host"
 TIMEOUT = 1800  # seconds for all host tests together
-
-
-def host_python():
-    """ComfyUI's virtual environment where its folder has one, else this interpreter."""
-    root = Path(os.environ["COMFYUI_PATH"])
-    candidates = root / ".venv/bin/python", root / ".venv/Scripts/python.exe"
-    return str(next(filter(Path.exists, candidates), sys.executable))
 
 
 def host_pytest(*arguments, report=None):

@@ -2,6 +2,7 @@
 import sys
 
 import comfy_host
+import pytest
 from sampling import node_class, widget_defaults
 
 
@@ -34,3 +35,12 @@ def test_every_widget_has_a_tooltip_and_a_default(comfy_nodes):
     for entry in node.define_schema().inputs:
         assert entry.tooltip, entry.id
         assert entry.id in defaults or entry.id == "model" or entry.optional, entry.id
+
+
+@pytest.mark.parametrize("words", ("sparge", "sage", "sparse attention", "speed up", "accelerate", "加速",
+                                   "稀疏注意力"))
+def test_every_node_is_found_by_what_people_search_for(comfy_nodes, words):
+    own = [node for name, node in comfy_nodes.NODE_CLASS_MAPPINGS.items() if "SpargeAttn" in name]
+    assert len(own) == 5
+    for node in own:
+        assert words in node.define_schema().search_aliases, node

@@ -8,6 +8,7 @@ from english import english, own_nodes
 from test_server import cpu_option
 
 LANGUAGES = "en", "zh", "zh-TW"
+INPUTS = "## Inputs", "## 输入", "## 輸入"
 DOCS = comfy_server.REPOSITORY / "nodes/web/docs"
 
 
@@ -48,5 +49,12 @@ def test_help_page_names_every_widget(nodes, language):
         widgets = {key.replace("selection_", "") for key in english(node)["inputs"]}
         for widget in widgets - {"model", "samples"}:
             assert widget in page, (name, widget)
-        for picture in re.findall(r"!\[.*?\]\((.*?)\)", page):
-            assert (DOCS / picture).is_file(), picture
+        pictures = re.findall(r"!\[.*?\]\((.*?)\)", page)
+        assert pictures and all((DOCS / picture).is_file() for picture in pictures), (name, pictures)
+        for line in re.findall(r"^- \*\*(?!model|samples|params|other_positive).*", inputs_of(page), re.MULTILINE):
+            assert re.search(r"\*(Recommended: |建议：|建議：)", line), (name, line)
+
+
+def inputs_of(page):
+    """The section of that heading."""
+    return re.split(r"^## ", page.split(next(filter(page.__contains__, INPUTS)))[1], flags=re.MULTILINE)[0]

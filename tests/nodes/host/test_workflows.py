@@ -11,25 +11,30 @@ HOST = Path(__file__).parent
 PROMPTS = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in (HOST / "prompts").glob("*.json")}
 WORKFLOWS = comfy_server.REPOSITORY / "workflows"
 # A tiny checkpoint takes the place of the file that the workflow names.
-RUNNABLE = {"wan2.1_text_to_video": "wan", "wan2.2_text_to_video": "wan", "compare_dense_and_sparse": "wan",
-            "flux_dev_text_to_image": "flux", "flux_kontext_edit_image": "flux", "sd3.5_text_to_image": "sd3.5",
-            "ltx_video_text_to_video": "ltxv", "sdxl_text_to_image": "sdxl", "tune_and_save": "wan"}
-SIZES = {"EmptyHunyuanLatentVideo": {"width": 256, "height": 256, "length": 9},
-         "EmptyLTXVLatentVideo": {"width": 512, "height": 512, "length": 17},
-         "EmptySD3LatentImage": {"width": 384, "height": 384}, "EmptyLatentImage": {"width": 256, "height": 256}}
-DECODING = {"VAEDecode", "VAELoader", "CLIPLoader", "DualCLIPLoader", "CreateVideo", "SaveVideo", "SaveImage",
-            "ImageStitch", "LoadImage", "FluxKontextImageScale"}
+FAMILY = {"wan2.1_text_to_video": "wan", "wan2.2_text_to_video": "wan", "wan2.2_image_to_video": "wan_image",
+          "compare_dense_and_sparse": "wan", "tune_and_save": "wan", "mochi_text_to_video": "mochi",
+          "hunyuan_video_1.5_text_to_video": "hunyuan_video_1.5", "ltx_video_text_to_video": "ltxv",
+          "flux_dev_text_to_image": "flux", "flux_kontext_edit_image": "flux", "sd3.5_text_to_image": "sd3.5",
+          "qwen_image_text_to_image": "qwen_image", "sdxl_text_to_image": "sdxl"}
+CLIP, IMAGE = {"width": 256, "height": 256, "length": 9}, {"width": 384, "height": 384}
+SIZES = {"EmptyHunyuanLatentVideo": CLIP, "EmptyHunyuanVideo15Latent": CLIP, "WanImageToVideo": CLIP,
+         "EmptyMochiLatentVideo": {**CLIP, "length": 13}, "EmptyLTXVLatentVideo": {"width": 512, "height": 512,
+                                                                                   "length": 17},
+         "EmptySD3LatentImage": IMAGE, "EmptyLatentImage": {"width": 256, "height": 256}}
+DECODING = {"VAEDecode", "CreateVideo", "SaveVideo", "SaveImage"}
 
 
 @pytest.fixture(scope="module")
 def server(comfy_nodes, tmp_path_factory):
     base = tmp_path_factory.mktemp("workflows")
     comfy_server.prepare(base, models=comfy_server.needed_models())
-    (base / "custom_nodes/random_conditioning").symlink_to(HOST / "random_conditioning")
-    (base / "models/diffusion_models").mkdir(parents=True, exist_ok=True)
-    for family in set(RUNNABLE.values()):
+    for pack in ("random_conditioning", "small_models"):
+        (base / "custom_nodes" / pack).symlink_to(HOST / pack)
+    for family in set(FAMILY.values()):
         checkpoints.write(checkpoints.FAMILIES[family], base / f"models/diffusion_models/tiny_{family}.safetensors")
-    with comfy_server.running(base, "--disable-dynamic-vram", *cpu_option()) as running:
+        if family in checkpoints.VAES:
+            checkpoints.write_vae(family, base / f"models/vae/tiny_{family}.safetensors")
+    with comfy_server.running(base, "--disable-dynamic-vram", "--fp32-vae", *cpu_option()) as running:
         yield running
 
 
@@ -64,26 +69,35 @@ def test_server_takes_the_prompt(server, name):
 
 
 def shrunk(prompt, family):
-    """The same graph around a tiny checkpoint: random conditions, small latents, three steps, latents for results."""
-    family = checkpoints.FAMILIES[family]
-    prompt = json.loads(json.dumps(prompt))
+    """The same graph around a tiny checkpoint: random conditions, small latents, few steps.
+
+    It ends in pictures and clips where the family has a tiny VAE, and in latents elsewhere.
+    """
+    decoded = family in checkpoints.VAES
+    file, family = f"tiny_{family}.safetensors", checkpoints.FAMILIES[family]
+    vae = {"class_type": "VAELoader", "inputs": {"vae_name": file}}
     kept = {}
-    for key, node in prompt.items():
+    for key, node in json.loads(json.dumps(prompt)).items():
         kind, inputs = node["class_type"], node["inputs"]
-        if kind in DECODING:
+        if kind in ("CLIPLoader", "DualCLIPLoader") or (kind in DECODING | {"VAELoader"} and not decoded):
             continue
         if kind in ("UNETLoader", "CheckpointLoaderSimple"):
-            node = {"class_type": "UNETLoader",
-                    "inputs": {"unet_name": f"tiny_{family.name}.safetensors", "weight_dtype": "default"}}
+            node = {"class_type": "UNETLoader", "inputs": {"unet_name": file, "weight_dtype": "default"}}
+            if kind == "CheckpointLoaderSimple" and decoded:
+                kept[f"{key}_vae"] = vae
+        elif kind == "VAELoader":
+            node = vae
         elif kind == "CLIPTextEncode":
             length, width = family.context
             node = {"class_type": "RandomConditioning",
                     "inputs": {"length": length, "width": width, "seed": int(key), "pooled": family.pooled or 0,
                                "masked": family.text_mask}}
-        elif kind == "VAEEncode":
-            node = {"class_type": "EmptySD3LatentImage", "inputs": {**SIZES["EmptySD3LatentImage"], "batch_size": 1}}
+        elif kind == "FluxKontextImageScale":
+            node = {"class_type": "ImageScale",
+                    "inputs": {**inputs, **IMAGE, "upscale_method": "area", "crop": "center"}}
         elif kind == "ApplySpargeAttn":
-            inputs["min_tokens"] = checkpoints.MIN_TOKENS
+            first, _, _ = inputs["dense_blocks"].partition(",")  # a tiny model has two blocks
+            inputs |= {"min_tokens": checkpoints.MIN_TOKENS, "dense_blocks": first}
         elif kind == "SpargeAttnTune":
             inputs |= {"min_tokens": checkpoints.MIN_TOKENS, "steps": 4, "sampled_steps": 1, "evaluate": False}
         elif kind == "KSamplerAdvanced":
@@ -92,6 +106,8 @@ def shrunk(prompt, family):
         elif "steps" in inputs:
             inputs["steps"] = 4
         inputs |= SIZES.get(kind, {})
+        if "vae" in inputs and inputs["vae"][1] == 2:  # of a checkpoint that holds all models
+            inputs["vae"] = [f"{inputs['vae'][0]}_vae", 0]
         kept[key] = node
         if kind == "SpargeAttnReport":
             kept[f"save_{key}"] = {"class_type": "SaveLatent",
@@ -99,12 +115,15 @@ def shrunk(prompt, family):
     return kept
 
 
-@pytest.mark.parametrize("name", sorted(RUNNABLE))
+@pytest.mark.parametrize("name", sorted(PROMPTS))
 def test_workflow_runs(server, name):
-    prompt = shrunk(PROMPTS[name], RUNNABLE[name])
+    prompt = shrunk(PROMPTS[name], FAMILY[name])
     entry, errors = server.run(prompt)
     assert not errors and entry["status"]["status_str"] == "success", entry["status"]["messages"][-1]
+    saved = {node["class_type"] for key, node in prompt.items() if entry["outputs"].get(key, {}).get("images")}
+    assert FAMILY[name] not in checkpoints.VAES or saved & {"SaveImage", "SaveVideo"}
     reports = [key for key, node in prompt.items() if node["class_type"] == "SpargeAttnReport"]
+    assert reports
     for key in reports:
         output = entry["outputs"][key]
         # A model of random weights is tuned to stay dense.

@@ -1,0 +1,166 @@
+"""Example workflows that make clips."""
+from .example import FLUX_TEXT, HUB, SEED, Example
+
+WAN21 = f"{HUB}/Comfy-Org/Wan_2.1_ComfyUI_repackaged/resolve/main/split_files"
+WAN22 = f"{HUB}/Comfy-Org/Wan_2.2_ComfyUI_Repackaged/resolve/main/split_files"
+HUNYUAN = f"{HUB}/Comfy-Org/HunyuanVideo_1.5_repackaged/resolve/main/split_files"
+MOCHI = f"{HUB}/Comfy-Org/mochi_preview_repackaged/resolve/main/split_files"
+VIDEO = {"selection.cdf_threshold": 0.98, "hilbert": "on"}
+PROMPT = "A red fox trots through fresh snow between tall pines, low winter sun, the camera follows at its side"
+
+
+def _wan21(graph):
+    """Everything before the sampler of Wan 2.1 1.3B at 480p."""
+    model = graph.diffusion_model(f"{WAN21}/diffusion_models/wan2.1_t2v_1.3B_fp16.safetensors")
+    clip = graph.text_encoder("wan", f"{WAN21}/text_encoders/umt5_xxl_fp8_e4m3fn_scaled.safetensors")
+    vae = graph.vae(f"{WAN21}/vae/wan_2.1_vae.safetensors")
+    positive, negative = graph.prompts(clip, PROMPT, "blurry, static, low quality, subtitles")
+    latent = graph.add("latent", "EmptyHunyuanLatentVideo", 1, width=832, height=480, length=81)
+    shifted = graph.add("shift", "ModelSamplingSD3", 1, {"model": model}, shift=8.0)
+    return shifted, vae, positive, negative, latent
+
+
+def wan21_text_to_video():
+    graph = Example("wan2.1_text_to_video", "Wan 2.1 text to video with SpargeAttn",
+                    "832×480, 81 frames: 32760 tokens, where attention takes most of a step. The first fifth of the "
+                    "sampling stays dense, because it lays out the clip, and so does the first block.")
+    shifted, vae, positive, negative, latent = _wan21(graph)
+    model = graph.sparge(shifted, **VIDEO, dense_blocks="0")
+    samples = graph.sample(model, positive, negative, latent, steps=30, cfg=6.0, sampler_name="uni_pc")
+    graph.save_video(graph.decode(graph.report(model, samples), vae), 16)
+    return graph
+
+
+def _wan22(graph, kind, positive, negative, latent, vae):
+    """Both experts of Wan 2.2 14B, each with its own Apply SpargeAttn and report."""
+    latents = latent
+    for key, low in (("high", False), ("low", True)):
+        model = graph.diffusion_model(
+            f"{WAN22}/diffusion_models/wan2.2_{kind}_{key}_noise_14B_fp8_scaled.safetensors", key)
+        shifted = graph.add(f"shift_{key}", "ModelSamplingSD3", 1, {"model": model}, shift=8.0)
+        model = graph.sparge(shifted, f"sparge_{key}", **VIDEO, dense_blocks="0")
+        latents = graph.add(f"sampler_{key}", "KSamplerAdvanced", 3, {
+            "model": model, "positive": positive, "negative": negative, "latent_image": latents},
+            title=f"{key.capitalize()} noise", add_noise="disable" if low else "enable", noise_seed=SEED, steps=20,
+            cfg=3.5, sampler_name="euler", scheduler="simple", start_at_step=10 if low else 0,
+            end_at_step=10000 if low else 10, return_with_leftover_noise="disable" if low else "enable")
+        latents = graph.report(model, latents, f"report_{key}")
+    graph.save_video(graph.decode(latents, vae), 16)
+
+
+_WAN22_ABOUT = ("Both experts get their own Apply SpargeAttn. start_percent counts over the whole schedule, so it "
+                "keeps the first steps of the high-noise expert dense and has no effect on the other one.")
+
+
+def wan22_text_to_video():
+    graph = Example("wan2.2_text_to_video", "Wan 2.2 14B text to video with SpargeAttn", _WAN22_ABOUT)
+    clip = graph.text_encoder("wan", f"{WAN21}/text_encoders/umt5_xxl_fp8_e4m3fn_scaled.safetensors")
+    vae = graph.vae(f"{WAN22}/vae/wan_2.1_vae.safetensors")
+    positive, negative = graph.prompts(clip, PROMPT, "blurry, static, low quality, subtitles")
+    latent = graph.add("latent", "EmptyHunyuanLatentVideo", 1, width=832, height=480, length=81)
+    _wan22(graph, "t2v", positive, negative, latent, vae)
+    return graph
+
+
+def wan22_image_to_video():
+    graph = Example("wan2.2_image_to_video", "Wan 2.2 14B image to video with SpargeAttn", _WAN22_ABOUT)
+    clip = graph.text_encoder("wan", f"{WAN21}/text_encoders/umt5_xxl_fp8_e4m3fn_scaled.safetensors")
+    vae = graph.vae(f"{WAN22}/vae/wan_2.1_vae.safetensors")
+    image = graph.add("image", "LoadImage", 0, image="example.png")
+    positive, negative = graph.prompts(clip, PROMPT, "blurry, static, low quality, subtitles")
+    graph.add("latent", "WanImageToVideo", 1, {"positive": positive, "negative": negative, "vae": vae,
+                                               "start_image": image}, width=832, height=480, length=81)
+    _wan22(graph, "i2v", ("latent", 0), ("latent", 1), ("latent", 2), vae)
+    return graph
+
+
+def hunyuan_video():
+    graph = Example("hunyuan_video_1.5_text_to_video", "HunyuanVideo 1.5 text to video with SpargeAttn",
+                    "1280×720, 121 frames: more than a hundred thousand tokens, where attention is nearly all of a "
+                    "step. Text tokens are always attended.")
+    model = graph.diffusion_model(f"{HUNYUAN}/diffusion_models/hunyuanvideo1.5_720p_t2v_fp16.safetensors")
+    clip = graph.text_encoder("hunyuan_video_15",
+                              f"{HUNYUAN}/text_encoders/qwen_2.5_vl_7b_fp8_scaled.safetensors",
+                              f"{HUNYUAN}/text_encoders/byt5_small_glyphxl_fp16.safetensors")
+    vae = graph.vae(f"{HUNYUAN}/vae/hunyuanvideo15_vae_fp16.safetensors")
+    positive, negative = graph.prompts(clip, PROMPT)
+    latent = graph.add("latent", "EmptyHunyuanVideo15Latent", 1, width=1280, height=720, length=121)
+    shifted = graph.add("shift", "ModelSamplingSD3", 1, {"model": model}, shift=7.0)
+    model = graph.sparge(shifted, **VIDEO, dense_blocks="0, 1")
+    samples = graph.sample(model, positive, negative, latent, steps=20, cfg=6.0)
+    graph.save_video(graph.decode(graph.report(model, samples), vae), 24)
+    return graph
+
+
+def mochi():
+    graph = Example("mochi_text_to_video", "Mochi text to video with SpargeAttn",
+                    "848×480, 163 frames: 44520 tokens. Mochi does not number its blocks, so dense_blocks has no "
+                    "effect and the report counts calls.")
+    model = graph.diffusion_model(f"{MOCHI}/diffusion_models/mochi_preview_bf16.safetensors")
+    clip = graph.text_encoder("mochi", f"{FLUX_TEXT}/t5xxl_fp16.safetensors")
+    vae = graph.vae(f"{MOCHI}/vae/mochi_vae.safetensors")
+    positive, negative = graph.prompts(clip, PROMPT)
+    latent = graph.add("latent", "EmptyMochiLatentVideo", 1, width=848, height=480, length=163)
+    model = graph.sparge(model, **VIDEO)
+    samples = graph.sample(model, positive, negative, latent, steps=30, cfg=4.5)
+    graph.save_video(graph.decode(graph.report(model, samples), vae), 24)
+    return graph
+
+
+def ltx_video():
+    graph = Example("ltx_video_text_to_video", "LTX-Video text to video with SpargeAttn",
+                    "768×512, 97 frames: 4992 tokens. LTX-Video compresses so strongly that attention is a small part "
+                    "of a step: larger and longer clips gain more.")
+    model, _, vae = graph.checkpoint(f"{HUB}/Lightricks/LTX-Video/resolve/main/ltx-video-2b-v0.9.safetensors")
+    clip = graph.text_encoder("ltxv", f"{FLUX_TEXT}/t5xxl_fp16.safetensors")
+    positive, negative = graph.prompts(clip, PROMPT, "low quality, distorted, motion smear")
+    graph.add("conditioning", "LTXVConditioning", 1, {"positive": positive, "negative": negative}, frame_rate=25.0)
+    latent = graph.add("latent", "EmptyLTXVLatentVideo", 1, width=768, height=512, length=97)
+    model = graph.sparge(model, **VIDEO)
+    sigmas = graph.add("sigmas", "LTXVScheduler", 2, {"latent": latent}, steps=30)
+    sampler = graph.add("euler", "KSamplerSelect", 2, sampler_name="euler")
+    samples = graph.add("sampler", "SamplerCustom", 3, {
+        "model": model, "positive": ("conditioning", 0), "negative": ("conditioning", 1), "sampler": sampler,
+        "sigmas": sigmas, "latent_image": latent}, add_noise=True, noise_seed=SEED, cfg=3.0)
+    graph.save_video(graph.decode(graph.report(model, samples), vae), 25)
+    return graph
+
+
+def compare():
+    graph = Example("compare_dense_and_sparse", "Dense and sparse side by side",
+                    "One loaded model, two branches with the same seed: left with dense attention, right with "
+                    "SpargeAttn. Both clips are saved as one.")
+    shifted, vae, positive, negative, latent = _wan21(graph)
+    settings = {"steps": 30, "cfg": 6.0, "sampler_name": "uni_pc"}
+    sparse_model = graph.sparge(shifted, **VIDEO, dense_blocks="0")
+    dense = graph.sample(shifted, positive, negative, latent, "dense", "Dense", **settings)
+    sparse = graph.sample(sparse_model, positive, negative, latent, "sparse", "Sparse", **settings)
+    left = graph.decode(dense, vae, "decode_dense")
+    right = graph.decode(graph.report(sparse_model, sparse), vae, "decode_sparse")
+    both = graph.add("both", "ImageStitch", 6, {"image1": left, "image2": right}, direction="right",
+                     match_image_size=True, spacing_width=8, spacing_color="white")
+    video = graph.add("video", "CreateVideo", 6, {"images": both}, fps=16)
+    graph.add("save", "SaveVideo", 6, {"video": video}, filename_prefix=f"video/{graph.name}")
+    return graph
+
+
+def tune_and_save():
+    graph = Example("tune_and_save", "Tune once and save with SpargeAttn",
+                    "Finds thresholds for every layer and head on this prompt, saves them to `models/sparge_params`, "
+                    "and samples with them. It takes minutes, once for a model; afterwards **Load SpargeAttn Params** "
+                    "takes the place of the tuning node, and others can use your file.")
+    shifted, vae, positive, negative, latent = _wan21(graph)
+    settings = {"steps": 30, "cfg": 6.0, "sampler_name": "uni_pc"}
+    tuned = graph.add("tune", "SpargeAttnTune", 2, {"model": shifted, "positive": positive, "negative": negative,
+                                                    "latent_image": latent}, seed=SEED, scheduler="simple", **settings)
+    graph.add("save_params", "SpargeAttnSaveParams", 3, {"params": tuned}, filename="wan2.1_1.3b_480p")
+    graph.add("tuning_report", "PreviewImage", 3, {"images": ("tune", 2)})
+    model = graph.add("sparge", "ApplySpargeAttn", 3, {"model": shifted, "params": tuned}, **VIDEO, dense_blocks="0")
+    samples = graph.add("sampler", "KSampler", 4, {
+        "model": model, "positive": positive, "negative": negative, "latent_image": latent}, seed=SEED + 1,
+        scheduler="simple", **settings)
+    report = graph.add("report", "SpargeAttnReport", 5, {"model": model, "samples": samples})
+    images = graph.add("decode", "VAEDecode", 6, {"samples": report, "vae": vae})
+    video = graph.add("video", "CreateVideo", 6, {"images": images}, fps=16)
+    graph.add("save", "SaveVideo", 7, {"video": video}, filename_prefix=f"video/{graph.name}")
+    return graph
