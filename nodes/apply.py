@@ -101,10 +101,10 @@ class ApplySpargeAttn(io.ComfyNode):
                 io.Combo.Input(  # optional, so that prompts saved without it still run
                     "hilbert", options=list(CURVES), default="auto", optional=True,
                     tooltip="on: tokens are grouped into blocks along a Hilbert curve through the picture or clip, so "
-                            "that those of a block are neighbours in space and time: more blocks are alike, and fewer "
-                            "are computed at the same error where similarity_threshold is 0.3 or more. off: the "
-                            "model's own order. auto is off for now. Where a model's grid is not certain, the order "
-                            "stays as it is."),
+                            "that those of a block are neighbours in space and time and more alike. off: the model's "
+                            "own order. auto is off: where it was measured no order is the best at every threshold, "
+                            "and Tune SpargeAttn chooses one for each head. Where a model's grid is not certain, the "
+                            "order stays as it is."),
                 SPARGE_PARAMS.Input(
                     "params", optional=True,
                     tooltip="Tuned parameters of this model. Layers they know use them, each head its own; the "

@@ -20,7 +20,7 @@ WIDE = 310  # of a node
 # (type, column, {widget: value}) each, and (from, output, to, input) by their places in that list.
 PICTURES = {
     "ApplySpargeAttn/apply.png": (
-        [("UNETLoader", 0, {}), ("ApplySpargeAttn", 1, {"selection.cdf_threshold": 0.98, "hilbert": "on"}),
+        [("UNETLoader", 0, {}), ("ApplySpargeAttn", 1, {"selection.cdf_threshold": 0.98}),
          ("KSampler", 2, {"steps": 30, "cfg": 6.0}), ("SpargeAttnReport", 3, {})],
         [(0, 0, 1, "model"), (1, 0, 2, "model"), (1, 0, 3, "model"), (2, 0, 3, "samples")]),
     "SpargeAttnTune/tune.png": (
@@ -28,7 +28,7 @@ PICTURES = {
          ("SpargeAttnSaveParams", 2, {"filename": "wan2.1_1.3b_480p"}), ("PreviewImage", 2, {})],
         [(0, 0, 1, "model"), (1, 0, 2, "params"), (1, 2, 3, "images")]),
     "SpargeAttnLoadParams/load.png": (
-        [("UNETLoader", 0, {}), ("SpargeAttnLoadParams", 0, {}), ("ApplySpargeAttn", 1, {"hilbert": "on"}),
+        [("UNETLoader", 0, {}), ("SpargeAttnLoadParams", 0, {}), ("ApplySpargeAttn", 1, {}),
          ("KSampler", 2, {"steps": 30, "cfg": 6.0})],
         [(0, 0, 2, "model"), (1, 0, 2, "params"), (2, 0, 3, "model")]),
 }

@@ -5,7 +5,7 @@ WAN21 = f"{HUB}/Comfy-Org/Wan_2.1_ComfyUI_repackaged/resolve/main/split_files"
 WAN22 = f"{HUB}/Comfy-Org/Wan_2.2_ComfyUI_Repackaged/resolve/main/split_files"
 HUNYUAN = f"{HUB}/Comfy-Org/HunyuanVideo_1.5_repackaged/resolve/main/split_files"
 MOCHI = f"{HUB}/Comfy-Org/mochi_preview_repackaged/resolve/main/split_files"
-VIDEO = {"selection.cdf_threshold": 0.98, "hilbert": "on"}
+VIDEO = {"selection.cdf_threshold": 0.98}
 PROMPT = "A red fox trots through fresh snow between tall pines, low winter sun, the camera follows at its side"
 
 
