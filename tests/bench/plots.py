@@ -96,14 +96,32 @@ def errors(rows: list[dict]):
     return figure
 
 
-DRAW = {"cases": cases, "sparsity": sparsity, "error": errors,
+def tuning(rows: list[dict]):
+    """Points: PSNR of whole clips against the time of a call; tuned settings are joined by a line."""
+    figure, axes = panels(1, 9, 6)
+    found = [row for row in rows if "psnr_db" in row]
+    for name, style in (("fixed", dict(linestyle="", color="tab:gray")), ("tuned", dict(color="tab:green"))):
+        points = sorted((row for row in found if row["kind"] == name), key=lambda row: row["call_ms"])
+        axes[0].plot([row["call_ms"] for row in points], [row["psnr_db"] for row in points], marker="o", label=name,
+                     **style)
+    for row in found:
+        axes[0].annotate(row["setting"], (row["call_ms"], row["psnr_db"]), textcoords="offset points", fontsize=8,
+                         **(dict(xytext=(-6, 5), ha="right") if row["kind"] == "tuned" else dict(xytext=(6, -9))))
+    axes[0].set(xlabel="device time of a call, ms", ylabel="PSNR against dense, dB")
+    axes[0].margins(x=0.15)
+    axes[0].legend()
+    axes[0].grid(alpha=0.3)
+    return figure
+
+
+DRAW = {"cases": cases, "sparsity": sparsity, "error": errors, "tuning": tuning,
         "length": lambda rows: curves(rows, "n", "tokens"),
         "head_dim": lambda rows: curves(rows, "head_dim", "head_dim")}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path, help="folder of the JSON files that bench_attention wrote")
+    parser.add_argument("folder", type=Path, help="folder of JSON files that bench_attention or tuned_quality wrote")
     folder = parser.parse_args().folder
     for path in sorted(folder.glob("*.json")):
         report = json.loads(path.read_text())

@@ -4,9 +4,9 @@
     python tests/gpu/comfyui/tuned_quality.py --comfyui PATH --out FOLDER --cost
 
 Searches once for each bound on one prompt and seed; then samples prompts and seeds that the search has not seen, dense
-and with each setting. Writes tuned_quality.json and error_vs_speed.png, and prints a table: PSNR of the clip's preview
-against dense, sparsity, and the time of a call on the GPU. `--cost` searches a random Wan 1.3B at 480p, 81 frames,
-instead, for its time and memory alone.
+and with each setting. Writes tuned_quality.json, which `tests.bench.plots` draws, and prints a table: PSNR of the
+clip's preview against dense, sparsity, and the time of a call on the GPU. `--cost` searches a random Wan 1.3B at 480p,
+81 frames, instead, for its time and memory alone.
 """
 import argparse
 import importlib
@@ -14,6 +14,7 @@ import json
 import math
 import statistics
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import in_comfyui
@@ -236,9 +237,11 @@ def compare(nodes, options):
                      **quality(nodes, model, options, references, params=params), "search": facts})
         _save_picture(picture, options.out / f"tuned_l1_{l1:g}.png")
         print(f"searched with l1 {l1:g}: {facts['seconds']:.1f} s; {facts['text']}", flush=True)
-    return {"device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-            "torch": torch.__version__, "grid": grid, "steps": steps, "start_percent": options.start_percent,
-            "sampled_steps": options.sampled, "dense_peak_gib": peak, "rows": rows}
+    cuda = torch.cuda.is_available()
+    return {"mode": "tuning", "card": torch.cuda.get_device_name() if cuda else "cpu", "torch": torch.__version__,
+            "triton": version("triton") if cuda else None, "grid": grid, "steps": steps,
+            "start_percent": options.start_percent, "sampled_steps": options.sampled,
+            "dense_peak_gib": peak, "rows": rows}
 
 
 def _settings(search):
@@ -292,42 +295,6 @@ def table(rows):
     return "\n".join(lines)
 
 
-def plot(rows, path, size=(820, 520)):
-    """Time of a call (x) against PSNR (y); the tuned settings are joined by a line."""
-    from PIL import Image, ImageDraw, ImageFont
-
-    points = [row for row in rows if row["kind"] != "dense" and math.isfinite(row["psnr_db"])]
-    left, top, right, bottom = 60, 20, size[0] - 110, size[1] - 45
-    most = max(row["call_ms"] for row in points) * 1.05
-    low = math.floor(min(row["psnr_db"] for row in points) / 5) * 5
-    high = math.ceil(max(row["psnr_db"] for row in points) / 5) * 5 or 5
-    page = Image.new("RGB", size, (255, 255, 255))
-    draw, font = ImageDraw.Draw(page), ImageFont.load_default()
-
-    def at(row):
-        return (left + (right - left) * row["call_ms"] / most,
-                bottom - (bottom - top) * (row["psnr_db"] - low) / max(1, high - low))
-
-    for level in range(low, high + 1, 5):
-        y = bottom - (bottom - top) * (level - low) / max(1, high - low)
-        draw.line((left, y, right, y), fill=(225, 225, 225))
-        draw.text((12, y - 6), f"{level} dB", fill=(60, 60, 60), font=font)
-    for i in range(6):
-        x = left + (right - left) * i / 5
-        draw.text((x - 12, bottom + 6), f"{most * i / 5:.2f}", fill=(60, 60, 60), font=font)
-    draw.text(((left + right) / 2 - 80, bottom + 24), "ms of a call on the GPU (left is faster)", fill=(60, 60, 60),
-              font=font)
-    colours = {"fixed": (150, 150, 150), "tuned": (0, 110, 70)}
-    draw.line([at(row) for row in sorted(points, key=lambda row: row["call_ms"]) if row["kind"] == "tuned"],
-              fill=colours["tuned"], width=2)
-    for row in points:
-        x, y = at(row)
-        draw.ellipse((x - 4, y - 4, x + 4, y + 4), fill=colours[row["kind"]])
-        label = row["setting"].encode("latin-1", "ignore").decode("latin-1")
-        draw.text((x + 7, y - 6), label, fill=colours[row["kind"]], font=font)
-    page.save(path)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--comfyui", type=Path, required=True, help="ComfyUI's folder")
@@ -354,7 +321,6 @@ def main():
     facts = compare(nodes, options)
     (options.out / "tuned_quality.json").write_text(json.dumps({**facts, "log": log.lines}, indent=1))
     print(table(facts["rows"]))
-    plot(facts["rows"], options.out / "error_vs_speed.png")
 
 
 if __name__ == "__main__":
