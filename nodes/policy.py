@@ -16,8 +16,8 @@ from .tuned import TunedParams, order_of, params_on, setting_for
 
 # The eager path is for trying things out; on longer sequences it would keep a CPU busy for minutes a call.
 MAX_CPU_TOKENS = 16384
-# What the widget `hilbert` chooses: a curve through the grid of visual tokens, or the model's own order. No order is the
-# best at every threshold (tests/bench/results/h100_orders.json), so auto leaves it alone.
+# What the widget `hilbert` chooses: a curve through the grid of visual tokens, or the model's own order. No order is
+# the best at every threshold (tests/bench/results/h100_orders.json), so auto leaves it alone.
 CURVES = {"auto": None, "on": "hilbert", "off": None}
 
 

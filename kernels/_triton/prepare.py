@@ -1,9 +1,4 @@
-"""Preparation: one launch pools and quantises Q and samples K and V, another pools and quantises K and converts V.
-
-K and V each have a constant subtracted before they are rounded, and V is scaled by channel. Neither has to be exact:
-softmax ignores what all keys share, and the weights of a row of attention sum to one, so that a constant taken from
-every value comes back by one addition at the end. A sample of the tokens finds them without another pass over K and V.
-"""
+"""Preparation: one launch pools and quantises Q and samples K and V, another pools and quantises K and converts V."""
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -27,9 +22,8 @@ from .primitives import (
     token_at,
     token_strides,
 )
+from .sample import SAMPLE, SPLITS, constants_kernel, sample_rows
 
-SAMPLE = 1024  # tokens a head that the constants are found from; all of them where there are no more
-_SPLITS = 16  # programs a head that share the sample
 # The largest sampled value of a channel becomes 1 in float16 and an eighth of the range in float8: others may be
 # larger. Rounding stays as fine as it is, because neither format comes near its smallest normal number.
 _V_REACH = {True: FP8_MAX / 8, False: 1.0}
@@ -83,60 +77,6 @@ class PreparedValues:
 
 
 @triton.jit
-def _sample_rows(k, v, padding, partial, sampled, split, row, batch, head,
-                 k_stride_b, k_stride_h, k_stride_n, v_stride_b, v_stride_h, v_stride_n, n,
-                 D: tl.constexpr, DP: tl.constexpr, K_ALIGN: tl.constexpr, V_ALIGN: tl.constexpr, TILE: tl.constexpr,
-                 SAMPLE: tl.constexpr, SPLITS: tl.constexpr):
-    """Sums and range of one share of the sampled tokens of a head."""
-    cols = tl.arange(0, DP)
-    k_sum = tl.zeros([TILE, DP], tl.float32)
-    v_sum = tl.zeros([TILE, DP], tl.float32)
-    v_high = tl.full([TILE, DP], float("-inf"), tl.float32)
-    v_low = tl.full([TILE, DP], float("inf"), tl.float32)
-    count = tl.zeros([TILE], tl.int32)
-    for start in range(split * (SAMPLE // SPLITS), tl.minimum((split + 1) * (SAMPLE // SPLITS), n), TILE):
-        place = start + tl.arange(0, TILE)
-        exists = (place < n) & (place < SAMPLE)
-        # Multiples of the golden ratio modulo one spread evenly and keep no step with the rows of a picture.
-        spread = ((place.to(tl.int64) * 2654435769) & 0xFFFFFFFF) * n >> 32
-        tokens = tl.where(n <= SAMPLE, place, spread.to(tl.int32))
-        if padding is not None:
-            exists = exists & (tl.load(padding + batch.to(tl.int64) * n + tokens, mask=exists, other=1) == 0)
-        mask = exists[:, None] & (cols < D)
-        k_rows = rows_of(k, batch, head, tokens, k_stride_b, k_stride_h, k_stride_n, K_ALIGN)
-        v_rows = rows_of(v, batch, head, tokens, v_stride_b, v_stride_h, v_stride_n, V_ALIGN)
-        k_sum += tl.load(k_rows[:, None] + cols, mask=mask, other=0.0).to(tl.float32)
-        x = tl.load(v_rows[:, None] + cols, mask=mask, other=0.0).to(tl.float32)
-        v_sum += x
-        v_high = tl.where(mask, tl.maximum(v_high, x), v_high)
-        v_low = tl.where(mask, tl.minimum(v_low, x), v_low)
-        count += exists.to(tl.int32)
-    slot = row * SPLITS + split
-    partial += slot * 4 * DP + cols
-    tl.store(partial, tl.sum(k_sum, 0))
-    tl.store(partial + DP, tl.sum(v_sum, 0))
-    tl.store(partial + 2 * DP, tl.max(v_high, 0))
-    tl.store(partial + 3 * DP, tl.min(v_low, 0))
-    tl.store(sampled + slot, tl.sum(count, 0))
-
-
-@triton.jit
-def _constants_kernel(partial, sampled, k_constant, v_centre, v_scale, v_reach,
-                      D: tl.constexpr, DP: tl.constexpr, SPLITS: tl.constexpr):
-    """Constants of K and V and V's scale of one head, from its sample."""
-    row = tl.program_id(0)
-    cols = tl.arange(0, DP)
-    splits = row * SPLITS + tl.arange(0, SPLITS)
-    count = tl.maximum(tl.sum(tl.load(sampled + splits), 0), 1).to(tl.float32)
-    tile = partial + splits[:, None] * 4 * DP + cols
-    centre = tl.sum(tl.load(tile + DP), 0) / count
-    reach = tl.maximum(tl.max(tl.load(tile + 2 * DP), 0) - centre, centre - tl.min(tl.load(tile + 3 * DP), 0))
-    tl.store(k_constant + row * DP + cols, tl.sum(tl.load(tile), 0) / count)
-    tl.store(v_centre + row * D + cols, centre, mask=cols < D)
-    tl.store(v_scale + row * D + cols, tl.maximum(reach, 1e-12) / v_reach, mask=cols < D)
-
-
-@triton.jit
 def _quantise_queries(x, order, flags, quantised, scales, means, similarity, factor, i, row, batch, head,
                       stride_b, stride_h, stride_n, n, blocks, order_rows, group,
                       D: tl.constexpr, DP: tl.constexpr, PITCH: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr):
@@ -180,7 +120,7 @@ def _queries_kernel(q, k, v, order, flags, padding, quantised, scales, means, si
     pid = tl.program_id(0)
     if pid < samples:
         row = pid // SPLITS
-        _sample_rows(k, v, padding, partial, sampled, pid % SPLITS, row, row // kv_heads, row % kv_heads,
+        sample_rows(k, v, padding, partial, sampled, pid % SPLITS, row, row // kv_heads, row % kv_heads,
                      k_stride_b, k_stride_h, k_stride_n, v_stride_b, v_stride_h, v_stride_n, n_k,
                      D, DP, K_ALIGN, V_ALIGN, TILE, SAMPLE, SPLITS)
     else:
@@ -308,20 +248,20 @@ def prepare_queries(q: Tensor, k: Tensor, v: Tensor | None, *, factor: float, or
     """Pool and quantise q (B, H, N, D); `factor` (softmax scale · log2 e) is folded into the scales. Sample k and, if
     there is one, v (B, Hkv, M, D) for `prepare_keys`."""
     (batch, heads, n, dim), (_, kv_heads, n_k, _) = q.shape, k.shape
-    blocks, pitch, padded, samples = -(-n // block.q), round_up(dim, 16), padded_dim(dim), batch * kv_heads * _SPLITS
+    blocks, pitch, padded, samples = -(-n // block.q), round_up(dim, 16), padded_dim(dim), batch * kv_heads * SPLITS
     v = k if v is None else v
     (q_strides, q_align), (k_strides, k_align), (v_strides, v_align) = (token_strides(x) for x in (q, k, v))
     out = PreparedQueries(*allocate(
         q.device, ((batch, heads, blocks * block.q, pitch), torch.int8),
         ((batch, heads, blocks * block.q), torch.float32), ((batch, heads, blocks, dim), torch.float32),
         ((batch, heads, blocks), torch.float32),
-        ((batch, kv_heads, _SPLITS, 4, padded), torch.float32), ((batch, kv_heads, _SPLITS), torch.int32)))
+        ((batch, kv_heads, SPLITS, 4, padded), torch.float32), ((batch, kv_heads, SPLITS), torch.int32)))
     launch(_queries_kernel, (samples + blocks * batch * heads,), q.device,
            (q, k, v, order, flags, padding, out.quantised, out.scale, out.mean, out.similarity, out.partial,
             out.sampled, factor, *q_strides, *k_strides, *v_strides, n, n_k, blocks, heads, kv_heads, samples,
             order_rows(order)),
            dict(D=dim, DP=padded, PITCH=pitch, BLOCK=block.q, Q_ALIGN=q_align, K_ALIGN=k_align, V_ALIGN=v_align,
-                TILE=min(2048 // padded, SAMPLE // _SPLITS), SAMPLE=SAMPLE, SPLITS=_SPLITS),
+                TILE=min(2048 // padded, SAMPLE // SPLITS), SAMPLE=SAMPLE, SPLITS=SPLITS),
            dict(num_warps=prepare_warps(block.q, padded)))
     return out
 
@@ -343,9 +283,9 @@ def prepare_keys(k: Tensor, v: Tensor | None, queries: PreparedQueries, *, order
         None if padding is None else (rows, int8), ((*each, pitch), int8) if pooled else None,
         (each, torch.bfloat16) if pooled else None,
         None if v is None else stored, (each, f32), ((*each, pitch), f16) if pooled and v is not None else None)
-    launch(_constants_kernel, (batch * heads,), k.device,
+    launch(constants_kernel, (batch * heads,), k.device,
            (queries.partial, queries.sampled, k_constant, centre, scale, _V_REACH[fp8]),
-           dict(D=dim, DP=padded, SPLITS=_SPLITS), dict(num_warps=8))
+           dict(D=dim, DP=padded, SPLITS=SPLITS), dict(num_warps=8))
     programs = blocks * batch * heads
     launch(_keys_kernel, (programs if v is None else 2 * programs,), k.device,
            (k, v, order, flags, padding, k_constant, centre, scale, *keys, values, step, v_pooled, _V_LIMIT[fp8],

@@ -28,7 +28,7 @@ def interpreter(monkeypatch):
         return
     from comfyui_spargeattn.kernels._triton import prepare
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(prepare, "_SPLITS", 2)  # programs run one after another here
+    monkeypatch.setattr(prepare, "SPLITS", 2)  # programs run one after another here
     capability.arch_of.cache_clear()
     yield
     capability.arch_of.cache_clear()
