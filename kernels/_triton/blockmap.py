@@ -17,6 +17,7 @@ from .primitives import padded_dim, threshold_of
 _ROWS = 16  # query blocks of a program, the least that tensor cores multiply
 _RESIDENT = 512  # scores of a row that stay in registers while its threshold is sought
 _CHUNK = 128  # scores of a row that a program looks at together elsewhere
+_UNJUDGED = tl.constexpr(-3e38)  # in place of the score of a block that a rule keeps; -inf where nothing can be attended
 
 
 @dataclass(frozen=True)
@@ -40,13 +41,34 @@ def allocate_lists(device: torch.device, shape: tuple[int, int, int, int], poole
                                 (tuple(shape), float16) if pooled else None))
 
 
+# Scores are looked at in tiles [rows, pieces, 32]: Triton then gives whole rows to a warp, so that sums along them need
+# no barrier between warps.
+
 @triton.jit
-def _chunk_of(scores, at, j, end):
-    return tl.load(scores + at[:, None] + j[None, :], mask=j[None, :] < end[:, None], other=float("-inf"))
+def _columns(start, COUNT: tl.constexpr):
+    """`COUNT` columns from `start` on, [1, pieces, 32]."""
+    return (start + tl.arange(0, COUNT // 32)[:, None] * 32 + tl.arange(0, 32)[None, :])[None, :, :]
 
 
 @triton.jit
-def _key_of(x, high, TOPK: tl.constexpr):
+def _of_rows(x):
+    """Values of rows, [rows], beside a tile."""
+    return x[:, None, None]
+
+
+@triton.jit
+def _sum(x):
+    return tl.sum(tl.sum(x, 1), 1)
+
+
+@triton.jit
+def _scores_of(scores, at, j, end):
+    """Scores of the columns j; -inf beyond the end of a row."""
+    return tl.load(scores + _of_rows(at) + j, mask=j < _of_rows(end), other=float("-inf"))
+
+
+@triton.jit
+def _keys_of(x, high, TOPK: tl.constexpr):
     """Scores as integers of the same order: the bits of the scores, or under cdf of their exponentials."""
     if TOPK:
         bits = x.to(tl.int32, bitcast=True)
@@ -58,12 +80,21 @@ def _key_of(x, high, TOPK: tl.constexpr):
 @triton.jit
 def _mass_from(keys, threshold, TOPK: tl.constexpr):
     """What the keys that reach the threshold of their row add up to, in probability or in blocks, and their number."""
-    over = keys >= threshold[:, None]
-    count = tl.sum(over.to(tl.int32), 1)
+    over = keys >= _of_rows(threshold)
+    count = _sum(over.to(tl.int32))
     if TOPK:
         return count.to(tl.float32), count
     else:
-        return tl.sum(tl.where(over, keys.to(tl.float32, bitcast=True), 0.0), 1), count
+        return _sum(tl.where(over, keys.to(tl.float32, bitcast=True), 0.0)), count
+
+
+@triton.jit
+def _range_of(x):
+    """Number of visible blocks of each row, number of judged ones, and the largest and smallest of their scores."""
+    judged = x > _UNJUDGED
+    low = tl.where(judged, x, float("inf"))
+    return (_sum((x > float("-inf")).to(tl.int32)), _sum(judged.to(tl.int32)), tl.max(tl.max(x, 1), 1),
+            tl.min(tl.min(low, 1), 1))
 
 
 @triton.jit(do_not_specialize=["nq", "nk", "n_q", "n_k", "heads", "group"])
@@ -96,43 +127,39 @@ def _select_kernel(q_means, k_means, q_similarity, k_similarity, k_count, v_step
         diagonal = (i * BLOCK_Q + 1) // BLOCK_K
     last = tl.max(end, 0)
 
-    # Scores of the blocks that the prediction judges, in log2 units; -inf for all others.
+    # Scores of the blocks that the prediction judges, in log2 units.
     q = tl.load(q_means + slot[:, None] * D + cols, mask=exists[:, None] & (cols < D), other=0.0)
-    high = tl.full([ROWS], float("-inf"), tl.float32)
-    low = tl.full([ROWS], float("inf"), tl.float32)
-    n_judged = tl.zeros([ROWS], tl.int32)
-    n_visible = tl.zeros([ROWS], tl.int32)
     for start in range(0, last, PRODUCT):
         j = start + tl.arange(0, PRODUCT)
         k = tl.load(k_means + (keys + j)[:, None] * D + cols, mask=(j < nk)[:, None] & (cols < D), other=0.0)
         x = tl.dot(q, tl.trans(k)) * factor  # in TF32 where there is such: a thousandth of a score predicts nothing
-        inside = j[None, :] < end[:, None]
-        visible = inside & (tl.load(k_count + j, mask=j < nk, other=0) > 0)[None, :]
         alike = tl.load(k_similarity + j, mask=j < nk, other=0.0) >= theta
-        judged = visible & alike[None, :] & (j[None, :] < diagonal[:, None])
-        x = tl.where(judged, x, float("-inf"))
-        tl.store(scores + at[:, None] + j[None, :], x, mask=inside)
-        high = tl.maximum(high, tl.max(x, 1))
-        low = tl.minimum(low, tl.min(tl.where(judged, x, float("inf")), 1))
-        n_judged += tl.sum(judged.to(tl.int32), 1)
-        n_visible += tl.sum(visible.to(tl.int32), 1)
+        x = tl.where(alike[None, :] & (j[None, :] < diagonal[:, None]), x, _UNJUDGED)
+        x = tl.where((tl.load(k_count + j, mask=j < nk, other=0) > 0)[None, :], x, float("-inf"))
+        tl.store(scores + at[:, None] + j[None, :], x, mask=j[None, :] < end[:, None])
     tl.debug_barrier()
+
+    resident = _scores_of(scores, at, _columns(0, RESIDENT), end)
+    n_visible, n_judged, high, low = _range_of(resident)
+    for start in range(RESIDENT, last, CHUNK):
+        seen, judged, higher, lower = _range_of(_scores_of(scores, at, _columns(start, CHUNK), end))
+        n_visible, n_judged = n_visible + seen, n_judged + judged
+        high, low = tl.maximum(high, higher), tl.minimum(low, lower)
+    high = tl.where(n_judged > 0, high, 0.0)
 
     # The largest threshold whose blocks reach the target, by bisection: `low` always reaches it, `above` never. A row
     # is settled when at most one key lies between them, or none can.
     searched = (n_judged > 0) & (tl.where(whole_row, 1.0, amount) < 1.0)
-    high = tl.where(n_judged > 0, high, 0.0)
-    resident = _key_of(_chunk_of(scores, at, tl.arange(0, RESIDENT), end), high[:, None], TOPK)
+    resident = _keys_of(resident, _of_rows(high), TOPK)
     if TOPK:
         target = tl.minimum(tl.maximum(tl.ceil(amount * n_visible - 1e-3), 1.0), n_judged.to(tl.float32))
     else:
-        target = tl.sum(resident.to(tl.float32, bitcast=True), 1)
+        target = _sum(resident.to(tl.float32, bitcast=True))
         for start in range(RESIDENT, last, CHUNK):
-            x = _chunk_of(scores, at, start + tl.arange(0, CHUNK), end)
-            target += tl.sum(tl.exp2(x - high[:, None]), 1)
+            target += _sum(tl.exp2(_scores_of(scores, at, _columns(start, CHUNK), end) - _of_rows(high)))
         target = target * amount
-    low = tl.where(searched, _key_of(low, high, TOPK), 0)
-    above = tl.where(searched, _key_of(high, high, TOPK) + 1, 0)
+    low = tl.where(searched, _keys_of(low, high, TOPK), 0)
+    above = tl.where(searched, _keys_of(high, high, TOPK) + 1, 0)
     n_low = n_judged
     n_above = tl.zeros([ROWS], tl.int32)
     undecided = tl.max(tl.where(above > low + 1, n_low - n_above, 0), 0)
@@ -140,8 +167,8 @@ def _select_kernel(q_means, k_means, q_similarity, k_similarity, k_count, v_step
         middle = (low & above) + ((low ^ above) >> 1)  # the mean, without overflow
         reached, n_middle = _mass_from(resident, middle, TOPK)
         for start in range(RESIDENT, last, CHUNK):
-            x = _chunk_of(scores, at, start + tl.arange(0, CHUNK), end)
-            more, n_more = _mass_from(_key_of(x, high[:, None], TOPK), middle, TOPK)
+            x = _keys_of(_scores_of(scores, at, _columns(start, CHUNK), end), _of_rows(high), TOPK)
+            more, n_more = _mass_from(x, middle, TOPK)
             reached += more
             n_middle += n_more
         enough = reached >= target
@@ -151,36 +178,33 @@ def _select_kernel(q_means, k_means, q_similarity, k_similarity, k_count, v_step
         n_above = tl.where(enough, n_above, n_middle)
         undecided = tl.max(tl.where(above > low + 1, n_low - n_above, 0), 0)
 
-    low = tl.where(searched, low, -2147483648)
-    theta = tl.where(whole_row, float("inf"), theta)  # a row that is computed whole keeps every column by rule
+    low = _of_rows(tl.where(searched, low, -2147483648))
     n_kept = tl.zeros([ROWS], tl.int32)
     n_unmasked = tl.full([ROWS], nk, tl.int32)
     for start in range(0, last, CHUNK):
-        j = start + tl.arange(0, CHUNK)
-        x = _chunk_of(scores, at, j, end)
+        j = _columns(start, CHUNK)
+        x = _scores_of(scores, at, j, end)
+        visible = x > float("-inf")
+        kept = visible & (_of_rows(whole_row) | (x <= _UNJUDGED) | (_keys_of(x, _of_rows(high), TOPK) >= low))
+        taken = kept.to(tl.int32)
+        n_piece = tl.sum(taken, 2)
+        place = tl.cumsum(taken, 2) - 1 + (_of_rows(n_kept) + (tl.cumsum(n_piece, 1) - n_piece)[:, :, None])
         count = tl.load(k_count + j, mask=j < nk, other=0)
-        inside = j[None, :] < end[:, None]
-        visible = inside & (count > 0)[None, :]
-        alike = tl.load(k_similarity + j, mask=j < nk, other=0.0)
-        ruled = (alike[None, :] < theta[:, None]) | (j[None, :] >= diagonal[:, None])
-        kept = visible & (ruled | ((_key_of(x, high[:, None], TOPK) >= low[:, None]) & (x > float("-inf"))))
-        place = n_kept[:, None] + tl.cumsum(kept.to(tl.int32), 1) - 1
-        special = (count < BLOCK_K)[None, :] | (j[None, :] >= diagonal[:, None])
+        special = (count < BLOCK_K) | (j >= _of_rows(diagonal))
         if v_steps is not None:
-            special = special | (tl.load(v_steps + keys + j, mask=j < nk, other=1.0) != 1.0)[None, :]
-        n_unmasked = tl.minimum(n_unmasked, tl.min(tl.where(kept & special, place, nk), 1))
+            special = special | (tl.load(v_steps + keys + j, mask=j < nk, other=1.0) != 1.0)
+        n_unmasked = tl.minimum(n_unmasked, tl.min(tl.min(tl.where(kept & special, place, nk), 1), 1))
         if tail is not None:
-            weight = tl.where(visible & (kept == 0), tl.log2(tl.maximum(count, 1).to(tl.float32))[None, :],
-                              float("-inf"))
-            tl.store(tail + at[:, None] + j[None, :], weight.to(tl.float16), mask=inside)
+            weight = tl.where(visible & (kept == 0), tl.log2(tl.maximum(count, 1).to(tl.float32)), float("-inf"))
+            tl.store(tail + _of_rows(at) + j, weight.to(tl.float16), mask=j < _of_rows(end))
         tl.debug_barrier()  # every score of this chunk has been read before its memory takes the list
-        tl.store(indices + at[:, None] + place, tl.broadcast_to(j[None, :], [ROWS, CHUNK]), mask=kept)
-        n_kept += tl.sum(kept.to(tl.int32), 1)
+        tl.store(indices + _of_rows(at) + place, tl.broadcast_to(j, place.shape), mask=kept)
+        n_kept += tl.sum(n_piece, 1)
     if tail is not None:
         for start in range(tl.min(tl.where(exists, end, nk), 0) // CHUNK * CHUNK, nk, CHUNK):
-            j = start + tl.arange(0, CHUNK)
-            beyond = exists[:, None] & (j[None, :] >= end[:, None]) & (j < nk)[None, :]
-            tl.store(tail + at[:, None] + j[None, :], tl.full([ROWS, CHUNK], float("-inf"), tl.float16), mask=beyond)
+            j = _columns(start, CHUNK)
+            beyond = _of_rows(exists) & (j >= _of_rows(end)) & (j < nk)
+            tl.store(tail + _of_rows(at) + j, float("-inf"), mask=beyond)
     tl.store(counts + slot * 3, tl.minimum(n_unmasked, n_kept), mask=exists)
     tl.store(counts + slot * 3 + 1, n_kept, mask=exists)
     tl.store(counts + slot * 3 + 2, n_visible, mask=exists)

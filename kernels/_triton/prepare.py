@@ -78,7 +78,7 @@ class PreparedValues:
 
 @triton.jit
 def _quantise_queries(x, order, flags, quantised, scales, means, similarity, factor, i, row, batch, head,
-                      stride_b, stride_h, stride_n, n, blocks, order_rows, group,
+                      stride_b, stride_h, stride_n, n, blocks, pitch, order_rows, group,
                       D: tl.constexpr, DP: tl.constexpr, PITCH: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr):
     """Pool and quantise one block of queries."""
     places = i * BLOCK + tl.arange(0, BLOCK)
@@ -98,21 +98,21 @@ def _quantise_queries(x, order, flags, quantised, scales, means, similarity, fac
     tl.store(means + slot * D + cols, tl.sum(q, 0) / count, mask=cols < D)
 
     # The attention kernel finds row maxima before it applies the scales, which therefore have to be positive.
-    step = tl.maximum(tl.max(tl.abs(q), 1), 1e-12) / 127.0
-    inverse = tl.where(factor < 0, -1.0, 1.0) / step
+    largest = tl.maximum(tl.max(tl.abs(q), 1), 1e-12)
+    inverse = tl.where(factor < 0, -127.0, 127.0) / largest
     places = slot * BLOCK + tl.arange(0, BLOCK)
-    tl.store(quantised + places[:, None] * PITCH + cols, to_int8(q * inverse[:, None]), mask=cols < PITCH)
-    tl.store(scales + places, step * tl.maximum(tl.abs(factor), 1e-18))
+    tl.store(quantised + places[:, None] * pitch * 8 + cols, to_int8(q * inverse[:, None]), mask=cols < PITCH)
+    tl.store(scales + places, largest * (tl.maximum(tl.abs(factor), 1e-18) / 127.0))
 
 
 @triton.jit(do_not_specialize=["q_stride_b", "q_stride_h", "q_stride_n", "k_stride_b", "k_stride_h", "k_stride_n",
                                "v_stride_b", "v_stride_h", "v_stride_n", "n_q", "n_k", "blocks", "heads", "kv_heads",
-                               "samples", "order_rows"])
+                               "samples", "pitch", "order_rows"])
 def _queries_kernel(q, k, v, order, flags, padding, quantised, scales, means, similarity, partial, sampled, factor,
                     q_stride_b: tl.int64, q_stride_h: tl.int64, q_stride_n: tl.int64,
                     k_stride_b: tl.int64, k_stride_h: tl.int64, k_stride_n: tl.int64,
                     v_stride_b: tl.int64, v_stride_h: tl.int64, v_stride_n: tl.int64,
-                    n_q, n_k, blocks, heads, kv_heads, samples, order_rows,
+                    n_q, n_k, blocks, heads, kv_heads, samples, pitch, order_rows,
                     D: tl.constexpr, DP: tl.constexpr, PITCH: tl.constexpr, BLOCK: tl.constexpr,
                     Q_ALIGN: tl.constexpr, K_ALIGN: tl.constexpr, V_ALIGN: tl.constexpr, TILE: tl.constexpr,
                     SAMPLE: tl.constexpr, SPLITS: tl.constexpr):
@@ -126,8 +126,8 @@ def _queries_kernel(q, k, v, order, flags, padding, quantised, scales, means, si
     else:
         row = (pid - samples) // blocks
         _quantise_queries(q, order, flags, quantised, scales, means, similarity, factor, (pid - samples) % blocks, row,
-                          row // heads, row % heads, q_stride_b, q_stride_h, q_stride_n, n_q, blocks, order_rows,
-                          heads // kv_heads, D, DP, PITCH, BLOCK, Q_ALIGN)
+                          row // heads, row % heads, q_stride_b, q_stride_h, q_stride_n, n_q, blocks, pitch,
+                          order_rows, heads // kv_heads, D, DP, PITCH, BLOCK, Q_ALIGN)
 
 
 @triton.jit
@@ -142,7 +142,7 @@ def _exists(padding, batch, tokens, places, n):
 @triton.jit
 def _quantise_keys(k, order, flags, padding, constant, quantised, scales, means, similarity, counts, valid,
                    pooled, pooled_scales, j, row, batch, head, order_row, stride_b, stride_h, stride_n, n, blocks,
-                   D: tl.constexpr, DP: tl.constexpr, PITCH: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr):
+                   pitch, D: tl.constexpr, DP: tl.constexpr, PITCH: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr):
     """Centre, pool and quantise one block of keys."""
     cols = tl.arange(0, DP)
     lane = tl.arange(0, BLOCK)
@@ -158,7 +158,7 @@ def _quantise_keys(k, order, flags, padding, constant, quantised, scales, means,
 
     rows = rows_of(k, batch, head, tokens, stride_b, stride_h, stride_n, ALIGN)
     x = tl.load(rows[:, None] + cols, mask=exists[:, None] & (cols < D), other=0.0).to(tl.float32)
-    x = tl.where(exists[:, None], x - tl.load(constant + row * DP + cols)[None, :], 0.0)  # [BLOCK, DP]
+    x -= tl.load(constant + row * DP + cols)[None, :] * exists.to(tl.float32)[:, None]  # [BLOCK, DP]
     alike = block_similarity(x, count)
     if flags is not None:
         flagged = tl.max(tl.load(flags + tokens, mask=places < n, other=0), 0)
@@ -168,7 +168,8 @@ def _quantise_keys(k, order, flags, padding, constant, quantised, scales, means,
     tl.store(means + slot * D + cols, mean, mask=cols < D)
     step = tl.maximum(tl.max(tl.abs(x)), 1e-12) / 127.0
     tl.store(scales + slot, step)
-    tl.store(quantised + (slot * BLOCK + lane)[:, None] * PITCH + cols, to_int8(x * (1.0 / step)), mask=cols < PITCH)
+    pointers = quantised + (slot * BLOCK + lane)[:, None] * pitch * 8 + cols
+    tl.store(pointers, to_int8(x * (1.0 / step)), mask=cols < PITCH)
     if pooled is not None:
         # Two bytes, because the attention kernel would wait for larger ones at a barrier; rounded up to fit.
         step = (tl.maximum(tl.max(tl.abs(mean)), 1e-12) / 127.0 * (1 + 2.0 ** -7)).to(tl.bfloat16)
@@ -178,7 +179,7 @@ def _quantise_keys(k, order, flags, padding, constant, quantised, scales, means,
 
 @triton.jit
 def _convert_values(v, order, padding, centres, scales, values, steps, pooled, limit,
-                    j, row, batch, head, order_row, stride_b, stride_h, stride_n, n, blocks,
+                    j, row, batch, head, order_row, stride_b, stride_h, stride_n, n, blocks, pitch,
                     D: tl.constexpr, DP: tl.constexpr, PITCH: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr,
                     FP8: tl.constexpr):
     """Centre, scale and convert one block of values."""
@@ -193,12 +194,11 @@ def _convert_values(v, order, padding, centres, scales, values, steps, pooled, l
     tokens = token_at(order, order_row, places, n)
     exists = _exists(padding, batch, tokens, places, n)
     rows = rows_of(v, batch, head, tokens, stride_b, stride_h, stride_n, ALIGN)
-    mask = exists[:, None] & (cols < D)
-    x = tl.load(rows[:, None] + cols, mask=mask, other=0.0).to(tl.float32)
+    x = tl.load(rows[:, None] + cols, mask=exists[:, None] & (cols < D), other=0.0).to(tl.float32)
 
     centre = tl.load(centres + row * D + cols, mask=cols < D, other=0.0)
     scale = tl.load(scales + row * D + cols, mask=cols < D, other=1.0)
-    x = tl.where(mask, (x - centre[None, :]) * (1.0 / scale)[None, :], 0.0)
+    x = (x - centre[None, :] * exists.to(tl.float32)[:, None]) * (1.0 / scale)[None, :]
     if pooled is not None:
         mean = tl.sum(x, 0) / tl.maximum(tl.sum(exists.to(tl.int32), 0), 1).to(tl.float32)
         mean = tl.clamp(mean, -65504.0, 65504.0)
@@ -207,27 +207,27 @@ def _convert_values(v, order, padding, centres, scales, values, steps, pooled, l
     exponent = tl.ceil(tl.log2(tl.maximum(excess, 1.0)))
     if not FP8:
         exponent = tl.minimum(exponent, 15.0)  # P is multiplied by it in float16
-    step = tl.exp2(exponent)
-    tl.store(steps + slot, step)
-    x = tl.clamp(x / step, -65504.0, 65504.0)
+    tl.store(steps + slot, tl.exp2(exponent))
+    if exponent > 0:
+        x *= tl.exp2(-exponent)
     lane = tl.arange(0, BLOCK)
     if FP8:
         channels = row.to(tl.int64) * D + cols
-        pointers = values + channels[:, None] * blocks * BLOCK + j * BLOCK + lane
+        pointers = values + channels[:, None] * pitch * 8 + j * BLOCK + lane
         tl.store(pointers, tl.trans(x.to(values.dtype.element_ty)), mask=cols[:, None] < D)
     else:
         pointers = values + (slot * BLOCK + lane)[:, None] * PITCH + cols
-        tl.store(pointers, x.to(tl.float16), mask=cols < PITCH)
+        tl.store(pointers, tl.clamp(x, -65504.0, 65504.0).to(tl.float16), mask=cols < PITCH)
 
 
 @triton.jit(do_not_specialize=["k_stride_b", "k_stride_h", "k_stride_n", "v_stride_b", "v_stride_h", "v_stride_n", "n",
-                               "blocks", "heads", "order_rows", "key_programs"])
+                               "blocks", "heads", "k_pitch", "v_pitch", "order_rows", "key_programs"])
 def _keys_kernel(k, v, order, flags, padding, k_constant, v_centre, v_scale,
                  quantised, scales, means, similarity, counts, valid, pooled, pooled_scales,
                  values, v_steps, v_pooled, v_limit,
                  k_stride_b: tl.int64, k_stride_h: tl.int64, k_stride_n: tl.int64,
-                 v_stride_b: tl.int64, v_stride_h: tl.int64, v_stride_n: tl.int64, n, blocks, heads, order_rows,
-                 key_programs, D: tl.constexpr, DP: tl.constexpr, PITCH: tl.constexpr, BLOCK: tl.constexpr,
+                 v_stride_b: tl.int64, v_stride_h: tl.int64, v_stride_n: tl.int64, n, blocks, heads, k_pitch,
+                 v_pitch, order_rows, key_programs, D: tl.constexpr, DP: tl.constexpr, PITCH: tl.constexpr, BLOCK: tl.constexpr,
                  K_ALIGN: tl.constexpr, V_ALIGN: tl.constexpr, FP8: tl.constexpr):
     """The first `key_programs` programs take a block of keys each, the others, if any, a block of values."""
     pid = tl.program_id(0)
@@ -237,10 +237,11 @@ def _keys_kernel(k, v, order, flags, padding, k_constant, v_centre, v_scale,
     if pid < key_programs:
         _quantise_keys(k, order, flags, padding, k_constant, quantised, scales, means, similarity, counts, valid,
                        pooled, pooled_scales, j, row, batch, head, order_row, k_stride_b, k_stride_h, k_stride_n, n,
-                       blocks, D, DP, PITCH, BLOCK, K_ALIGN)
+                       blocks, k_pitch, D, DP, PITCH, BLOCK, K_ALIGN)
     elif values is not None:
         _convert_values(v, order, padding, v_centre, v_scale, values, v_steps, v_pooled, v_limit, j, row, batch, head,
-                        order_row, v_stride_b, v_stride_h, v_stride_n, n, blocks, D, DP, PITCH, BLOCK, V_ALIGN, FP8)
+                        order_row, v_stride_b, v_stride_h, v_stride_n, n, blocks, v_pitch, D, DP, PITCH, BLOCK, V_ALIGN,
+                        FP8)
 
 
 def prepare_queries(q: Tensor, k: Tensor, v: Tensor | None, *, factor: float, order: Tensor | None,
@@ -259,7 +260,7 @@ def prepare_queries(q: Tensor, k: Tensor, v: Tensor | None, *, factor: float, or
     launch(_queries_kernel, (samples + blocks * batch * heads,), q.device,
            (q, k, v, order, flags, padding, out.quantised, out.scale, out.mean, out.similarity, out.partial,
             out.sampled, factor, *q_strides, *k_strides, *v_strides, n, n_k, blocks, heads, kv_heads, samples,
-            order_rows(order)),
+            pitch // 8, order_rows(order)),
            dict(D=dim, DP=padded, PITCH=pitch, BLOCK=block.q, Q_ALIGN=q_align, K_ALIGN=k_align, V_ALIGN=v_align,
                 TILE=min(2048 // padded, SAMPLE // SPLITS), SAMPLE=SAMPLE, SPLITS=SPLITS),
            dict(num_warps=prepare_warps(block.q, padded)))
@@ -289,7 +290,7 @@ def prepare_keys(k: Tensor, v: Tensor | None, queries: PreparedQueries, *, order
     programs = blocks * batch * heads
     launch(_keys_kernel, (programs if v is None else 2 * programs,), k.device,
            (k, v, order, flags, padding, k_constant, centre, scale, *keys, values, step, v_pooled, _V_LIMIT[fp8],
-            *k_strides, *v_strides, n, blocks, heads, order_rows(order), programs),
+            *k_strides, *v_strides, n, blocks, heads, pitch // 8, rows[2] // 8, order_rows(order), programs),
            dict(D=dim, DP=padded, PITCH=pitch, BLOCK=block.k, K_ALIGN=k_align, V_ALIGN=v_align, FP8=fp8),
            dict(num_warps=prepare_warps(block.k, padded)))
     return PreparedKeys(*keys), None if v is None else PreparedValues(values, scale, centre, step, v_pooled)

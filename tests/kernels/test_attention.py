@@ -148,10 +148,11 @@ def test_block_shapes(shape, dim, monkeypatch):
 def test_long_rows_of_the_map(causal, monkeypatch, small_blocks):
     """Rows of the map that take several steps of the selecting kernel."""
     from comfyui_spargeattn.kernels._triton import blockmap
-    q, k, v = drifting_qkv(1, 1, N, 64, dtype=torch.float16, device=DEVICE)
+    q, k, v = drifting_qkv(1, 1, 1100, 64, dtype=torch.float16, device=DEVICE)
     call = dict(params=TOPK, causal=causal, skipped="pooled")
     whole = check_call(q, k, v, **call)
-    monkeypatch.setattr(blockmap, "_CHUNK", 16)
+    monkeypatch.setattr(blockmap, "_CHUNK", 32)
+    monkeypatch.setattr(blockmap, "_RESIDENT", 32)
     assert torch.equal(check_call(q, k, v, **call).mask(), whole.mask())
 
 
