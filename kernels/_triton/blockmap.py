@@ -17,7 +17,7 @@ from .primitives import padded_dim, threshold_of
 _ROWS = 16  # query blocks of a program, the least that tensor cores multiply
 _RESIDENT = 512  # scores of a row that stay in registers while its threshold is sought
 _CHUNK = 128  # scores of a row that a program looks at together elsewhere
-_UNJUDGED = tl.constexpr(-3e38)  # in place of the score of a block that a rule keeps; -inf where nothing can be attended
+_UNJUDGED = tl.constexpr(-3e38)  # for the score of a block that a rule keeps; -inf where nothing can be attended
 
 
 @dataclass(frozen=True)

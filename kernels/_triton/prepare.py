@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..reference import FP8_MAX
 from ..types import BlockShape
-from .config import prepare_warps
+from .config import prepare_warps, store_bytes
 from .launch import Region, allocate, launch
 from .primitives import (
     block_similarity,
@@ -79,7 +79,8 @@ class PreparedValues:
 @triton.jit
 def _quantise_queries(x, order, flags, quantised, scales, means, similarity, factor, i, row, batch, head,
                       stride_b, stride_h, stride_n, n, blocks, pitch, order_rows, group,
-                      D: tl.constexpr, DP: tl.constexpr, PITCH: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr):
+                      D: tl.constexpr, DP: tl.constexpr, PITCH: tl.constexpr, BLOCK: tl.constexpr, STORE: tl.constexpr,
+                      ALIGN: tl.constexpr):
     """Pool and quantise one block of queries."""
     places = i * BLOCK + tl.arange(0, BLOCK)
     cols = tl.arange(0, DP)
@@ -101,7 +102,7 @@ def _quantise_queries(x, order, flags, quantised, scales, means, similarity, fac
     largest = tl.maximum(tl.max(tl.abs(q), 1), 1e-12)
     inverse = tl.where(factor < 0, -127.0, 127.0) / largest
     places = slot * BLOCK + tl.arange(0, BLOCK)
-    tl.store(quantised + places[:, None] * pitch * 8 + cols, to_int8(q * inverse[:, None]), mask=cols < PITCH)
+    tl.store(quantised + places[:, None] * pitch * STORE + cols, to_int8(q * inverse[:, None]), mask=cols < PITCH)
     tl.store(scales + places, largest * (tl.maximum(tl.abs(factor), 1e-18) / 127.0))
 
 
@@ -113,7 +114,7 @@ def _queries_kernel(q, k, v, order, flags, padding, quantised, scales, means, si
                     k_stride_b: tl.int64, k_stride_h: tl.int64, k_stride_n: tl.int64,
                     v_stride_b: tl.int64, v_stride_h: tl.int64, v_stride_n: tl.int64,
                     n_q, n_k, blocks, heads, kv_heads, samples, pitch, order_rows,
-                    D: tl.constexpr, DP: tl.constexpr, PITCH: tl.constexpr, BLOCK: tl.constexpr,
+                    D: tl.constexpr, DP: tl.constexpr, PITCH: tl.constexpr, BLOCK: tl.constexpr, STORE: tl.constexpr,
                     Q_ALIGN: tl.constexpr, K_ALIGN: tl.constexpr, V_ALIGN: tl.constexpr, TILE: tl.constexpr,
                     SAMPLE: tl.constexpr, SPLITS: tl.constexpr):
     """The first `samples` programs sample K and V, the others take a block of queries each."""
@@ -127,7 +128,7 @@ def _queries_kernel(q, k, v, order, flags, padding, quantised, scales, means, si
         row = (pid - samples) // blocks
         _quantise_queries(q, order, flags, quantised, scales, means, similarity, factor, (pid - samples) % blocks, row,
                           row // heads, row % heads, q_stride_b, q_stride_h, q_stride_n, n_q, blocks, pitch,
-                          order_rows, heads // kv_heads, D, DP, PITCH, BLOCK, Q_ALIGN)
+                          order_rows, heads // kv_heads, D, DP, PITCH, BLOCK, STORE, Q_ALIGN)
 
 
 @triton.jit
@@ -142,7 +143,8 @@ def _exists(padding, batch, tokens, places, n):
 @triton.jit
 def _quantise_keys(k, order, flags, padding, constant, quantised, scales, means, similarity, counts, valid,
                    pooled, pooled_scales, j, row, batch, head, order_row, stride_b, stride_h, stride_n, n, blocks,
-                   pitch, D: tl.constexpr, DP: tl.constexpr, PITCH: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr):
+                   pitch, D: tl.constexpr, DP: tl.constexpr, PITCH: tl.constexpr, BLOCK: tl.constexpr,
+                   STORE: tl.constexpr, ALIGN: tl.constexpr):
     """Centre, pool and quantise one block of keys."""
     cols = tl.arange(0, DP)
     lane = tl.arange(0, BLOCK)
@@ -168,7 +170,7 @@ def _quantise_keys(k, order, flags, padding, constant, quantised, scales, means,
     tl.store(means + slot * D + cols, mean, mask=cols < D)
     step = tl.maximum(tl.max(tl.abs(x)), 1e-12) / 127.0
     tl.store(scales + slot, step)
-    pointers = quantised + (slot * BLOCK + lane)[:, None] * pitch * 8 + cols
+    pointers = quantised + (slot * BLOCK + lane)[:, None] * pitch * STORE + cols
     tl.store(pointers, to_int8(x * (1.0 / step)), mask=cols < PITCH)
     if pooled is not None:
         # Two bytes, because the attention kernel would wait for larger ones at a barrier; rounded up to fit.
@@ -179,7 +181,7 @@ def _quantise_keys(k, order, flags, padding, constant, quantised, scales, means,
 
 @triton.jit
 def _convert_values(v, order, padding, centres, scales, values, steps, pooled, limit,
-                    j, row, batch, head, order_row, stride_b, stride_h, stride_n, n, blocks, pitch,
+                    j, row, batch, head, order_row, stride_b, stride_h, stride_n, n, blocks,
                     D: tl.constexpr, DP: tl.constexpr, PITCH: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr,
                     FP8: tl.constexpr):
     """Centre, scale and convert one block of values."""
@@ -213,7 +215,7 @@ def _convert_values(v, order, padding, centres, scales, values, steps, pooled, l
     lane = tl.arange(0, BLOCK)
     if FP8:
         channels = row.to(tl.int64) * D + cols
-        pointers = values + channels[:, None] * pitch * 8 + j * BLOCK + lane
+        pointers = values + channels[:, None] * blocks * BLOCK + j * BLOCK + lane
         tl.store(pointers, tl.trans(x.to(values.dtype.element_ty)), mask=cols[:, None] < D)
     else:
         pointers = values + (slot * BLOCK + lane)[:, None] * PITCH + cols
@@ -221,14 +223,14 @@ def _convert_values(v, order, padding, centres, scales, values, steps, pooled, l
 
 
 @triton.jit(do_not_specialize=["k_stride_b", "k_stride_h", "k_stride_n", "v_stride_b", "v_stride_h", "v_stride_n", "n",
-                               "blocks", "heads", "k_pitch", "v_pitch", "order_rows", "key_programs"])
+                               "blocks", "heads", "pitch", "order_rows", "key_programs"])
 def _keys_kernel(k, v, order, flags, padding, k_constant, v_centre, v_scale,
                  quantised, scales, means, similarity, counts, valid, pooled, pooled_scales,
                  values, v_steps, v_pooled, v_limit,
                  k_stride_b: tl.int64, k_stride_h: tl.int64, k_stride_n: tl.int64,
-                 v_stride_b: tl.int64, v_stride_h: tl.int64, v_stride_n: tl.int64, n, blocks, heads, k_pitch,
-                 v_pitch, order_rows, key_programs, D: tl.constexpr, DP: tl.constexpr, PITCH: tl.constexpr, BLOCK: tl.constexpr,
-                 K_ALIGN: tl.constexpr, V_ALIGN: tl.constexpr, FP8: tl.constexpr):
+                 v_stride_b: tl.int64, v_stride_h: tl.int64, v_stride_n: tl.int64, n, blocks, heads, pitch,
+                 order_rows, key_programs, D: tl.constexpr, DP: tl.constexpr, PITCH: tl.constexpr, BLOCK: tl.constexpr,
+                 STORE: tl.constexpr, K_ALIGN: tl.constexpr, V_ALIGN: tl.constexpr, FP8: tl.constexpr):
     """The first `key_programs` programs take a block of keys each, the others, if any, a block of values."""
     pid = tl.program_id(0)
     j, row = pid % key_programs % blocks, pid % key_programs // blocks
@@ -237,11 +239,10 @@ def _keys_kernel(k, v, order, flags, padding, k_constant, v_centre, v_scale,
     if pid < key_programs:
         _quantise_keys(k, order, flags, padding, k_constant, quantised, scales, means, similarity, counts, valid,
                        pooled, pooled_scales, j, row, batch, head, order_row, k_stride_b, k_stride_h, k_stride_n, n,
-                       blocks, k_pitch, D, DP, PITCH, BLOCK, K_ALIGN)
+                       blocks, pitch, D, DP, PITCH, BLOCK, STORE, K_ALIGN)
     elif values is not None:
         _convert_values(v, order, padding, v_centre, v_scale, values, v_steps, v_pooled, v_limit, j, row, batch, head,
-                        order_row, v_stride_b, v_stride_h, v_stride_n, n, blocks, v_pitch, D, DP, PITCH, BLOCK, V_ALIGN,
-                        FP8)
+                        order_row, v_stride_b, v_stride_h, v_stride_n, n, blocks, D, DP, PITCH, BLOCK, V_ALIGN, FP8)
 
 
 def prepare_queries(q: Tensor, k: Tensor, v: Tensor | None, *, factor: float, order: Tensor | None,
@@ -251,6 +252,7 @@ def prepare_queries(q: Tensor, k: Tensor, v: Tensor | None, *, factor: float, or
     (batch, heads, n, dim), (_, kv_heads, n_k, _) = q.shape, k.shape
     blocks, pitch, padded, samples = -(-n // block.q), round_up(dim, 16), padded_dim(dim), batch * kv_heads * SPLITS
     v = k if v is None else v
+    store = store_bytes(block.q)
     (q_strides, q_align), (k_strides, k_align), (v_strides, v_align) = (token_strides(x) for x in (q, k, v))
     out = PreparedQueries(*allocate(
         q.device, ((batch, heads, blocks * block.q, pitch), torch.int8),
@@ -260,9 +262,9 @@ def prepare_queries(q: Tensor, k: Tensor, v: Tensor | None, *, factor: float, or
     launch(_queries_kernel, (samples + blocks * batch * heads,), q.device,
            (q, k, v, order, flags, padding, out.quantised, out.scale, out.mean, out.similarity, out.partial,
             out.sampled, factor, *q_strides, *k_strides, *v_strides, n, n_k, blocks, heads, kv_heads, samples,
-            pitch // 8, order_rows(order)),
-           dict(D=dim, DP=padded, PITCH=pitch, BLOCK=block.q, Q_ALIGN=q_align, K_ALIGN=k_align, V_ALIGN=v_align,
-                TILE=min(2048 // padded, SAMPLE // SPLITS), SAMPLE=SAMPLE, SPLITS=SPLITS),
+            pitch // store, order_rows(order)),
+           dict(D=dim, DP=padded, PITCH=pitch, BLOCK=block.q, STORE=store, Q_ALIGN=q_align, K_ALIGN=k_align,
+                V_ALIGN=v_align, TILE=min(2048 // padded, SAMPLE // SPLITS), SAMPLE=SAMPLE, SPLITS=SPLITS),
            dict(num_warps=prepare_warps(block.q, padded)))
     return out
 
@@ -273,7 +275,7 @@ def prepare_keys(k: Tensor, v: Tensor | None, queries: PreparedQueries, *, order
     """Centre, pool and quantise k (B, Hkv, N, D) and, unless it is None, centre, scale and convert v of its shape, by
     the sample that `queries` holds."""
     batch, heads, n, dim = k.shape
-    blocks, pitch, padded = -(-n // block.k), round_up(dim, 16), padded_dim(dim)
+    blocks, pitch, padded, store = -(-n // block.k), round_up(dim, 16), padded_dim(dim), store_bytes(block.k)
     (k_strides, k_align), (v_strides, v_align) = token_strides(k), token_strides(k if v is None else v)
     head, each, rows = (batch, heads), (batch, heads, blocks), (batch, heads, blocks * block.k)
     f32, f16, int8 = torch.float32, torch.float16, torch.int8
@@ -290,7 +292,7 @@ def prepare_keys(k: Tensor, v: Tensor | None, queries: PreparedQueries, *, order
     programs = blocks * batch * heads
     launch(_keys_kernel, (programs if v is None else 2 * programs,), k.device,
            (k, v, order, flags, padding, k_constant, centre, scale, *keys, values, step, v_pooled, _V_LIMIT[fp8],
-            *k_strides, *v_strides, n, blocks, heads, pitch // 8, rows[2] // 8, order_rows(order), programs),
-           dict(D=dim, DP=padded, PITCH=pitch, BLOCK=block.k, K_ALIGN=k_align, V_ALIGN=v_align, FP8=fp8),
+            *k_strides, *v_strides, n, blocks, heads, pitch // store, order_rows(order), programs),
+           dict(D=dim, DP=padded, PITCH=pitch, BLOCK=block.k, STORE=store, K_ALIGN=k_align, V_ALIGN=v_align, FP8=fp8),
            dict(num_warps=prepare_warps(block.k, padded)))
     return PreparedKeys(*keys), None if v is None else PreparedValues(values, scale, centre, step, v_pooled)
