@@ -16,9 +16,6 @@ from .launch import descriptor, launch
 from .prepare import PreparedKeys, PreparedQueries, PreparedValues
 from .primitives import order_rows, padded_dim, rows_of, threshold_of, token_at, token_strides
 
-_TAIL_TILE = 64  # pooled blocks that a step of the tail takes together
-
-
 @triton.jit
 def _load_tile(source, row, column, PITCH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, TMA: tl.constexpr):
     """A [ROWS, COLS] tile of a prepared tensor whose rows are `PITCH` long, zero past the pitch."""
@@ -206,14 +203,15 @@ def attend(queries: PreparedQueries, keys: PreparedKeys, values: PreparedValues,
         v = (descriptor(v, rows * dim, nk * block.k, [padded, block.k]) if fp8 else
              descriptor(v, rows * nk * block.k, pitch, [block.k, padded]))
         if pooled_k is not None:
-            pooled_k, pooled_v = (descriptor(x, rows * nk, pitch, [_TAIL_TILE, padded]) for x in (pooled_k, pooled_v))
+            tile = [config.tail_tile, padded]
+            pooled_k, pooled_v = (descriptor(x, rows * nk, pitch, tile) for x in (pooled_k, pooled_v))
     strides, align = token_strides(out)
     arguments = (queries.quantised, queries.scale, k, keys.scale, v, values.scale, values.centre, values.step,
                  keys.valid, lists.indices, lists.counts, pooled_k, keys.pooled_scale, pooled_v, lists.tail, out, order,
                  per_head, skips, pv_threshold, *strides, nq, nk, n_q, n_k, heads, heads // kv_heads,
                  order_rows(order))
     constants = dict(D=dim, DP=padded, PITCH=pitch, BLOCK_Q=block.q, BLOCK_K=block.k, ALIGN=align, FP8=fp8,
-                     CAUSAL=causal, SKIP_PV=skip_pv, ROW_GROUP=ROW_GROUP, TAIL_TILE=_TAIL_TILE,
+                     CAUSAL=causal, SKIP_PV=skip_pv, ROW_GROUP=ROW_GROUP, TAIL_TILE=config.tail_tile,
                      P_SHIFT=math.log2(FP8_MAX) if fp8 else 0.0, TMA=config.tma)
     kernel, options = (_autotuned_kernel(), {}) if autotune() else (_attend_kernel, config.options())
     launch(kernel, (nq * batch * heads,), out.device, arguments, constants, options)

@@ -21,6 +21,11 @@ class AttendConfig:
     maxnreg: int | None = None
     tma: bool = False
 
+    @property
+    def tail_tile(self) -> int:
+        """Pooled blocks that a step of the tail takes together: so many that no thread holds more than 32 scores."""
+        return min(64, 1024 * self.warps // self.block.q)
+
     def options(self) -> dict:
         """Triton's launch options."""
         options = dict(num_warps=self.warps, num_stages=self.stages)
