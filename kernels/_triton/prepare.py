@@ -22,7 +22,7 @@ from .primitives import (
     token_at,
     token_strides,
 )
-from .sample import SAMPLE, SPLITS, constants_kernel, sample_rows
+from .sample import SAMPLE, SPLITS, constant_of_keys, constants_of_values, sample_rows
 
 # The largest sampled value of a channel becomes 1 in float16 and an eighth of the range in float8: others may be
 # larger. Rounding stays as fine as it is, because neither format comes near its smallest normal number.
@@ -141,10 +141,10 @@ def _exists(padding, batch, tokens, places, n):
 
 
 @triton.jit
-def _quantise_keys(k, order, flags, padding, constant, quantised, scales, means, similarity, counts, valid,
+def _quantise_keys(k, order, flags, padding, partial, sampled, quantised, scales, means, similarity, counts, valid,
                    pooled, pooled_scales, j, row, batch, head, order_row, stride_b, stride_h, stride_n, n, blocks,
                    pitch, D: tl.constexpr, DP: tl.constexpr, PITCH: tl.constexpr, BLOCK: tl.constexpr,
-                   STORE: tl.constexpr, ALIGN: tl.constexpr):
+                   STORE: tl.constexpr, ALIGN: tl.constexpr, SPLITS: tl.constexpr):
     """Centre, pool and quantise one block of keys."""
     cols = tl.arange(0, DP)
     lane = tl.arange(0, BLOCK)
@@ -158,9 +158,10 @@ def _quantise_keys(k, order, flags, padding, constant, quantised, scales, means,
     count = tl.maximum(kept, 1).to(tl.float32)
     tl.store(counts + slot, kept)
 
+    constant = constant_of_keys(partial, sampled, row, cols, DP, SPLITS)
     rows = rows_of(k, batch, head, tokens, stride_b, stride_h, stride_n, ALIGN)
     x = tl.load(rows[:, None] + cols, mask=exists[:, None] & (cols < D), other=0.0).to(tl.float32)
-    x -= tl.load(constant + row * DP + cols)[None, :] * exists.to(tl.float32)[:, None]  # [BLOCK, DP]
+    x -= constant[None, :] * exists.to(tl.float32)[:, None]  # [BLOCK, DP]
     alike = block_similarity(x, count)
     if flags is not None:
         flagged = tl.max(tl.load(flags + tokens, mask=places < n, other=0), 0)
@@ -180,10 +181,10 @@ def _quantise_keys(k, order, flags, padding, constant, quantised, scales, means,
 
 
 @triton.jit
-def _convert_values(v, order, padding, centres, scales, values, steps, pooled, limit,
+def _convert_values(v, order, padding, partial, sampled, centres, scales, values, steps, pooled, reach, limit,
                     j, row, batch, head, order_row, stride_b, stride_h, stride_n, n, blocks,
                     D: tl.constexpr, DP: tl.constexpr, PITCH: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr,
-                    FP8: tl.constexpr):
+                    FP8: tl.constexpr, SPLITS: tl.constexpr):
     """Centre, scale and convert one block of values."""
     cols = tl.arange(0, DP)
     lane = tl.arange(0, BLOCK)
@@ -195,11 +196,12 @@ def _convert_values(v, order, padding, centres, scales, values, steps, pooled, l
     places = j * BLOCK + lane
     tokens = token_at(order, order_row, places, n)
     exists = _exists(padding, batch, tokens, places, n)
+    centre, scale = constants_of_values(partial, sampled, row, cols, reach, DP, SPLITS)
+    if j == 0:
+        tl.store(centres + row * D + cols, centre, mask=cols < D)
+        tl.store(scales + row * D + cols, scale, mask=cols < D)
     rows = rows_of(v, batch, head, tokens, stride_b, stride_h, stride_n, ALIGN)
     x = tl.load(rows[:, None] + cols, mask=exists[:, None] & (cols < D), other=0.0).to(tl.float32)
-
-    centre = tl.load(centres + row * D + cols, mask=cols < D, other=0.0)
-    scale = tl.load(scales + row * D + cols, mask=cols < D, other=1.0)
     x = (x - centre[None, :] * exists.to(tl.float32)[:, None]) * (1.0 / scale)[None, :]
     if pooled is not None:
         mean = tl.sum(x, 0) / tl.maximum(tl.sum(exists.to(tl.int32), 0), 1).to(tl.float32)
@@ -224,25 +226,26 @@ def _convert_values(v, order, padding, centres, scales, values, steps, pooled, l
 
 @triton.jit(do_not_specialize=["k_stride_b", "k_stride_h", "k_stride_n", "v_stride_b", "v_stride_h", "v_stride_n", "n",
                                "blocks", "heads", "pitch", "order_rows", "key_programs"])
-def _keys_kernel(k, v, order, flags, padding, k_constant, v_centre, v_scale,
-                 quantised, scales, means, similarity, counts, valid, pooled, pooled_scales,
-                 values, v_steps, v_pooled, v_limit,
+def _keys_kernel(k, v, order, flags, padding, partial, sampled, quantised, scales, means, similarity, counts, valid,
+                 pooled, pooled_scales, v_centre, v_scale, values, v_steps, v_pooled, v_reach, v_limit,
                  k_stride_b: tl.int64, k_stride_h: tl.int64, k_stride_n: tl.int64,
                  v_stride_b: tl.int64, v_stride_h: tl.int64, v_stride_n: tl.int64, n, blocks, heads, pitch,
                  order_rows, key_programs, D: tl.constexpr, DP: tl.constexpr, PITCH: tl.constexpr, BLOCK: tl.constexpr,
-                 STORE: tl.constexpr, K_ALIGN: tl.constexpr, V_ALIGN: tl.constexpr, FP8: tl.constexpr):
+                 STORE: tl.constexpr, K_ALIGN: tl.constexpr, V_ALIGN: tl.constexpr, FP8: tl.constexpr,
+                 SPLITS: tl.constexpr):
     """The first `key_programs` programs take a block of keys each, the others, if any, a block of values."""
     pid = tl.program_id(0)
     j, row = pid % key_programs % blocks, pid % key_programs // blocks
     batch, head = row // heads, row % heads
     order_row = head % order_rows
     if pid < key_programs:
-        _quantise_keys(k, order, flags, padding, k_constant, quantised, scales, means, similarity, counts, valid,
+        _quantise_keys(k, order, flags, padding, partial, sampled, quantised, scales, means, similarity, counts, valid,
                        pooled, pooled_scales, j, row, batch, head, order_row, k_stride_b, k_stride_h, k_stride_n, n,
-                       blocks, pitch, D, DP, PITCH, BLOCK, STORE, K_ALIGN)
+                       blocks, pitch, D, DP, PITCH, BLOCK, STORE, K_ALIGN, SPLITS)
     elif values is not None:
-        _convert_values(v, order, padding, v_centre, v_scale, values, v_steps, v_pooled, v_limit, j, row, batch, head,
-                        order_row, v_stride_b, v_stride_h, v_stride_n, n, blocks, D, DP, PITCH, BLOCK, V_ALIGN, FP8)
+        _convert_values(v, order, padding, partial, sampled, v_centre, v_scale, values, v_steps, v_pooled, v_reach,
+                        v_limit, j, row, batch, head, order_row, v_stride_b, v_stride_h, v_stride_n, n, blocks, D, DP,
+                        PITCH, BLOCK, V_ALIGN, FP8, SPLITS)
 
 
 def prepare_queries(q: Tensor, k: Tensor, v: Tensor | None, *, factor: float, order: Tensor | None,
@@ -264,7 +267,7 @@ def prepare_queries(q: Tensor, k: Tensor, v: Tensor | None, *, factor: float, or
             out.sampled, factor, *q_strides, *k_strides, *v_strides, n, n_k, blocks, heads, kv_heads, samples,
             pitch // store, order_rows(order)),
            dict(D=dim, DP=padded, PITCH=pitch, BLOCK=block.q, STORE=store, Q_ALIGN=q_align, K_ALIGN=k_align,
-                V_ALIGN=v_align, TILE=min(2048 // padded, SAMPLE // SPLITS), SAMPLE=SAMPLE, SPLITS=SPLITS),
+                V_ALIGN=v_align, TILE=min(1024 // padded, SAMPLE // SPLITS), SAMPLE=SAMPLE, SPLITS=SPLITS),
            dict(num_warps=prepare_warps(block.q, padded)))
     return out
 
@@ -280,19 +283,17 @@ def prepare_keys(k: Tensor, v: Tensor | None, queries: PreparedQueries, *, order
     head, each, rows = (batch, heads), (batch, heads, blocks), (batch, heads, blocks * block.k)
     f32, f16, int8 = torch.float32, torch.float16, torch.int8
     stored = ((*head, dim, rows[2]), torch.float8_e4m3fn) if fp8 else ((*rows, pitch), f16)
-    k_constant, centre, scale, *keys, values, step, v_pooled = allocate(
-        k.device, ((*head, padded), f32), ((*head, dim), f32), ((*head, dim), f32),
-        ((*rows, pitch), int8), (each, f32), ((*each, dim), f32), (each, f32), (each, torch.int32),
+    *keys, centre, scale, values, step, v_pooled = allocate(
+        k.device, ((*rows, pitch), int8), (each, f32), ((*each, dim), f32), (each, f32), (each, torch.int32),
         None if padding is None else (rows, int8), ((*each, pitch), int8) if pooled else None,
-        (each, torch.bfloat16) if pooled else None,
+        (each, torch.bfloat16) if pooled else None, ((*head, dim), f32), ((*head, dim), f32),
         None if v is None else stored, (each, f32), ((*each, pitch), f16) if pooled and v is not None else None)
-    launch(constants_kernel, (batch * heads,), k.device,
-           (queries.partial, queries.sampled, k_constant, centre, scale, _V_REACH[fp8]),
-           dict(D=dim, DP=padded, SPLITS=SPLITS), dict(num_warps=8))
     programs = blocks * batch * heads
     launch(_keys_kernel, (programs if v is None else 2 * programs,), k.device,
-           (k, v, order, flags, padding, k_constant, centre, scale, *keys, values, step, v_pooled, _V_LIMIT[fp8],
-            *k_strides, *v_strides, n, blocks, heads, pitch // store, order_rows(order), programs),
-           dict(D=dim, DP=padded, PITCH=pitch, BLOCK=block.k, STORE=store, K_ALIGN=k_align, V_ALIGN=v_align, FP8=fp8),
+           (k, v, order, flags, padding, queries.partial, queries.sampled, *keys, centre, scale, values, step,
+            v_pooled, _V_REACH[fp8], _V_LIMIT[fp8], *k_strides, *v_strides, n, blocks, heads, pitch // store,
+            order_rows(order), programs),
+           dict(D=dim, DP=padded, PITCH=pitch, BLOCK=block.k, STORE=store, K_ALIGN=k_align, V_ALIGN=v_align,
+                FP8=fp8, SPLITS=SPLITS),
            dict(num_warps=prepare_warps(block.k, padded)))
     return PreparedKeys(*keys), None if v is None else PreparedValues(values, scale, centre, step, v_pooled)

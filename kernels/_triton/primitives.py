@@ -2,8 +2,8 @@
 
 Strides reach the kernels as 64-bit numbers in units of ALIGN elements. ALIGN is 8 where every stride allows 16-byte
 loads and 1 elsewhere: the compiler sees the alignment although sizes and strides are plain run-time values, so that a
-new length, batch or number of heads never compiles again. The same device limits stores: rows of bytes are `pitch` times
-STORE long, so that a thread stores no more than STORE of them.
+new length, batch or number of heads never compiles again. The same device limits stores: rows of bytes are `pitch`
+times STORE long, so that a thread stores no more than STORE of them.
 """
 import torch
 import triton

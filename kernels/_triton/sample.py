@@ -10,7 +10,7 @@ import triton.language as tl
 from .primitives import rows_of
 
 SAMPLE = 1024  # tokens a head that the constants are found from; all of them where there are no more
-SPLITS = 16  # programs a head that share the sample
+SPLITS = 8  # programs a head that share the sample; each block of K and V combines what they found
 
 
 @triton.jit
@@ -25,7 +25,8 @@ def sample_rows(k, v, padding, partial, sampled, split, row, batch, head,
     v_high = tl.full([TILE, DP], float("-inf"), tl.float32)
     v_low = tl.full([TILE, DP], float("inf"), tl.float32)
     count = tl.zeros([TILE], tl.int32)
-    for start in range(split * (SAMPLE // SPLITS), tl.minimum((split + 1) * (SAMPLE // SPLITS), n), TILE):
+    first, last = split * (SAMPLE // SPLITS), tl.minimum((split + 1) * (SAMPLE // SPLITS), n)
+    for start in tl.range(first, last, TILE, loop_unroll_factor=2):
         place = start + tl.arange(0, TILE)
         exists = (place < n) & (place < SAMPLE)
         # Multiples of the golden ratio modulo one spread evenly and keep no step with the rows of a picture.
@@ -36,8 +37,9 @@ def sample_rows(k, v, padding, partial, sampled, split, row, batch, head,
         mask = exists[:, None] & (cols < D)
         k_rows = rows_of(k, batch, head, tokens, k_stride_b, k_stride_h, k_stride_n, K_ALIGN)
         v_rows = rows_of(v, batch, head, tokens, v_stride_b, v_stride_h, v_stride_n, V_ALIGN)
-        k_sum += tl.load(k_rows[:, None] + cols, mask=mask, other=0.0).to(tl.float32)
+        k_tile = tl.load(k_rows[:, None] + cols, mask=mask, other=0.0)
         x = tl.load(v_rows[:, None] + cols, mask=mask, other=0.0).to(tl.float32)
+        k_sum += k_tile.to(tl.float32)
         v_sum += x
         v_high = tl.where(mask, tl.maximum(v_high, x), v_high)
         v_low = tl.where(mask, tl.minimum(v_low, x), v_low)
@@ -52,16 +54,31 @@ def sample_rows(k, v, padding, partial, sampled, split, row, batch, head,
 
 
 @triton.jit
-def constants_kernel(partial, sampled, k_constant, v_centre, v_scale, v_reach,
-                      D: tl.constexpr, DP: tl.constexpr, SPLITS: tl.constexpr):
-    """Constants of K and V and V's scale of one head, from its sample."""
-    row = tl.program_id(0)
-    cols = tl.arange(0, DP)
-    splits = row * SPLITS + tl.arange(0, SPLITS)
-    count = tl.maximum(tl.sum(tl.load(sampled + splits), 0), 1).to(tl.float32)
-    tile = partial + splits[:, None] * 4 * DP + cols
-    centre = tl.sum(tl.load(tile + DP), 0) / count
-    reach = tl.maximum(tl.max(tl.load(tile + 2 * DP), 0) - centre, centre - tl.min(tl.load(tile + 3 * DP), 0))
-    tl.store(k_constant + row * DP + cols, tl.sum(tl.load(tile), 0) / count)
-    tl.store(v_centre + row * D + cols, centre, mask=cols < D)
-    tl.store(v_scale + row * D + cols, tl.maximum(reach, 1e-12) / v_reach, mask=cols < D)
+def _over_splits(partial, row, which: tl.constexpr, cols, DP: tl.constexpr, SPLITS: tl.constexpr):
+    """The sum, or of what is the largest or the smallest that, over all shares of a head's sample; [DP]."""
+    slots = partial + (row * SPLITS * 4 + which) * DP + cols
+    found = tl.load(slots)
+    for split in tl.static_range(1, SPLITS):
+        x = tl.load(slots + split * 4 * DP)
+        found = found + x if which < 2 else tl.maximum(found, x) if which == 2 else tl.minimum(found, x)
+    return found
+
+
+@triton.jit
+def _count(sampled, row, SPLITS: tl.constexpr):
+    return tl.maximum(tl.sum(tl.load(sampled + row * SPLITS + tl.arange(0, SPLITS)), 0), 1).to(tl.float32)
+
+
+@triton.jit
+def constant_of_keys(partial, sampled, row, cols, DP: tl.constexpr, SPLITS: tl.constexpr):
+    """What is subtracted from the keys of a head, [DP]."""
+    return _over_splits(partial, row, 0, cols, DP, SPLITS) / _count(sampled, row, SPLITS)
+
+
+@triton.jit
+def constants_of_values(partial, sampled, row, cols, reach, DP: tl.constexpr, SPLITS: tl.constexpr):
+    """What is subtracted from the values of a head, and the scale that makes the largest sampled one `reach`; [DP]."""
+    centre = _over_splits(partial, row, 1, cols, DP, SPLITS) / _count(sampled, row, SPLITS)
+    high = _over_splits(partial, row, 2, cols, DP, SPLITS)
+    low = _over_splits(partial, row, 3, cols, DP, SPLITS)
+    return centre, tl.maximum(tl.maximum(high - centre, centre - low), 1e-12) / reach

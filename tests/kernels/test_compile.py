@@ -11,8 +11,7 @@ import pytest
 pytestmark = pytest.mark.slow
 HERE = Path(__file__).parent
 ARCHES = ("sm80", "sm86", "sm89", "sm90", "sm100", "sm120", "gfx942", "gfx1100", "gfx1201")
-KERNELS = {"_queries_kernel", "constants_kernel", "_keys_kernel", "_select_kernel",
-           "_attend_kernel"}
+KERNELS = {"_queries_kernel", "_keys_kernel", "_select_kernel", "_attend_kernel"}
 # Bytes a thread that the assembler may keep on its stack, up to the head_dim for which registers are promised to
 # suffice: releases of Triton differ by a few registers. At head_dim 256 the accumulators of FP8 alone fill them.
 MAX_STACK, PROMISED_DIM = 64, 128
