@@ -25,7 +25,8 @@ def sample_rows(k, v, padding, partial, sampled, split, row, batch, head,
     v_high = tl.full([TILE, DP], float("-inf"), tl.float32)
     v_low = tl.full([TILE, DP], float("inf"), tl.float32)
     count = tl.zeros([TILE], tl.int32)
-    first, last = split * (SAMPLE // SPLITS), tl.minimum((split + 1) * (SAMPLE // SPLITS), n)
+    first = split * (SAMPLE // SPLITS)
+    last = tl.maximum(first, tl.minimum(first + SAMPLE // SPLITS, n))  # an unrolled loop runs where its range is negative
     for start in tl.range(first, last, TILE, loop_unroll_factor=2):
         place = start + tl.arange(0, TILE)
         exists = (place < n) & (place < SAMPLE)
