@@ -122,8 +122,8 @@ def _queries_kernel(q, k, v, order, flags, padding, quantised, scales, means, si
     if pid < samples:
         row = pid // SPLITS
         sample_rows(k, v, padding, partial, sampled, pid % SPLITS, row, row // kv_heads, row % kv_heads,
-                     k_stride_b, k_stride_h, k_stride_n, v_stride_b, v_stride_h, v_stride_n, n_k,
-                     D, DP, K_ALIGN, V_ALIGN, TILE, SAMPLE, SPLITS)
+                    k_stride_b, k_stride_h, k_stride_n, v_stride_b, v_stride_h, v_stride_n, n_k,
+                    D, DP, K_ALIGN, V_ALIGN, TILE, SAMPLE, SPLITS)
     else:
         row = (pid - samples) // blocks
         _quantise_queries(q, order, flags, quantised, scales, means, similarity, factor, (pid - samples) % blocks, row,

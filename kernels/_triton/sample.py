@@ -15,9 +15,9 @@ SPLITS = 8  # programs a head that share the sample; each block of K and V combi
 
 @triton.jit
 def sample_rows(k, v, padding, partial, sampled, split, row, batch, head,
-                 k_stride_b, k_stride_h, k_stride_n, v_stride_b, v_stride_h, v_stride_n, n,
-                 D: tl.constexpr, DP: tl.constexpr, K_ALIGN: tl.constexpr, V_ALIGN: tl.constexpr, TILE: tl.constexpr,
-                 SAMPLE: tl.constexpr, SPLITS: tl.constexpr):
+                k_stride_b, k_stride_h, k_stride_n, v_stride_b, v_stride_h, v_stride_n, n,
+                D: tl.constexpr, DP: tl.constexpr, K_ALIGN: tl.constexpr, V_ALIGN: tl.constexpr, TILE: tl.constexpr,
+                SAMPLE: tl.constexpr, SPLITS: tl.constexpr):
     """Sums and range of one share of the sampled tokens of a head."""
     cols = tl.arange(0, DP)
     k_sum = tl.zeros([TILE, DP], tl.float32)
@@ -26,7 +26,8 @@ def sample_rows(k, v, padding, partial, sampled, split, row, batch, head,
     v_low = tl.full([TILE, DP], float("inf"), tl.float32)
     count = tl.zeros([TILE], tl.int32)
     first = split * (SAMPLE // SPLITS)
-    last = tl.maximum(first, tl.minimum(first + SAMPLE // SPLITS, n))  # an unrolled loop runs where its range is negative
+    # A share may lie beyond the end: of a negative range Triton 3.6 runs the remainder of an unrolled loop.
+    last = tl.maximum(first, tl.minimum(first + SAMPLE // SPLITS, n))
     for start in tl.range(first, last, TILE, loop_unroll_factor=2):
         place = start + tl.arange(0, TILE)
         exists = (place < n) & (place < SAMPLE)
