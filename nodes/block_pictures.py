@@ -65,7 +65,6 @@ def shrink(mask: Tensor, largest: int = LARGEST) -> Tensor:
     mask = torch.nn.functional.pad(mask, (0, -size[1] % wide, 0, -size[0] % tall))
     rows, columns = mask.shape[1] // tall, mask.shape[2] // wide
     kept = mask.view(heads, rows, tall, columns, wide).sum(dim=(2, 4), dtype=torch.int32)
-    whole = [torch.full((count,), step, device=mask.device) for count, step in ((rows, tall), (columns, wide))]
-    for sizes, n, step in zip(whole, size, (tall, wide)):
-        sizes[-1] = (n - 1) % step + 1
+    whole = [(n - step * torch.arange(count, device=mask.device)).clamp(max=step)
+             for n, count, step in zip(size, (rows, columns), (tall, wide))]
     return (kept * 255 / (whole[0][:, None] * whole[1])).round().to(torch.uint8)

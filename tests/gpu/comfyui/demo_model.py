@@ -18,10 +18,12 @@ PROMPT = "star red stripes right", "blue checker left"
 
 
 class Synchronisations:
-    """Counts waits of the host for the GPU, as CUDA's debug mode reports them; `inside` only while the model runs."""
+    """Counts waits of the host for the GPU, as CUDA's debug mode reports them; `inside`, and at which lines, only while
+    the model runs."""
 
     def __init__(self):
         self.inside = self.total = 0
+        self.lines = set()
 
     def __enter__(self):
         import torch
@@ -33,22 +35,24 @@ class Synchronisations:
             torch.cuda.set_sync_debug_mode("warn")
         return self
 
-    def _count(self):
-        return sum("synchroniz" in str(entry.message) for entry in self._caught)
+    def _seen(self):
+        return [f"{entry.filename}:{entry.lineno}" for entry in self._caught if "synchroniz" in str(entry.message)]
 
     def model_wrapper(self, executor, *args, **kwargs):
-        before = self._count()
+        before = len(self._seen())
         try:
             return executor(*args, **kwargs)
         finally:
-            self.inside += self._count() - before
+            new = self._seen()[before:]
+            self.inside += len(new)
+            self.lines.update(new)
 
     def __exit__(self, *error):
         import torch
 
         if torch.cuda.is_available():
             torch.cuda.set_sync_debug_mode("default")
-        self.total = self._count()
+        self.total = len(self._seen())
         self._catch.__exit__(*error)
 
 
@@ -71,7 +75,7 @@ def sample(model, grid, steps):
                                      torch.zeros(shape), seed=0, disable_pbar=True)
         seconds = time.perf_counter() - start  # the latent is on the CPU: everything has finished
     facts = {"seconds": round(seconds, 3), "synchronisations": synchronisations.total,
-             "synchronisations_in_the_model": synchronisations.inside}
+             "synchronisations_in_the_model": synchronisations.inside, "lines": sorted(synchronisations.lines)}
     return model.model.process_latent_in(latent)[0], facts
 
 
