@@ -80,10 +80,10 @@ def head_dim(cases: dict[str, dict], repeats: int) -> list[dict]:
 
 def settings(n: int) -> list[tuple[SpargeParams, str]]:
     """(params, skipped) of the error sweep: a grid for short cases, the telling points for long ones."""
-    topks, cdfs, thetas = (0.5, 0.45, 0.4, 0.35, 0.3, 0.25, 0.2, 0.15, 0.1), (0.98, 0.95, 0.9), (-1.0, 0.3, 0.5)
+    percent, cdfs, thetas = range(50, 9, -2), (0.98, 0.95, 0.9), (-1.0, 0.3, 0.5)
     if n > _LONG:
-        topks, cdfs, thetas = (0.5, 0.3, 0.25, 0.2, 0.15, 0.1), (0.95, 0.9), (-1.0,)
-    params = [fixed_share(topk) for topk in topks]
+        percent, cdfs, thetas = (50, *range(30, 9, -2)), (0.95, 0.9), (-1.0,)
+    params = [fixed_share(x / 100) for x in percent]
     params += [SpargeParams(cdf_threshold=cdf, similarity_threshold=theta) for cdf in cdfs for theta in thetas]
     return [(each, skipped) for skipped in ("drop", "pooled") for each in params]
 

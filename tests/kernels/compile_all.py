@@ -94,6 +94,18 @@ def resources(kernel) -> dict:
     return dict(registers=registers, spilled=spilled * 4, shared=shared)
 
 
+def serialised(kernel) -> bool:
+    """Whether the assembler makes every tensor-core product of an sm90 kernel wait for the one before, as it does where
+    registers are short; it says so in a note alone."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(kernel.asm["ptx"])
+        file.flush()
+        text = subprocess.run([tool, "-arch=sm_90a", "-v", file.name, "-o", os.devnull], capture_output=True, text=True,
+                              check=True).stderr
+    return "wgmma.mma_async instructions are serialized" in text
+
+
 if __name__ == "__main__":
     arch, *dims = (argument for argument in sys.argv[1:] if argument != "--thin")
     seen = set()
@@ -101,5 +113,6 @@ if __name__ == "__main__":
                                       thin="--thin" in sys.argv):
         if kernel.hash not in seen:
             seen.add(kernel.hash)
+            wait = arch == "sm90" and kernel.metadata.name == "_attend_kernel" and serialised(kernel)
             print(json.dumps(dict(arch=arch, kernel=kernel.metadata.name, **call, **resources(kernel),
-                                  limit=SHARED_LIMITS[arch])), flush=True)
+                                  limit=SHARED_LIMITS[arch], serialised=wait)), flush=True)

@@ -54,6 +54,8 @@ def test_compiles_within_limits(arch, compilations):
     if arch.startswith("sm"):
         spilled = [kernel for kernel in plain if kernel["dim"] <= PROMISED_DIM and kernel["spilled"] > MAX_STACK]
         assert not spilled, f"the plain attention kernel spills registers: {spilled}"
+    waiting = [kernel for kernel in attend if kernel["serialised"]]
+    assert not waiting, f"tensor-core products wait for one another: {waiting}"
 
 
 def test_sizes_and_thresholds_do_not_compile_again():
