@@ -16,6 +16,7 @@ from .launch import descriptor, launch
 from .prepare import PreparedKeys, PreparedQueries, PreparedValues
 from .primitives import order_rows, padded_dim, rows_of, threshold_of, token_at, token_strides
 
+
 @triton.jit
 def _load_tile(source, row, column, PITCH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, TMA: tl.constexpr):
     """A [ROWS, COLS] tile of a prepared tensor whose rows are `PITCH` long, zero past the pitch."""
@@ -164,13 +165,13 @@ def _attend_kernel(q, q_scale, k, k_scale, v, v_scale, v_centre, v_steps, k_vali
             one = tl.full([BLOCK_Q], 1.0, tl.float32)
             p, decay, total, top, local = _softmax_step(total, top, s, tl.max(s, 1), one, P_SHIFT)
             v_tile = _load_tail(pooled_v, kv_row, nk, start, PITCH, TAIL_TILE, DP, TMA)
-            decay = tl.broadcast_to(decay[:, None], [BLOCK_Q, DP])
             if FP8:
-                # As a product of its own, which a sum would not stay: with one accumulator for this and nothing for the
-                # loops above, ptxas runs short of registers and lets every product of the kernel wait for the one before.
+                # A product of its own, which `fma` keeps apart from the sum: accumulated inside it, ptxas runs short of
+                # registers for the loops above too and lets every product of the kernel wait for the one before.
+                decay = tl.broadcast_to(decay[:, None], [BLOCK_Q, DP])
                 acc = tl.fma(acc, decay, tl.dot(p.to(tl.float16), v_tile))
             else:
-                acc = acc * decay + tl.dot(p.to(tl.float16), v_tile)
+                acc = acc * decay[:, None] + tl.dot(p.to(tl.float16), v_tile)
 
     scale = tl.load(v_scale + kv_row * D + cols, mask=cols < D, other=0.0)
     centre = tl.load(v_centre + kv_row * D + cols, mask=cols < D, other=0.0)
