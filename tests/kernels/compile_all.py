@@ -95,15 +95,16 @@ def resources(kernel) -> dict:
 
 
 def serialised(kernel) -> bool:
-    """Whether the assembler makes every tensor-core product of an sm90 kernel wait for the one before, as it does where
-    registers are short; it says so in a note alone."""
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(kernel.asm["ptx"])
+    """Whether the assembler made every tensor-core instruction of an sm90 kernel wait for the one before, as it does
+    where registers are short: each then stands in a group of its own."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
         file.flush()
-        text = subprocess.run([tool, "-arch=sm_90a", "-v", file.name, "-o", os.devnull], capture_output=True, text=True,
-                              check=True).stderr
-    return "wgmma.mma_async instructions are serialized" in text
+        text = subprocess.run([tool, "-c", file.name], capture_output=True, text=True, check=True).stdout
+    products = text.count("GMMA.")
+    assert products, "no tensor-core instructions"
+    return text.count("WARPGROUP.ARRIVE") >= products
 
 
 if __name__ == "__main__":
