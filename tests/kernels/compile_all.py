@@ -78,16 +78,20 @@ def compile_calls(arch: str, dims, dtypes, thin: bool = False):
         compiled.clear()
 
 
+def assembly(kernel, tool: str, option: str) -> str:
+    """What one of the CUDA tools that come with Triton says of a compiled kernel."""
+    path = Path(triton.__file__).parent / "backends/nvidia/bin" / tool
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        return subprocess.run([path, option, file.name], capture_output=True, text=True, check=True).stdout
+
+
 def resources(kernel) -> dict:
     """Registers a thread, spilled bytes and shared memory of a compiled kernel."""
     shared = kernel.metadata.shared
     if "cubin" in kernel.asm:
-        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(kernel.asm["cubin"])
-            file.flush()
-            text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True).stdout
-        found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+        found = re.search(r"REG:(\d+) STACK:(\d+)", assembly(kernel, "cuobjdump", "--dump-resource-usage"))
         return dict(registers=int(found[1]), spilled=int(found[2]), shared=shared)
     text = kernel.asm["amdgcn"]
     registers, spilled = (int(re.search(rf"\.{name}:\s+(\d+)", text)[1]) for name in ("vgpr_count", "vgpr_spill_count"))
@@ -97,11 +101,7 @@ def resources(kernel) -> dict:
 def serialised(kernel) -> bool:
     """Whether the assembler made every tensor-core instruction of an sm90 kernel wait for the one before, as it does
     where registers are short: each then stands in a group of its own."""
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        text = subprocess.run([tool, "-c", file.name], capture_output=True, text=True, check=True).stdout
+    text = assembly(kernel, "nvdisasm", "-c")
     products = text.count("GMMA.")
     assert products, "no tensor-core instructions"
     return text.count("WARPGROUP.ARRIVE") >= products
