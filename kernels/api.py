@@ -18,11 +18,13 @@ IMPLEMENTATIONS = ("auto", "triton", "reference")
 
 def sparge_attention(q: Tensor, k: Tensor, v: Tensor, *, params: SpargeParams = SpargeParams(),
                      layout: str = "BHND", scale: float | None = None, causal: bool = False,
-                     key_padding_mask: Tensor | None = None, order: Tensor | None = None,
-                     sink_keys: TokenRanges | None = None, dense_queries: TokenRanges | None = None,
-                     pv_dtype: str = "auto", skipped: str = "drop", impl: str = "auto",
-                     return_stats: bool = False) -> Tensor | tuple[Tensor, SpargeStats]:
-    """Attention that computes only the blocks that matter (SpargeAttn, arXiv 2502.18137). For inference: no gradients.
+                     key_padding_mask: Tensor | None = None, key_bias: Tensor | None = None,
+                     order: Tensor | None = None, sink_keys: TokenRanges | None = None,
+                     dense_queries: TokenRanges | None = None, pv_dtype: str = "auto", skipped: str = "drop",
+                     impl: str = "auto", return_stats: bool = False) -> Tensor | tuple[Tensor, SpargeStats]:
+    """Attention that computes only the blocks that matter (SpargeAttn, arXiv 2502.18137).
+
+    For inference: the result carries no gradients, whatever the implementation.
 
     q: (B, H, Nq, D) float16, bfloat16 or float32; with layout="BNHD", (B, Nq, H, D). Any strides; a last dimension
         that is not contiguous is copied.
@@ -32,6 +34,9 @@ def sparge_attention(q: Tensor, k: Tensor, v: Tensor, *, params: SpargeParams = 
     causal: query i attends keys j ≤ i (aligned at the first token, as scaled_dot_product_attention does).
     key_padding_mask: bool (B, Nk), True where the key is padding and ignored (as nn.MultiheadAttention does). A query
         without any key gives zeros.
+    key_bias: floating (B, Nk), added to the scaled scores of a key: the floating mask of
+        scaled_dot_product_attention with one row for all queries. A key more than 10000 · ln 2 below the largest of its
+        row counts as padding.
     order: int32 or int64 (N,), or (Hkv, N) where heads differ: a permutation of the tokens that puts alike tokens in
         one block. Not checked to be a permutation (that would wait for the device). The output keeps the caller's
         order. Needs Nq = Nk and causal=False.
@@ -46,42 +51,45 @@ def sparge_attention(q: Tensor, k: Tensor, v: Tensor, *, params: SpargeParams = 
     return_stats: also return `SpargeStats`, left on the device.
 
     Returns a tensor of q's shape, dtype and layout, contiguous. Raises ValueError or TypeError naming the argument,
-    its rule and the value it got; RuntimeError where the implementation asked for by name can't take the call.
+    its rule and the value it got; RuntimeError where the implementation asked for by name can't take the call, of which
+    `FastPathError` says that its kernels failed to import, compile or launch. NaN or infinity in q, k or v makes at
+    least those rows NaN that dense attention makes NaN.
     """
-    check_inputs(q, k, v, params=params, layout=layout, scale=scale, causal=causal,
-                 key_padding_mask=key_padding_mask, order=order, sink_keys=sink_keys, dense_queries=dense_queries)
+    check_inputs(q, k, v, params=params, layout=layout, scale=scale, causal=causal, key_padding_mask=key_padding_mask,
+                 key_bias=key_bias, order=order, sink_keys=sink_keys, dense_queries=dense_queries)
     _check_choice("pv_dtype", pv_dtype, PV_DTYPES)
     _check_choice("skipped", skipped, SKIPPED)
     _check_choice("impl", impl, IMPLEMENTATIONS)
     out, kept, pv_skipped = run(q, k, v, params=params, layout=layout, scale=scale, causal=causal,
-                                key_padding_mask=key_padding_mask, order=order, sink_keys=sink_keys,
-                                dense_queries=dense_queries, pv_dtype=pv_dtype, skipped=skipped, impl=impl,
-                                return_stats=return_stats)
+                                key_padding_mask=key_padding_mask, key_bias=key_bias, order=order,
+                                sink_keys=sink_keys, dense_queries=dense_queries, pv_dtype=pv_dtype, skipped=skipped,
+                                impl=impl, return_stats=return_stats)
     return (out, SpargeStats(kept, pv_skipped)) if return_stats else out
 
 
 def block_map(q: Tensor, k: Tensor, *, params: SpargeParams = SpargeParams(), layout: str = "BHND",
               scale: float | None = None, causal: bool = False, key_padding_mask: Tensor | None = None,
-              order: Tensor | None = None, sink_keys: TokenRanges | None = None,
+              key_bias: Tensor | None = None, order: Tensor | None = None, sink_keys: TokenRanges | None = None,
               dense_queries: TokenRanges | None = None, pv_dtype: str = "auto", impl: str = "auto") -> BlockMap:
     """The block map that `sparge_attention` predicts for these arguments, for looking at and for tuning.
 
     `pv_dtype` matters because the block shape of the fast kernels depends on it.
     """
-    check_inputs(q, k, k, params=params, layout=layout, scale=scale, causal=causal,
-                 key_padding_mask=key_padding_mask, order=order, sink_keys=sink_keys, dense_queries=dense_queries)
+    check_inputs(q, k, k, params=params, layout=layout, scale=scale, causal=causal, key_padding_mask=key_padding_mask,
+                 key_bias=key_bias, order=order, sink_keys=sink_keys, dense_queries=dense_queries)
     _check_choice("pv_dtype", pv_dtype, PV_DTYPES)
     _check_choice("impl", impl, IMPLEMENTATIONS)
     return run_map(q, k, params=params, layout=layout, scale=scale, causal=causal, key_padding_mask=key_padding_mask,
-                   order=order, sink_keys=sink_keys, dense_queries=dense_queries, pv_dtype=pv_dtype, impl=impl)
+                   key_bias=key_bias, order=order, sink_keys=sink_keys, dense_queries=dense_queries, pv_dtype=pv_dtype,
+                   impl=impl)
 
 
 def block_sparse_attention(q: Tensor, k: Tensor, v: Tensor, block_map: BlockMap | Tensor, *, layout: str = "BHND",
                            scale: float | None = None, causal: bool = False, key_padding_mask: Tensor | None = None,
-                           order: Tensor | None = None, pv_dtype: str = "auto", pv_threshold: float = math.inf,
-                           skipped: str = "drop", impl: str = "auto", return_stats: bool = False,
-                           ) -> Tensor | tuple[Tensor, SpargeStats]:
-    """Quantised attention over the blocks that the caller chose. For inference: no gradients.
+                           key_bias: Tensor | None = None, order: Tensor | None = None, pv_dtype: str = "auto",
+                           pv_threshold: float = math.inf, skipped: str = "drop", impl: str = "auto",
+                           return_stats: bool = False) -> Tensor | tuple[Tensor, SpargeStats]:
+    """Quantised attention over the blocks that the caller chose.
 
     block_map: a `BlockMap` whose block is `block_shape(q, …)`, or a bool tensor (B or 1, H or 1, nq, nk), True where
         the block of queries attends the block of keys; blocks are counted in the order used for blocking. Blocks
@@ -92,8 +100,8 @@ def block_sparse_attention(q: Tensor, k: Tensor, v: Tensor, block_map: BlockMap 
     All other arguments, the result and the errors are those of `sparge_attention`.
     """
     params = SpargeParams(topk=1.0, similarity_threshold=-1.0, pv_threshold=pv_threshold)
-    check_inputs(q, k, v, params=params, layout=layout, scale=scale, causal=causal,
-                 key_padding_mask=key_padding_mask, order=order, sink_keys=None, dense_queries=None)
+    check_inputs(q, k, v, params=params, layout=layout, scale=scale, causal=causal, key_padding_mask=key_padding_mask,
+                 key_bias=key_bias, order=order, sink_keys=None, dense_queries=None)
     _check_choice("pv_dtype", pv_dtype, PV_DTYPES)
     _check_choice("skipped", skipped, SKIPPED)
     _check_choice("impl", impl, IMPLEMENTATIONS)
@@ -102,9 +110,9 @@ def block_sparse_attention(q: Tensor, k: Tensor, v: Tensor, block_map: BlockMap 
         block, block_map = (block_map.block.q, block_map.block.k), block_map.mask()
     _check_block_mask(block_map, q.shape[0], q.shape[1 if layout == "BHND" else 2], q.device)
     out, kept, pv_skipped = run(q, k, v, params=params, layout=layout, scale=scale, causal=causal,
-                                key_padding_mask=key_padding_mask, order=order, sink_keys=None, dense_queries=None,
-                                pv_dtype=pv_dtype, skipped=skipped, impl=impl, return_stats=return_stats,
-                                block_mask=block_map, block=block)
+                                key_padding_mask=key_padding_mask, key_bias=key_bias, order=order, sink_keys=None,
+                                dense_queries=None, pv_dtype=pv_dtype, skipped=skipped, impl=impl,
+                                return_stats=return_stats, block_mask=block_map, block=block)
     return (out, SpargeStats(kept, pv_skipped)) if return_stats else out
 
 
@@ -116,7 +124,7 @@ def block_shape(q: Tensor, *, pv_dtype: str = "auto", impl: str = "auto") -> Blo
 
 
 def check_inputs(q: Tensor, k: Tensor, v: Tensor, *, params: SpargeParams, layout: str, scale: float | None,
-                 causal: bool, key_padding_mask: Tensor | None, order: Tensor | None,
+                 causal: bool, key_padding_mask: Tensor | None, key_bias: Tensor | None, order: Tensor | None,
                  sink_keys: TokenRanges | None, dense_queries: TokenRanges | None) -> None:
     """Raise where a call has no meaning. Looks at shapes, dtypes and devices, never at values on a device."""
     _check_choice("layout", layout, LAYOUTS)
@@ -150,6 +158,8 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, *, params: SpargeParams, layou
         raise ValueError(f"scale must be finite; got {scale}")
     if key_padding_mask is not None:
         _check_mask(key_padding_mask, (q.shape[0], n_k), q.device)
+    if key_bias is not None:
+        _check_bias(key_bias, (q.shape[0], n_k), q.device)
     if order is not None:
         _check_order(order, k.shape[head], n_q, n_k, causal, q.device)
     _check_ranges("sink_keys", sink_keys, n_k)
@@ -169,6 +179,15 @@ def _check_mask(mask: Tensor, shape: tuple[int, int], device: torch.device) -> N
     if tuple(mask.shape) != shape or mask.device != device:
         raise ValueError(f"key_padding_mask must have shape {shape} on {device}; "
                          f"got {tuple(mask.shape)} on {mask.device}")
+
+
+def _check_bias(bias: Tensor, shape: tuple[int, int], device: torch.device) -> None:
+    if not isinstance(bias, Tensor):
+        raise TypeError(f"key_bias must be a tensor; got {type(bias).__name__}")
+    if not bias.is_floating_point():
+        raise TypeError(f"key_bias must be floating; got {bias.dtype}")
+    if tuple(bias.shape) != shape or bias.device != device:
+        raise ValueError(f"key_bias must have shape {shape} on {device}; got {tuple(bias.shape)} on {bias.device}")
 
 
 def _check_block_mask(mask: Tensor, batch: int, heads: int, device: torch.device) -> None:

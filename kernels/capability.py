@@ -2,18 +2,22 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import logging
 import os
-import sys
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from .failures import remembered
+from .triton_package import OLDEST, has_triton, install_command, triton_version
+
 MAX_HEAD_DIM = 256
+FP8_NEEDS = "hardware for float8_e4m3fn: an NVIDIA GPU from sm90 on, or sm89 and sm120 with Triton 3.5 or newer"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MIN_SM = 80
+_BLACKWELL = (3, 3)  # the first Triton for sm100 and sm120
+_FP8_ON_GEFORCE = (3, 5)  # older ones fail on sm89, and on sm120 turn float8 into float16
 # CDNA3 (gfx94x, gfx95x) and RDNA3 and newer (gfx11xx, gfx12xx).
 _AMD_FAMILIES = ("gfx94", "gfx95", "gfx11", "gfx12")
 _log = logging.getLogger(__name__)
@@ -32,6 +36,7 @@ class Facts:
     dtype: torch.dtype
     head_dim: int
     has_triton: bool
+    triton: tuple[int, int] | None = None  # version, None where it is not known
 
 
 def triton_declines(facts: Facts) -> str | None:
@@ -43,7 +48,12 @@ def triton_declines(facts: Facts) -> str | None:
     if facts.arch.startswith("gfx") and not facts.arch.startswith(_AMD_FAMILIES):
         return f"AMD architecture {facts.arch} is older than CDNA3 and RDNA3"
     if not facts.has_triton:
-        return f"Triton is not installed (pip install {_triton_package()})"
+        return f"Triton is not installed ({install_command()})"
+    if facts.triton is not None and facts.triton < OLDEST:
+        return "Triton {}.{} is older than {}.{} ({})".format(*facts.triton, *OLDEST, install_command())
+    if facts.triton is not None and facts.triton < _BLACKWELL and facts.arch.startswith("sm1"):
+        # Its compiler ends the whole process there.
+        return "Triton {}.{} does not compile for {} ({})".format(*facts.triton, facts.arch, install_command())
     if facts.dtype not in DTYPES:
         return f"dtype {facts.dtype} is none of float16, bfloat16, float32"
     if facts.arch == "interpreter" and facts.dtype == torch.bfloat16:
@@ -54,16 +64,20 @@ def triton_declines(facts: Facts) -> str | None:
 
 
 def supports_fp8(arch: str) -> bool:
-    """Whether the architecture multiplies float8_e4m3fn: NVIDIA Ada (sm89) and newer."""
-    return arch.startswith("sm") and int(arch[2:]) >= 89
+    """Whether the kernels can multiply float8_e4m3fn on an architecture: NVIDIA Ada (sm89) and newer, where the Triton
+    that is installed compiles it to the hardware's own products."""
+    if not arch.startswith("sm") or int(arch[2:]) < 89:
+        return False
+    return arch in ("sm90", "sm100", "sm103") or (triton_version() or OLDEST) >= _FP8_ON_GEFORCE
 
 
 def select_implementation(q: Tensor) -> tuple[str, str | None]:
     """The implementation that "auto" takes for q (..., D): ("triton", None), or ("reference", the reason why)."""
-    reason = triton_declines(Facts(q.device.type, arch_of(q.device), q.dtype, q.shape[-1], has_triton()))
+    facts = Facts(q.device.type, arch_of(q.device), q.dtype, q.shape[-1], has_triton(), triton_version())
+    reason = triton_declines(facts) or remembered(q)
     if reason is None:
         return "triton", None
-    if "not installed" in reason:
+    if reason.startswith("Triton "):
         _hint_install(reason)
     return "reference", reason
 
@@ -78,16 +92,6 @@ def arch_of(device: torch.device) -> str | None:
     if device.type == "xpu":
         return "xpu"
     return "interpreter" if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1" else None
-
-
-@functools.lru_cache
-def has_triton() -> bool:
-    """Whether Triton is installed; does not import it."""
-    return importlib.util.find_spec("triton") is not None
-
-
-def _triton_package() -> str:
-    return "triton-windows" if sys.platform == "win32" else "triton"
 
 
 @functools.lru_cache

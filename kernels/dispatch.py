@@ -1,17 +1,22 @@
 """From a checked call to an implementation: directly in eager mode, as a torch library op under torch.compile."""
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
 from . import reference
 from .capability import select_implementation
+from .failures import FastPathError, failed, remember
 from .types import BlockMap, BlockShape, SpargeParams, TokenRanges
 
 _NAMESPACE = "comfyui_spargeattn"
-_SCHEMA = """attention(Tensor q, Tensor k, Tensor v, *, Tensor? per_head, Tensor? key_padding_mask, Tensor? order,
-    float[] thresholds, float? scale, int[] sink_keys, int[] dense_queries, bool causal, bool return_stats,
-    str selection, str layout, str pv_dtype, str skipped, str impl, Tensor? block_mask=None,
+_Result = TypeVar("_Result")
+_SCHEMA = """attention(Tensor q, Tensor k, Tensor v, *, Tensor? per_head, Tensor? key_padding_mask, Tensor? key_bias,
+    Tensor? order, float[] thresholds, float? scale, int[] sink_keys, int[] dense_queries, bool causal,
+    bool return_stats, str selection, str layout, str pv_dtype, str skipped, str impl, Tensor? block_mask=None,
     int[] block=[]) -> (Tensor, Tensor, Tensor)"""
 
 
@@ -24,23 +29,23 @@ def run(q: Tensor, k: Tensor, v: Tensor, *, params: SpargeParams, sink_keys: Tok
     return attention(q, k, v, **call)
 
 
+@torch.no_grad()
 def run_map(q: Tensor, k: Tensor, *, params: SpargeParams, layout: str, pv_dtype: str, impl: str,
             **call) -> BlockMap:
     """The block map of a checked `block_map` call."""
     q, k = (_heads_first(x, layout) for x in (q, k))
-    if choose(impl, q) == "reference":
-        return reference.sparge_attention(q, k, k, params=params, **call)[1]
-    from ._triton.pipeline import predict
-    return predict(q, k, per_head=pack_thresholds(params, q.device), thresholds=_plain(params),
-                   selection=params.selection, pv_dtype=pv_dtype, **call)
+
+    def fast() -> BlockMap:
+        return _pipeline().predict(q, k, per_head=pack_thresholds(params, q.device), thresholds=_plain(params),
+                                   selection=params.selection, pv_dtype=pv_dtype, **call)
+
+    return _on_an_implementation(impl, q, fast,
+                                 lambda: reference.sparge_attention(q, k, k, params=params, **call)[1])
 
 
 def block_of(q: Tensor, pv_dtype: str, impl: str) -> BlockShape:
     """The block shape of the implementation that a call with q (…, D) gets."""
-    if choose(impl, q) == "reference":
-        return reference.BLOCK
-    from ._triton.pipeline import block_of
-    return block_of(q, pv_dtype)
+    return _on_an_implementation(impl, q, lambda: _pipeline().block_of(q, pv_dtype), lambda: reference.BLOCK)
 
 
 def choose(impl: str, q: Tensor) -> str:
@@ -49,6 +54,28 @@ def choose(impl: str, q: Tensor) -> str:
     if impl == "triton" and name != "triton":
         raise RuntimeError(f"impl='triton' can't take this call: {reason}")
     return name if impl == "auto" else impl
+
+
+def _on_an_implementation(impl: str, q: Tensor, fast: Callable[[], _Result], eager: Callable[[], _Result]) -> _Result:
+    """What the implementation that a call gets returns. With "auto", kernels that fail leave the call to the other."""
+    if choose(impl, q) == "reference":
+        return eager()
+    try:
+        return fast()
+    except FastPathError as error:
+        remember(q, error)
+        if impl == "triton":
+            raise
+    return eager()
+
+
+def _pipeline():
+    """The module of the fast kernels; importing it imports Triton, which may be broken in any way."""
+    try:
+        from ._triton import pipeline
+    except Exception as error:
+        raise failed("importing Triton", error) from error
+    return pipeline
 
 
 def pack_thresholds(params: SpargeParams, device: torch.device) -> Tensor | None:
@@ -60,28 +87,33 @@ def pack_thresholds(params: SpargeParams, device: torch.device) -> Tensor | None
                         else torch.full((params.heads,), x, device=device) for x in rows])
 
 
+@torch.no_grad()
 def _attention(q: Tensor, k: Tensor, v: Tensor, per_head: Tensor | None, key_padding_mask: Tensor | None,
-               order: Tensor | None, thresholds: list[float], scale: float | None, sink_keys: list[int],
-               dense_queries: list[int], causal: bool, return_stats: bool, selection: str, layout: str,
-               pv_dtype: str, skipped: str, impl: str, block_mask: Tensor | None = None,
+               key_bias: Tensor | None, order: Tensor | None, thresholds: list[float], scale: float | None,
+               sink_keys: list[int], dense_queries: list[int], causal: bool, return_stats: bool, selection: str,
+               layout: str, pv_dtype: str, skipped: str, impl: str, block_mask: Tensor | None = None,
                block: list[int] | tuple[int, ...] = ()) -> tuple[Tensor, Tensor, Tensor]:
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     q, k, v, target = (_heads_first(x, layout) for x in (q, k, v, out))
     sink_keys, dense_queries = _pairs(sink_keys), _pairs(dense_queries)
-    call = dict(scale=scale, causal=causal, key_padding_mask=key_padding_mask, order=order, sink_keys=sink_keys,
-                dense_queries=dense_queries, skipped=skipped, block_mask=block_mask)
+    call = dict(scale=scale, causal=causal, key_padding_mask=key_padding_mask, key_bias=key_bias, order=order,
+                sink_keys=sink_keys, dense_queries=dense_queries, skipped=skipped, block_mask=block_mask)
     if block_mask is not None:
+        impl = choose(impl, q)  # whose blocks the map is made of
         _check_blocks(block_mask, block, block_of(q, pv_dtype, impl), q.shape[2], k.shape[2])
-    if choose(impl, q) == "triton":
-        from ._triton.pipeline import attention
-        kept, pv_skipped = attention(q, k, v, target, per_head=per_head, thresholds=thresholds, selection=selection,
+
+    def fast() -> tuple[Tensor | None, Tensor | None]:
+        return _pipeline().attention(q, k, v, target, per_head=per_head, thresholds=thresholds, selection=selection,
                                      pv_dtype=pv_dtype, return_stats=return_stats, **call)
-    else:
+
+    def eager() -> tuple[Tensor | None, Tensor | None]:
         result, _, stats = reference.sparge_attention(
             q, k, v, params=_unpack_thresholds(selection, thresholds, per_head),
             quantise=None if pv_dtype == "auto" else pv_dtype, **call)
         target.copy_(result)
-        kept, pv_skipped = (stats.kept, stats.pv_skipped) if return_stats else (None, None)
+        return (stats.kept, stats.pv_skipped) if return_stats else (None, None)
+
+    kept, pv_skipped = _on_an_implementation(impl, q, fast, eager)
     if not return_stats:
         kept, pv_skipped = q.new_empty(0, dtype=torch.float32), q.new_empty(0, dtype=torch.float32)
     return out, kept, pv_skipped

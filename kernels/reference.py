@@ -18,15 +18,17 @@ from .types import BlockMap, BlockShape, SpargeParams, SpargeStats, TokenRanges
 LOG2E = math.log2(math.e)
 ROW_GROUP = 16  # rows of one tensor-core instruction: the finest group of rows that can skip together
 FP8_MAX = 448.0  # largest finite float8_e4m3fn
+HIDDEN = -1e4  # a key whose bias is at most this far below a row's largest, in log2 units, is as good as padding
 BLOCK = BlockShape(128, 64)
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, causal: bool = False,
-                    key_padding_mask: Tensor | None = None) -> Tensor:
+                    key_padding_mask: Tensor | None = None, key_bias: Tensor | None = None) -> Tensor:
     """Exact attention in float64, by query chunks: what every other path is measured against.
 
     q (B, H, Nq, D), k and v (B, Hkv, Nk, D), any floating dtype → float64 (B, H, Nq, D). `key_padding_mask` is bool
-    (B, Nk), True where a key is padding. A row with no visible key gives zeros.
+    (B, Nk), True where a key is padding; `key_bias`, (B, Nk), is added to the scores of a key. A row with no visible
+    key gives zeros.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     k, v = (_expand_groups(x.double(), q.shape[1]) for x in (k, v))
@@ -34,12 +36,15 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = No
     keys = torch.arange(k.shape[2], device=q.device)
     for start in range(0, q.shape[2], 1024):
         scores = q[:, :, start:start + 1024].double() @ k.mT * scale
+        if key_bias is not None:
+            scores = scores + key_bias[:, None, None].double()
         if causal:
             rows = torch.arange(start, start + scores.shape[2], device=q.device)
             scores = scores.masked_fill(keys > rows[:, None], -math.inf)
         if key_padding_mask is not None:
             scores = scores.masked_fill(key_padding_mask[:, None, None], -math.inf)
-        out[:, :, start:start + 1024] = scores.softmax(-1).nan_to_num(0.0) @ v
+        nothing = (scores == -math.inf).all(-1, keepdim=True)
+        out[:, :, start:start + 1024] = scores.softmax(-1).masked_fill(nothing, 0.0) @ v
     return out
 
 
@@ -47,7 +52,7 @@ def sparge_attention(q: Tensor, k: Tensor, v: Tensor, *, params: SpargeParams = 
                      scale: float | None = None, causal: bool = False, key_padding_mask: Tensor | None = None,
                      order: Tensor | None = None, sink_keys: TokenRanges | None = None,
                      dense_queries: TokenRanges | None = None, skipped: str = "drop", block: BlockShape = BLOCK,
-                     quantise: str | None = None, block_mask: Tensor | None = None,
+                     quantise: str | None = None, block_mask: Tensor | None = None, key_bias: Tensor | None = None,
                      ) -> tuple[Tensor, BlockMap, SpargeStats]:
     """SpargeAttn of q (B, H, Nq, D), k and v (B, Hkv, Nk, D) → output like q, the block map, the statistics.
 
@@ -60,19 +65,22 @@ def sparge_attention(q: Tensor, k: Tensor, v: Tensor, *, params: SpargeParams = 
     n_q, n_k, heads = q.shape[2], k.shape[2], q.shape[1]
     order_k = None if order is None else order.long().expand(k.shape[1], n_k)
     order_q = None if order is None else order_k.repeat_interleave(heads // k.shape[1], 0)
-    padding = None if key_padding_mask is None else key_padding_mask[:, None].expand(-1, k.shape[1], -1)
+    bias, padding = _bias_and_padding(key_bias, key_padding_mask, dtype)
+    bias, padding = (None if x is None else x[:, None].expand(-1, k.shape[1], -1) for x in (bias, padding))
     if padding is not None:  # a padding token may hold anything, NaN included
         k, v = (x.masked_fill(padding[..., None], 0.0) for x in (k, v))
 
     queries = compress(_reorder(q, order_q).to(dtype), block.q, flags=_flags(dense_queries, order_q, heads, q))
     keys = compress(_reorder(k, order_k).to(dtype), block.k, flags=_flags(sink_keys, order_k, k.shape[1], k),
-                    padding=_reorder(padding, order_k), centre=True)
+                    padding=_reorder(padding, order_k), bias=_reorder(bias, order_k), centre=True)
     keys = keys.map(lambda x: _expand_groups(x, heads))
     value = _blocks(_expand_groups(_reorder(v, order_k).to(dtype), heads), block.k)
 
     rules = visibility(n_q, keys, block, causal)
     if block_mask is None:
         mask = predict_map(queries, keys, rules, params, scale)
+        broken = ~value.isfinite().flatten(3).all(-1)
+        mask = mask | rules.visible & broken[:, :, None]  # their rows are NaN, as dense attention's would be
     else:
         mask = block_mask & rules.visible.expand(q.shape[0], heads, -1, -1)
     out, pv_skipped = attend(queries, keys, value, mask, rules, params, scale, skipped, quantise,
@@ -89,7 +97,7 @@ class Compressed:
 
     tokens (B, H, n, b, D), zero past the end; valid bool (B, H, n, b); mean (B, H, n, D) over the valid tokens;
     similarity (B, H, n), the mean cosine over all pairs of valid tokens; always bool (1 or B, H, n), blocks that
-    hold a token the caller wants exact.
+    hold a token the caller wants exact; bias (B, H, n, b), added to scores in log2 units, zero where not valid.
     """
 
     tokens: Tensor
@@ -97,16 +105,23 @@ class Compressed:
     mean: Tensor
     similarity: Tensor
     always: Tensor
+    bias: Tensor
+
+    @property
+    def mean_bias(self) -> Tensor:
+        """(B, H, n), over the valid tokens."""
+        return self.bias.sum(-1) / self.valid.sum(-1).clamp(min=1)
 
     def map(self, function) -> Compressed:
         return Compressed(*(function(getattr(self, name)) for name in self.__dataclass_fields__))
 
 
-def compress(x: Tensor, block: int, *, flags: Tensor, padding: Tensor | None = None,
+def compress(x: Tensor, block: int, *, flags: Tensor, padding: Tensor | None = None, bias: Tensor | None = None,
              centre: bool = False) -> Compressed:
     """Block means and self-similarity of x (B, H, N, D); `centre` subtracts the sequence mean first.
 
-    flags: bool (H, N), tokens that make their block exact. padding: bool (B, H, N), tokens that do not exist.
+    flags: bool (H, N), tokens that make their block exact. padding: bool (B, H, N), tokens that do not exist. bias:
+    (B, H, N), added to the scores of a token, in log2 units.
     """
     valid = torch.ones(x.shape[:3], dtype=torch.bool, device=x.device) if padding is None else ~padding
     if centre:
@@ -119,7 +134,8 @@ def compress(x: Tensor, block: int, *, flags: Tensor, padding: Tensor | None = N
     unit = tokens / tokens.norm(dim=-1, keepdim=True).clamp(min=1e-12)
     similarity = (unit.sum(-2) / count).square().sum(-1)
     always = _blocks(flags[None, ..., None], block)[..., 0].any(-1)
-    return Compressed(tokens, valid, tokens.sum(-2) / count, similarity, always)
+    bias = torch.zeros_like(tokens[..., 0]) if bias is None else _blocks(bias[..., None], block)[..., 0]
+    return Compressed(tokens, valid, tokens.sum(-2) / count, similarity, always, bias.where(valid, 0.0))
 
 
 @dataclass
@@ -148,14 +164,17 @@ def predict_map(queries: Compressed, keys: Compressed, rules: Visibility, params
     """The block map, bool (B, H, nq, nk) (3.3).
 
     Blocks kept by rule (dissimilar, sink, on the causal diagonal) take no part in the softmax; TopCdf or TopK chooses
-    among the others; equal scores are chosen together.
+    among the others; equal scores are chosen together. Similarity is judged for TopCdf alone: TopK keeps a fixed share.
+    Blocks that hold NaN or infinity are kept.
     """
-    theta, amount = (_per_head(value, queries.mean, 4) for value in (params.similarity_threshold, params.amount))
-    always_keys = (keys.always[:, :, None] | (keys.similarity[:, :, None] < theta)).expand_as(rules.visible)
-    always_rows = (queries.always[..., None] | (queries.similarity[..., None] < theta))
-    ruled = rules.partial | always_keys
-    judged = rules.visible & ~ruled
-    scores = (queries.mean @ keys.mean.mT * scale).masked_fill(~judged, -math.inf)
+    amount = _per_head(params.amount, queries.mean, 4)
+    theta = _per_head(params.similarity_threshold if params.selection == "cdf" else -1.0, queries.mean, 4)
+    always_keys = keys.always[:, :, None] | ~(keys.similarity[:, :, None] >= theta) | keys.mean_bias.isnan()[:, :, None]
+    always_rows = queries.always[..., None] | ~(queries.similarity[..., None] >= theta)
+    ruled = rules.partial | always_keys.expand_as(rules.visible)
+    judged = rules.visible & ~ruled & ~always_rows
+    scores = queries.mean @ keys.mean.mT * scale + keys.mean_bias[:, :, None] / LOG2E
+    scores = scores.masked_fill(~judged, -math.inf)
     ranked = scores.sort(dim=-1, descending=True).values
     if params.selection == "cdf":
         weight, target = ranked.softmax(-1).nan_to_num(0.0), amount
@@ -198,7 +217,8 @@ def attend(queries: Compressed, keys: Compressed, value: Tensor, mask: Tensor, r
         allowed = valid[:, :, None] & mask[:, :, i].repeat_interleave(v.shape[3], -1)[:, :, None]
         if causal:
             allowed = allowed & (tokens <= rows[:, None])
-        x = (q[:, :, i] @ k_flat.mT).masked_fill(~allowed, -math.inf)  # [B, H, b_q, nk·b_k], log2 units
+        x = q[:, :, i] @ k_flat.mT + keys.bias.flatten(2)[:, :, None]  # [B, H, b_q, nk·b_k], log2 units
+        x = x.masked_fill(~allowed, -math.inf)
         local = x.unflatten(-1, (-1, v.shape[3])).amax(-1)  # row maximum of each block
         running = local.cummax(-1).values.clamp(min=torch.finfo(x.dtype).min)
         top = running[..., -1:]
@@ -219,7 +239,7 @@ def attend(queries: Compressed, keys: Compressed, value: Tensor, mask: Tensor, r
             p = (tail - top).exp2()
             total = total + p.sum(-1, keepdim=True)
             acc = acc + p @ (value.sum(3) / keys.valid.sum(-1, keepdim=True).clamp(min=1) / v_scale[:, :, 0])
-        out.append(torch.where(total > 0, acc / total * v_scale[:, :, 0] + v_centre[:, :, 0], 0.0))
+        out.append(torch.where(total == 0, 0.0, acc / total * v_scale[:, :, 0] + v_centre[:, :, 0]))
     groups = mask.sum((-2, -1)) * (block_q // ROW_GROUP)
     return torch.cat(out, 2)[:, :, :n_q], (skips / groups.clamp(min=1)).float()
 
@@ -233,7 +253,7 @@ def _skipped_groups(local: Tensor, running: Tensor, limit: Tensor) -> Tensor:
 def _tail_scores(q: Tensor, keys: Compressed, kept: Tensor, visible: Tensor) -> Tensor:
     """Scores (B, H, b_q, nk) of the pooled tail: each skipped block as one key, counted once per valid token."""
     counts = keys.valid.sum(-1).clamp(min=1).to(q.dtype)
-    scores = q @ keys.mean.mT + counts.log2()[:, :, None]
+    scores = q @ keys.mean.mT + (counts.log2() + keys.mean_bias)[:, :, None]
     return scores.masked_fill(~(visible & ~kept)[:, :, None], -math.inf)
 
 
@@ -262,6 +282,18 @@ def _reorder(x: Tensor | None, order: Tensor | None) -> Tensor | None:
         return x
     index = order[None].reshape(1, *order.shape, *[1] * (x.ndim - 3)).expand(x.shape[0], *order.shape, *x.shape[3:])
     return x.gather(2, index)
+
+
+def _bias_and_padding(bias: Tensor | None, padding: Tensor | None,
+                      dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+    """(B, N): the bias of keys in log2 units with 0 as the largest of a row, and which keys to ignore."""
+    if bias is None:
+        return None, padding
+    bias = bias.to(dtype)
+    seen = bias if padding is None else bias.masked_fill(padding, -math.inf)
+    bias = (bias - seen.amax(1, keepdim=True)) * LOG2E
+    hidden = bias <= HIDDEN
+    return bias, hidden if padding is None else hidden | padding
 
 
 def _flags(ranges: TokenRanges | None, order: Tensor | None, heads: int, x: Tensor) -> Tensor:

@@ -46,9 +46,11 @@ class SpargeParams:
 
     cdf_threshold: τ in (0, 1]. A row of the block map keeps its largest predicted probabilities until their sum
         reaches τ (the authors' `cdfthreshd`). 1 keeps every block.
-    topk: fraction in (0, 1] of the blocks of a row that is kept (the authors' `topk`), rounded up.
-    similarity_threshold: θ in [-1, 1]. A block whose rows' mean pairwise cosine is below θ is badly described by its
-        mean and is always computed (the authors' `simthreshd1`). Values ≤ 0 switch this judge off.
+    topk: fraction in (0, 1] of the blocks of a row that is kept (the authors' `topk`), rounded up: a fixed share for
+        every input. Sinks and blocks on the causal diagonal come on top.
+    similarity_threshold: θ in [-1, 1], for `cdf_threshold`; `topk` has no use for it. A block whose rows' mean pairwise
+        cosine is below θ is badly described by its mean and is always computed (the authors' `simthreshd1`). Values ≤ 0
+        switch this judge off.
     pv_threshold: -λ ≥ 0, in log2 units. A group of rows skips P·V of a block where all its probabilities are below
         2^-pv_threshold of the running maximum (the authors' `pvthreshd`). `math.inf` switches the test off.
 

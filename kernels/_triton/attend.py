@@ -26,7 +26,7 @@ def _load_tile(source, row, column, PITCH: tl.constexpr, ROWS: tl.constexpr, COL
         rows = row.to(tl.int64) + tl.arange(0, ROWS)
         cols = tl.arange(0, COLS)
         if PITCH < COLS:
-            return tl.load(source + rows[:, None] * PITCH + cols, mask=cols < PITCH, other=0)
+            return tl.load(source + rows[:, None] * PITCH + cols, mask=(cols < PITCH)[None, :], other=0)
         else:
             return tl.load(source + rows[:, None] * PITCH + cols)
 
@@ -74,8 +74,8 @@ def _softmax_step(total, top, s, high, alpha, shift: tl.constexpr):
 
 @triton.jit(do_not_specialize=["stride_b", "stride_h", "stride_n", "nq", "nk", "n_q", "n_k", "heads", "group",
                                "order_rows"])
-def _attend_kernel(q, q_scale, k, k_scale, v, v_scale, v_centre, v_steps, k_valid, indices, counts,
-                   pooled_k, pooled_scale, pooled_v, tail_weight, out, order, per_head, skips, pv_threshold,
+def _attend_kernel(q, q_scale, k, k_scale, v, v_scale, v_centre, v_steps, k_valid, k_bias, indices,
+                   counts, pooled_k, pooled_scale, pooled_v, tail_weight, out, order, per_head, skips, pv_threshold,
                    stride_b: tl.int64, stride_h: tl.int64, stride_n: tl.int64,
                    nq, nk, n_q, n_k, heads, group, order_rows,
                    D: tl.constexpr, DP: tl.constexpr, PITCH: tl.constexpr, BLOCK_Q: tl.constexpr,
@@ -118,20 +118,27 @@ def _attend_kernel(q, q_scale, k, k_scale, v, v_scale, v_centre, v_steps, k_vali
             k_tile = _load_tile(k, (kv_row * nk + j) * BLOCK_K, 0, PITCH, BLOCK_K, DP, TMA)
             s_int = tl.dot(q_tile, k_tile.T)  # [BLOCK_Q, BLOCK_K]
             s = s_int.to(tl.float32)
+            alpha = q_step * k_step
             if MASKED:
                 keys = j * BLOCK_K + tl.arange(0, BLOCK_K)
-                if k_valid is not None:
+                if k_bias is not None:  # -inf where there is no key
+                    s = s * alpha[:, None] + tl.load(k_bias + kv_row.to(tl.int64) * nk * BLOCK_K + keys)[None, :]
+                    alpha = tl.full([BLOCK_Q], 1.0, tl.float32)
+                elif k_valid is not None:
                     exists = tl.load(k_valid + kv_row.to(tl.int64) * nk * BLOCK_K + keys) != 0
+                    s = tl.where(exists[None, :], s, float("-inf"))
                 else:
-                    exists = keys < n_k
-                allowed = exists[None, :]
+                    s = tl.where((keys < n_k)[None, :], s, float("-inf"))
                 if CAUSAL:
-                    allowed = allowed & (keys[None, :] <= places[:, None])
-                s = tl.where(allowed, s, float("-inf"))
+                    s = tl.where(keys[None, :] <= places[:, None], s, float("-inf"))
                 high = tl.max(s, 1)
             else:
                 high = tl.max(s_int, 1).to(tl.float32)  # of integers: three in one instruction on sm90
-            p, decay, total, top, local = _softmax_step(total, top, s, high, q_step * k_step, P_SHIFT)
+            p, decay, total, top, local = _softmax_step(total, top, s, high, alpha, P_SHIFT)
+            if MASKED:
+                v_step = tl.load(v_steps + kv_row.to(tl.int64) * nk + j)
+                if not FP8:  # the sums are brought to the unit of this block's values and back
+                    decay /= v_step
             acc *= decay[:, None]
             n_below = 0
             if SKIP_PV:
@@ -140,6 +147,8 @@ def _attend_kernel(q, q_scale, k, k_scale, v, v_scale, v_centre, v_steps, k_vali
                 n_skipped += n_below
                 rows_below = tl.reshape(tl.broadcast_to(below[:, None], [BLOCK_Q // ROW_GROUP, ROW_GROUP]), [BLOCK_Q])
                 p = tl.where(rows_below[:, None], 0.0, p)
+                if MASKED:
+                    n_below = tl.where(v_step == v_step, n_below, 0)  # values that are not finite reach every row
             if n_below < BLOCK_Q // ROW_GROUP:
                 if FP8:
                     v_tile = _load_channels(v, kv_row * D, j * BLOCK_K, nk * BLOCK_K, DP, BLOCK_K, D, TMA)
@@ -147,12 +156,12 @@ def _attend_kernel(q, q_scale, k, k_scale, v, v_scale, v_centre, v_steps, k_vali
                     p = tl.reshape(tl.permute(p, [0, 1, 3, 2, 4]), [BLOCK_Q, BLOCK_K])
                     # Not accumulated inside the product: FP8 tensor cores keep 14 bits of a sum, and truncate.
                     product = tl.dot(p.to(tl.float8e4nv), v_tile.T, max_num_imprecise_acc=BLOCK_K)
-                    acc += product * tl.load(v_steps + kv_row.to(tl.int64) * nk + j) if MASKED else product
+                    acc += product * v_step if MASKED else product
                 else:
                     v_tile = _load_tile(v, (kv_row * nk + j) * BLOCK_K, 0, PITCH, BLOCK_K, DP, TMA)
-                    if MASKED:
-                        p *= tl.load(v_steps + kv_row.to(tl.int64) * nk + j)
                     acc = tl.dot(p.to(tl.float16), v_tile, acc)
+            if MASKED and not FP8:
+                acc *= v_step
 
     if pooled_k is not None:
         for start in range(0, nk, TAIL_TILE):  # all of it, without a test for blocks to stand in for: loads run ahead
@@ -175,7 +184,7 @@ def _attend_kernel(q, q_scale, k, k_scale, v, v_scale, v_centre, v_steps, k_vali
 
     scale = tl.load(v_scale + kv_row * D + cols, mask=cols < D, other=0.0)
     centre = tl.load(v_centre + kv_row * D + cols, mask=cols < D, other=0.0)
-    acc = tl.where(total[:, None] > 0, acc / total[:, None] * scale[None, :] + centre[None, :], 0.0)
+    acc = tl.where(total[:, None] == 0, 0.0, acc / total[:, None] * scale[None, :] + centre[None, :])
     tokens = token_at(order, (head // group) % order_rows, places, n_q)
     pointers = rows_of(out, batch, head, tokens, stride_b, stride_h, stride_n, ALIGN)
     mask = (places < n_q)[:, None] & (cols < D)
@@ -214,8 +223,8 @@ def attend(queries: PreparedQueries, keys: PreparedKeys, values: PreparedValues,
             pooled_k, pooled_v = (descriptor(x, rows * nk, pitch, tile) for x in (pooled_k, pooled_v))
     strides, align = token_strides(out)
     arguments = (queries.quantised, queries.scale, k, keys.scale, v, values.scale, values.centre, values.step,
-                 keys.valid, lists.indices, lists.counts, pooled_k, keys.pooled_scale, pooled_v, lists.tail, out, order,
-                 per_head, skips, pv_threshold, *strides, nq, nk, n_q, n_k, heads, heads // kv_heads,
+                 keys.valid, keys.bias, lists.indices, lists.counts, pooled_k, keys.pooled_scale, pooled_v, lists.tail,
+                 out, order, per_head, skips, pv_threshold, *strides, nq, nk, n_q, n_k, heads, heads // kv_heads,
                  order_rows(order))
     constants = dict(D=dim, DP=padded, PITCH=pitch, BLOCK_Q=block.q, BLOCK_K=block.k, ALIGN=align, FP8=fp8,
                      CAUSAL=causal, SKIP_PV=skip_pv, ROW_GROUP=ROW_GROUP, TAIL_TILE=config.tail_tile,

@@ -89,6 +89,12 @@ def _mass_from(keys, threshold, TOPK: tl.constexpr):
 
 
 @triton.jit
+def _not_alike(similarity, theta):
+    """Which blocks the judge finds badly described by their means; NaN is."""
+    return (similarity >= theta) == 0
+
+
+@triton.jit
 def _range_of(x):
     """Number of visible blocks of each row, number of judged ones, and the largest and smallest of their scores."""
     judged = x > _UNJUDGED
@@ -98,8 +104,8 @@ def _range_of(x):
 
 
 @triton.jit(do_not_specialize=["nq", "nk", "n_q", "n_k", "heads", "group"])
-def _select_kernel(q_means, k_means, q_similarity, k_similarity, k_count, v_steps, scores, indices, counts, tail,
-                   per_head, amount, similarity, factor, nq, nk, n_q, n_k, heads, group,
+def _select_kernel(q_means, k_means, q_similarity, k_similarity, k_count, k_bias, k_biased, v_steps, scores, indices,
+                   counts, tail, per_head, amount, similarity, factor, nq, nk, n_q, n_k, heads, group,
                    D: tl.constexpr, DP: tl.constexpr, TOPK: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_Q: tl.constexpr,
                    BLOCK_K: tl.constexpr, ROWS: tl.constexpr, RESIDENT: tl.constexpr, CHUNK: tl.constexpr,
                    PRODUCT: tl.constexpr):
@@ -116,8 +122,10 @@ def _select_kernel(q_means, k_means, q_similarity, k_similarity, k_count, v_step
     k_similarity += keys
     k_count += keys
     amount = threshold_of(per_head, 0, head, heads, amount)
-    theta = threshold_of(per_head, 1, head, heads, similarity)
-    whole_row = tl.load(q_similarity + slot, mask=exists, other=0.0) < theta
+    # The judge is for cdf: under topk the share of blocks is fixed, but for what the caller wants exact (-inf).
+    theta = -1.0 if TOPK else threshold_of(per_head, 1, head, heads, similarity)
+    # A block that holds NaN or infinity has a similarity of NaN and is kept too: the rows that meet it become NaN.
+    whole_row = exists & _not_alike(tl.load(q_similarity + slot, mask=exists, other=0.0), theta)
 
     # Blocks from `diagonal` on are cut by the causal diagonal, blocks from `end` on lie beyond it.
     end = tl.where(exists, nk, 0)
@@ -128,13 +136,18 @@ def _select_kernel(q_means, k_means, q_similarity, k_similarity, k_count, v_step
     last = tl.max(end, 0)
 
     # Scores of the blocks that the prediction judges, in log2 units.
-    q = tl.load(q_means + slot[:, None] * D + cols, mask=exists[:, None] & (cols < D), other=0.0)
+    q = tl.load(q_means + slot[:, None] * D + cols, mask=(exists & (whole_row == 0))[:, None] & (cols < D),
+                other=0.0)
     for start in range(0, last, PRODUCT):
         j = start + tl.arange(0, PRODUCT)
         k = tl.load(k_means + (keys + j)[:, None] * D + cols, mask=(j < nk)[:, None] & (cols < D), other=0.0)
         x = tl.dot(q, tl.trans(k)) * factor  # in TF32 where there is such: a thousandth of a score predicts nothing
-        alike = tl.load(k_similarity + j, mask=j < nk, other=0.0) >= theta
-        x = tl.where(alike[None, :] & (j[None, :] < diagonal[:, None]), x, _UNJUDGED)
+        judged = _not_alike(tl.load(k_similarity + j, mask=j < nk, other=0.0), theta) == 0
+        if k_bias is not None:
+            extra = tl.load(k_bias + keys + j, mask=j < nk, other=0.0)
+            x += extra[None, :]
+            judged = judged & (extra == extra)
+        x = tl.where(judged[None, :] & (j[None, :] < diagonal[:, None]), x, _UNJUDGED)
         x = tl.where((tl.load(k_count + j, mask=j < nk, other=0) > 0)[None, :], x, float("-inf"))
         tl.store(scores + at[:, None] + j[None, :], x, mask=j[None, :] < end[:, None])
     tl.debug_barrier()
@@ -185,17 +198,25 @@ def _select_kernel(q_means, k_means, q_similarity, k_similarity, k_count, v_step
         j = _columns(start, CHUNK)
         x = _scores_of(scores, at, j, end)
         visible = x > float("-inf")
-        kept = visible & (_of_rows(whole_row) | (x <= _UNJUDGED) | (_keys_of(x, _of_rows(high), TOPK) >= low))
-        taken = kept.to(tl.int32)
-        n_piece = tl.sum(taken, 2)
-        place = tl.cumsum(taken, 2) - 1 + (_of_rows(n_kept) + (tl.cumsum(n_piece, 1) - n_piece)[:, :, None])
+        kept = _of_rows(whole_row) | (x <= _UNJUDGED) | (_keys_of(x, _of_rows(high), TOPK) >= low)
         count = tl.load(k_count + j, mask=j < nk, other=0)
         special = (count < BLOCK_K) | (j >= _of_rows(diagonal))
         if v_steps is not None:
-            special = special | (tl.load(v_steps + keys + j, mask=j < nk, other=1.0) != 1.0)
+            step = tl.load(v_steps + keys + j, mask=j < nk, other=1.0)
+            special = special | (step != 1.0)
+            kept = kept | (step != step)  # values that are not finite
+        if k_biased is not None:
+            special = special | (tl.load(k_biased + keys + j, mask=j < nk, other=0) != 0)
+        kept = kept & visible
+        taken = kept.to(tl.int32)
+        n_piece = tl.sum(taken, 2)
+        place = tl.cumsum(taken, 2) - 1 + (_of_rows(n_kept) + (tl.cumsum(n_piece, 1) - n_piece)[:, :, None])
         n_unmasked = tl.minimum(n_unmasked, tl.min(tl.min(tl.where(kept & special, place, nk), 1), 1))
         if tail is not None:
-            weight = tl.where(visible & (kept == 0), tl.log2(tl.maximum(count, 1).to(tl.float32)), float("-inf"))
+            weight = tl.log2(tl.maximum(count, 1).to(tl.float32))
+            if k_bias is not None:
+                weight += tl.load(k_bias + keys + j, mask=j < nk, other=0.0)
+            weight = tl.where(visible & (kept == 0), weight, float("-inf"))
             tl.store(tail + _of_rows(at) + j, weight.to(tl.float16), mask=j < _of_rows(end))
         tl.debug_barrier()  # every score of this chunk has been read before its memory takes the list
         tl.store(indices + _of_rows(at) + place, tl.broadcast_to(j, place.shape), mask=kept)
@@ -220,9 +241,9 @@ def select_blocks(queries: PreparedQueries, keys: PreparedKeys, values: Prepared
     lists = allocate_lists(device, (batch, heads, nq, nk), pooled)
     scores = lists.indices.view(float32)
     launch(_select_kernel, (batch * heads * -(-nq // _ROWS),), device,
-           (queries.mean, keys.mean, queries.similarity, keys.similarity, keys.count, values and values.step, scores,
-            lists.indices, lists.counts, lists.tail, per_head, thresholds[0], thresholds[1], scale * LOG2E, nq, nk, n_q,
-            n_k, heads, heads // kv_heads),
+           (queries.mean, keys.mean, queries.similarity, keys.similarity, keys.count, keys.mean_bias, keys.biased,
+            values and values.step, scores, lists.indices, lists.counts, lists.tail, per_head, thresholds[0],
+            thresholds[1], scale * LOG2E, nq, nk, n_q, n_k, heads, heads // kv_heads),
            dict(D=dim, DP=padded_dim(dim), TOPK=selection == "topk", CAUSAL=causal, BLOCK_Q=block.q, BLOCK_K=block.k,
                 ROWS=_ROWS, RESIDENT=_RESIDENT, CHUNK=_CHUNK, PRODUCT=min(64, 8192 // padded_dim(dim), _CHUNK)),
            dict(num_warps=8, num_stages=2))

@@ -14,9 +14,9 @@ _CHUNK = 1024  # entries of a row that a program looks at together
 
 
 @triton.jit(do_not_specialize=["stride_b", "stride_h", "stride_q", "stride_k", "nq", "nk", "n_q", "heads", "group"])
-def _given_kernel(mask, k_count, v_steps, indices, counts, tail, stride_b: tl.int64, stride_h: tl.int64,
-                  stride_q: tl.int64, stride_k: tl.int64, nq, nk, n_q, heads, group, CAUSAL: tl.constexpr,
-                  BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, CHUNK: tl.constexpr):
+def _given_kernel(mask, k_count, k_bias, k_biased, v_steps, indices, counts, tail, stride_b: tl.int64,
+                  stride_h: tl.int64, stride_q: tl.int64, stride_k: tl.int64, nq, nk, n_q, heads, group,
+                  CAUSAL: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, CHUNK: tl.constexpr):
     """One row of the map."""
     row = tl.program_id(0).to(tl.int64)
     i, head, batch = (row % nq).to(tl.int32), (row // nq % heads).to(tl.int32), row // nq // heads
@@ -43,10 +43,15 @@ def _given_kernel(mask, k_count, v_steps, indices, counts, tail, stride_b: tl.in
         place = n_kept + tl.cumsum(kept.to(tl.int32), 0) - 1
         step = tl.load(v_steps + keys + j, mask=j < end, other=1.0)
         special = kept & ((count < BLOCK_K) | (j >= diagonal) | (step != 1.0))
+        if k_biased is not None:
+            special = special | (kept & (tl.load(k_biased + keys + j, mask=j < end, other=0) != 0))
         n_unmasked = tl.minimum(n_unmasked, tl.min(tl.where(special, place, nk), 0))
         tl.store(indices + place, j, mask=kept)
         if tail is not None:
-            weight = tl.where(visible & (kept == 0), tl.log2(tl.maximum(count, 1).to(tl.float32)), float("-inf"))
+            weight = tl.log2(tl.maximum(count, 1).to(tl.float32))
+            if k_bias is not None:
+                weight += tl.load(k_bias + keys + j, mask=j < end, other=0.0)
+            weight = tl.where(visible & (kept == 0), weight, float("-inf"))
             tl.store(tail + row * nk + j, weight.to(tl.float16), mask=j < nk)
         n_kept += tl.sum(kept.to(tl.int32), 0)
         n_visible += tl.sum(visible.to(tl.int32), 0)
@@ -63,7 +68,7 @@ def lists_from_mask(mask: Tensor, keys: PreparedKeys, values: PreparedValues, *,
     rows = mask.shape[:3]
     lists = allocate_lists(mask.device, mask.shape, pooled)
     launch(_given_kernel, (rows.numel(),), mask.device,
-           (mask, keys.count, values.step, lists.indices, lists.counts, lists.tail, *mask.stride(), rows[2], nk, n_q,
-            heads, heads // kv_heads),
+           (mask, keys.count, keys.mean_bias, keys.biased, values.step, lists.indices, lists.counts, lists.tail,
+            *mask.stride(), rows[2], nk, n_q, heads, heads // kv_heads),
            dict(CAUSAL=causal, BLOCK_Q=block.q, BLOCK_K=block.k, CHUNK=_CHUNK), dict(num_warps=4))
     return lists

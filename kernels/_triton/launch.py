@@ -10,8 +10,17 @@ import math
 
 import torch
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..failures import failed
+from ..triton_package import triton_version
+
+try:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ModuleNotFoundError:  # before Triton 3.4
+    TensorDescriptor = None
+
+_RELAUNCHES = (triton_version() or (0, 0)) >= (3, 6)
+HAS_DESCRIPTORS = TensorDescriptor is not None
 _ALIGNMENT = 256
 _compiled: dict[tuple, object] = {}
 
@@ -79,8 +88,12 @@ def launch(kernel, grid: tuple[int, ...], device: torch.device, arguments: tuple
     compiled = _compiled.get(key)
     if compiled is None:
         arguments = [_materialise(x) for x in arguments]
-        compiled = kernel[grid](*arguments, **constants, **options)
-        if hasattr(compiled, "function"):  # nothing to keep from the interpreter
+        try:
+            compiled = kernel[grid](*arguments, **constants, **options)
+        except Exception as error:  # compilers and drivers fail in many ways
+            raise failed(f"kernel {_name_of(kernel)}", error) from error
+        # Nothing is kept from the interpreter, and from versions whose compiled kernels take other arguments.
+        if hasattr(compiled, "function") and _RELAUNCHES:
             _compiled[key] = compiled
     else:
         compiled[(*grid, 1, 1)[:3]](*values, *constants.values())
@@ -89,6 +102,11 @@ def launch(kernel, grid: tuple[int, ...], device: torch.device, arguments: tuple
 def forget() -> None:
     """Drop what `launch` remembers."""
     _compiled.clear()
+
+
+def _name_of(kernel) -> str:
+    """The name of a jitted function, also inside an autotuner."""
+    return getattr(kernel, "fn", kernel).__name__
 
 
 def _materialise(x):

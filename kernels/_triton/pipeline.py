@@ -2,18 +2,22 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from ..capability import arch_of, supports_fp8
-from ..reference import LOG2E, ROW_GROUP
+from ..capability import FP8_NEEDS, arch_of, supports_fp8
+from ..reference import HIDDEN, LOG2E, ROW_GROUP
 from ..types import BlockMap, BlockShape, TokenRanges
 from .attend import attend
 from .blockmap import BlockLists, select_blocks
 from .config import AttendConfig, attend_config
 from .given_map import lists_from_mask
+from .launch import HAS_DESCRIPTORS
+from .memory import copied_bytes, in_groups
 from .prepare import PreparedKeys, PreparedQueries, PreparedValues, prepare_keys, prepare_queries
 from .primitives import padded_dim
 
@@ -28,20 +32,45 @@ def _on_its_device(run: Callable) -> Callable:
 
 
 @_on_its_device
-def attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor, *, per_head: Tensor | None, thresholds: list[float],
-              selection: str, scale: float | None, causal: bool, key_padding_mask: Tensor | None,
-              order: Tensor | None, sink_keys: TokenRanges | None, dense_queries: TokenRanges | None, pv_dtype: str,
-              skipped: str, return_stats: bool, block_mask: Tensor | None = None,
-              ) -> tuple[Tensor | None, Tensor | None]:
+def attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor, *, pv_dtype: str, order: Tensor | None,
+              key_padding_mask: Tensor | None, per_head: Tensor | None, key_bias: Tensor | None = None,
+              block_mask: Tensor | None = None, **call) -> tuple[Tensor | None, Tensor | None]:
     """`sparge_attention` of q (B, H, Nq, D), k, v (B, Hkv, Nk, D) into out like q; (kept, pv_skipped) if asked.
 
-    `block_mask`, bool (B or 1, H or 1, nq, nk), takes the place of the predicted map.
+    `block_mask`, bool (B or 1, H or 1, nq, nk), takes the place of the predicted map. Heads are taken in groups where
+    memory is short.
     """
     config, fp8 = _configure(q, pv_dtype)
-    queries, keys, values, lists = _prepare(
-        q, k, v, config=config, fp8=fp8, pooled=skipped == "pooled", per_head=per_head, thresholds=thresholds,
-        selection=selection, scale=scale, causal=causal, key_padding_mask=key_padding_mask, order=order,
-        sink_keys=sink_keys, dense_queries=dense_queries, block_mask=block_mask)
+    bias, padding = _bias_and_padding(key_bias, key_padding_mask)
+    call |= dict(config=config, fp8=fp8, bias=bias, padding=padding)
+    group = q.shape[1] // k.shape[1]
+
+    def attend_heads(first: int, last: int) -> tuple[Tensor | None, Tensor | None]:
+        """Of heads `first` to `last` of K."""
+        if last - first == k.shape[1]:
+            return _attention(q, k, v, out, order=order, per_head=per_head, block_mask=block_mask, **call)
+        of_keys, of_queries = slice(first, last), slice(first * group, last * group)
+        return _attention(
+            q[:, of_queries], k[:, of_keys], v[:, of_keys], out[:, of_queries],
+            order=order if order is None or order.ndim == 1 else order[of_keys],
+            per_head=None if per_head is None else per_head[:, of_queries].contiguous(),
+            block_mask=block_mask if block_mask is None or block_mask.shape[1] == 1 else block_mask[:, of_queries],
+            **call)
+
+    inputs = (q.numel() + 2 * k.numel()) * q.itemsize
+    copies = copied_bytes(q, k, fp8, config.block, call["skipped"] == "pooled")
+    parts = in_groups(attend_heads, k.shape[1], copies, inputs, q.device)
+    if len(parts) == 1:
+        return parts[0]
+    return tuple(None if part[0] is None else torch.cat(part, 1) for part in zip(*parts))
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor, *, config: AttendConfig, fp8: bool, order: Tensor | None,
+               per_head: Tensor | None, thresholds: list[float], causal: bool, skipped: str, return_stats: bool,
+               **call) -> tuple[Tensor | None, Tensor | None]:
+    order = None if order is None else order.contiguous()
+    queries, keys, values, lists = _prepare(q, k, v, config=config, fp8=fp8, pooled=skipped == "pooled", order=order,
+                                            per_head=per_head, thresholds=thresholds, causal=causal, **call)
     skips = attend(queries, keys, values, lists, out, n_k=k.shape[2], order=order, per_head=per_head,
                    pv_threshold=thresholds[2], causal=causal, config=config, count_skips=return_stats)
     if not return_stats:
@@ -55,13 +84,16 @@ def attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor, *, per_head: Tensor 
 
 @_on_its_device
 def predict(q: Tensor, k: Tensor, *, per_head: Tensor | None, thresholds: list[float], selection: str,
-            scale: float | None, causal: bool, key_padding_mask: Tensor | None, order: Tensor | None,
-            sink_keys: TokenRanges | None, dense_queries: TokenRanges | None, pv_dtype: str) -> BlockMap:
+            scale: float | None, causal: bool, key_padding_mask: Tensor | None, key_bias: Tensor | None,
+            order: Tensor | None, sink_keys: TokenRanges | None, dense_queries: TokenRanges | None,
+            pv_dtype: str) -> BlockMap:
     """The block map alone."""
     config, _ = _configure(q, pv_dtype)
+    bias, padding = _bias_and_padding(key_bias, key_padding_mask)
     lists = _prepare(q, k, None, config=config, fp8=False, pooled=False, per_head=per_head, thresholds=thresholds,
-                     selection=selection, scale=scale, causal=causal, key_padding_mask=key_padding_mask, order=order,
-                     sink_keys=sink_keys, dense_queries=dense_queries)[-1]
+                     selection=selection, scale=scale, causal=causal, padding=padding, bias=bias,
+                     order=None if order is None else order.contiguous(), sink_keys=sink_keys,
+                     dense_queries=dense_queries)[-1]
     return lists.public(config.block)
 
 
@@ -73,22 +105,23 @@ def block_of(q: Tensor, pv_dtype: str) -> BlockShape:
 def _configure(q: Tensor, pv_dtype: str) -> tuple[AttendConfig, bool]:
     arch = arch_of(q.device)
     fp8 = pv_dtype == "fp8" or (pv_dtype == "auto" and supports_fp8(arch))
-    return attend_config(arch, padded_dim(q.shape[-1]), fp8), fp8
+    if fp8 and not supports_fp8(arch):
+        raise RuntimeError(f"pv_dtype='fp8' needs {FP8_NEEDS}; got {arch}")
+    config = attend_config(arch, padded_dim(q.shape[-1]), fp8)
+    return config if HAS_DESCRIPTORS else replace(config, tma=False), fp8
 
 
 def _prepare(q: Tensor, k: Tensor, v: Tensor | None, *, config: AttendConfig, fp8: bool, pooled: bool,
              per_head: Tensor | None, thresholds: list[float], selection: str, scale: float | None, causal: bool,
-             key_padding_mask: Tensor | None, order: Tensor | None, sink_keys: TokenRanges | None,
+             padding: Tensor | None, bias: Tensor | None, order: Tensor | None, sink_keys: TokenRanges | None,
              dense_queries: TokenRanges | None, block_mask: Tensor | None = None,
              ) -> tuple[PreparedQueries, PreparedKeys, PreparedValues | None, BlockLists]:
     q, k, v = (x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    order = None if order is None else order.contiguous()
-    padding = None if key_padding_mask is None else key_padding_mask.contiguous()
     queries = prepare_queries(q, k, v, factor=scale * LOG2E, order=order, flags=_flags(dense_queries, q),
                               padding=padding, block=config.block)
     keys, values = prepare_keys(k, v, queries, order=order, flags=_flags(sink_keys, k), padding=padding,
-                                block=config.block, fp8=fp8, pooled=pooled)
+                                block=config.block, fp8=fp8, pooled=pooled, bias=bias)
     if block_mask is not None:
         return queries, keys, values, lists_from_mask(block_mask, keys, values, heads=q.shape[1], n_q=q.shape[2],
                                                       causal=causal, block=config.block, pooled=pooled)
@@ -96,6 +129,17 @@ def _prepare(q: Tensor, k: Tensor, v: Tensor | None, *, config: AttendConfig, fp
                           selection=selection, causal=causal, n_q=q.shape[2], n_k=k.shape[2], block=config.block,
                           pooled=pooled)
     return queries, keys, values, lists
+
+
+def _bias_and_padding(bias: Tensor | None, padding: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """The bias of keys, float32 (B, N) in log2 units with 0 as a row's largest, and bool (B, N), keys to ignore."""
+    if bias is None:
+        return None, None if padding is None else padding.contiguous()
+    bias = bias.float()
+    seen = bias if padding is None else bias.masked_fill(padding, -math.inf)
+    bias = (bias - seen.amax(1, keepdim=True)) * LOG2E  # what all keys of a row share, softmax ignores
+    hidden = bias <= HIDDEN
+    return bias.contiguous(), hidden.contiguous() if padding is None else hidden | padding
 
 
 def _flags(ranges: TokenRanges | None, x: Tensor) -> Tensor | None:

@@ -50,7 +50,9 @@ class PreparedQueries:
 class PreparedKeys:
     """quantised int8 (B, Hkv, n·b, pitch), scale float32 (B, Hkv, n), mean float32 (B, Hkv, n, D), similarity float32
     (B, Hkv, n), -inf where the block holds a sink, count int32 (B, Hkv, n) of valid keys, valid int8 (B, Hkv, n·b) or
-    None without padding, pooled int8 (B, Hkv, n, pitch) with pooled_scale bfloat16 (B, Hkv, n), or None."""
+    None without padding; with a bias on keys, bias float32 (B, Hkv, n·b) in log2 units, -inf where there is no key, its
+    mean over a block, mean_bias float32 (B, Hkv, n), and whether it is anything but zero there, biased int8
+    (B, Hkv, n), and no valid; pooled int8 (B, Hkv, n, pitch) with pooled_scale bfloat16 (B, Hkv, n), or None."""
 
     quantised: Region
     scale: Region
@@ -58,6 +60,9 @@ class PreparedKeys:
     similarity: Region
     count: Region
     valid: Region | None
+    bias: Region | None
+    mean_bias: Region | None
+    biased: Region | None
     pooled: Region | None
     pooled_scale: Region | None
 
@@ -92,6 +97,7 @@ def _quantise_queries(x, order, flags, quantised, scales, means, similarity, fac
     count = tl.minimum(BLOCK, n - i * BLOCK).to(tl.float32)
     slot = row.to(tl.int64) * blocks + i
     alike = block_similarity(q, count)
+    finite = alike == alike
     if flags is not None:
         flagged = tl.max(tl.load(flags + tokens, mask=exists, other=0), 0)
         alike = tl.where(flagged > 0, float("-inf"), alike)
@@ -102,8 +108,10 @@ def _quantise_queries(x, order, flags, quantised, scales, means, similarity, fac
     largest = tl.maximum(tl.max(tl.abs(q), 1), 1e-12)
     inverse = tl.where(factor < 0, -127.0, 127.0) / largest
     places = slot * BLOCK + tl.arange(0, BLOCK)
-    tl.store(quantised + places[:, None] * pitch * STORE + cols, to_int8(q * inverse[:, None]), mask=cols < PITCH)
-    tl.store(scales + places, largest * (tl.maximum(tl.abs(factor), 1e-18) / 127.0))
+    tl.store(quantised + places[:, None] * pitch * STORE + cols, to_int8(q * inverse[:, None]),
+             mask=(cols < PITCH)[None, :])
+    unit = tl.where(finite, tl.maximum(tl.abs(factor), 1e-18) / 127.0, float("nan"))
+    tl.store(scales + places, largest * unit)
 
 
 @triton.jit(do_not_specialize=["q_stride_b", "q_stride_h", "q_stride_n", "k_stride_b", "k_stride_h", "k_stride_n",
@@ -141,10 +149,11 @@ def _exists(padding, batch, tokens, places, n):
 
 
 @triton.jit
-def _quantise_keys(k, order, flags, padding, partial, sampled, quantised, scales, means, similarity, counts, valid,
-                   pooled, pooled_scales, j, row, batch, head, order_row, stride_b, stride_h, stride_n, n, blocks,
-                   pitch, D: tl.constexpr, DP: tl.constexpr, PITCH: tl.constexpr, BLOCK: tl.constexpr,
-                   STORE: tl.constexpr, ALIGN: tl.constexpr, SPLITS: tl.constexpr):
+def _quantise_keys(k, order, flags, padding, bias, partial, sampled, quantised, scales, means, similarity, counts,
+                   valid, biases, mean_bias, biased, pooled, pooled_scales, j, row, batch, head, order_row,
+                   stride_b, stride_h, stride_n, n, blocks, pitch,
+                   D: tl.constexpr, DP: tl.constexpr, PITCH: tl.constexpr, BLOCK: tl.constexpr, STORE: tl.constexpr,
+                   ALIGN: tl.constexpr, SPLITS: tl.constexpr):
     """Centre, pool and quantise one block of keys."""
     cols = tl.arange(0, DP)
     lane = tl.arange(0, BLOCK)
@@ -152,27 +161,33 @@ def _quantise_keys(k, order, flags, padding, partial, sampled, quantised, scales
     places = j * BLOCK + lane
     tokens = token_at(order, order_row, places, n)
     exists = _exists(padding, batch, tokens, places, n)
-    if padding is not None:
-        tl.store(valid + slot * BLOCK + lane, exists.to(tl.int8))
     kept = tl.sum(exists.to(tl.int32), 0)
     count = tl.maximum(kept, 1).to(tl.float32)
     tl.store(counts + slot, kept)
+    if bias is not None:
+        extra = tl.load(bias + batch.to(tl.int64) * n + tokens, mask=exists, other=0.0)
+        tl.store(mean_bias + slot, tl.sum(extra, 0) / count)
+        tl.store(biased + slot, tl.max((extra != 0).to(tl.int8), 0))
+        tl.store(biases + slot * BLOCK + lane, tl.where(exists, extra, float("-inf")))
+    elif padding is not None:
+        tl.store(valid + slot * BLOCK + lane, exists.to(tl.int8))
 
     constant = constant_of_keys(partial, sampled, row, cols, DP, SPLITS)
     rows = rows_of(k, batch, head, tokens, stride_b, stride_h, stride_n, ALIGN)
     x = tl.load(rows[:, None] + cols, mask=exists[:, None] & (cols < D), other=0.0).to(tl.float32)
     x -= constant[None, :] * exists.to(tl.float32)[:, None]  # [BLOCK, DP]
     alike = block_similarity(x, count)
+    finite = alike == alike
     if flags is not None:
         flagged = tl.max(tl.load(flags + tokens, mask=places < n, other=0), 0)
         alike = tl.where(flagged > 0, float("-inf"), alike)
     tl.store(similarity + slot, alike)
     mean = tl.sum(x, 0) / count
     tl.store(means + slot * D + cols, mean, mask=cols < D)
-    step = tl.maximum(tl.max(tl.abs(x)), 1e-12) / 127.0
+    step = tl.where(finite, tl.maximum(tl.max(tl.abs(x)), 1e-12) / 127.0, float("nan"))
     tl.store(scales + slot, step)
     pointers = quantised + (slot * BLOCK + lane)[:, None] * pitch * STORE + cols
-    tl.store(pointers, to_int8(x * (1.0 / step)), mask=cols < PITCH)
+    tl.store(pointers, to_int8(x * (1.0 / step)), mask=(cols < PITCH)[None, :])
     if pooled is not None:
         # Two bytes, because the attention kernel would wait for larger ones at a barrier; rounded up to fit.
         step = (tl.maximum(tl.max(tl.abs(mean)), 1e-12) / 127.0 * (1 + 2.0 ** -7)).to(tl.bfloat16)
@@ -207,10 +222,9 @@ def _convert_values(v, order, padding, partial, sampled, centres, scales, values
         mean = tl.sum(x, 0) / tl.maximum(tl.sum(exists.to(tl.int32), 0), 1).to(tl.float32)
         mean = tl.clamp(mean, -65504.0, 65504.0)
         tl.store(pooled + slot * PITCH + cols, mean.to(tl.float16), mask=cols < PITCH)
-    excess = tl.max(tl.abs(x)) / limit
-    exponent = tl.ceil(tl.log2(tl.maximum(excess, 1.0)))
-    if not FP8:
-        exponent = tl.minimum(exponent, 15.0)  # P is multiplied by it in float16
+    # As integers, the bits of floats order as the floats do, with NaN on top; a maximum of floats leaves NaN out.
+    excess = tl.max(tl.abs(x).to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True) / limit
+    exponent = tl.where(excess < float("inf"), tl.ceil(tl.log2(tl.maximum(excess, 1.0))), float("nan"))
     tl.store(steps + slot, tl.exp2(exponent))
     if exponent > 0:
         x *= tl.exp2(-exponent)
@@ -218,17 +232,17 @@ def _convert_values(v, order, padding, partial, sampled, centres, scales, values
     if FP8:
         channels = row.to(tl.int64) * D + cols
         pointers = values + channels[:, None] * blocks * BLOCK + j * BLOCK + lane
-        tl.store(pointers, tl.trans(x.to(values.dtype.element_ty)), mask=cols[:, None] < D)
+        tl.store(pointers, tl.trans(x.to(values.dtype.element_ty)), mask=(cols < D)[:, None])
     else:
         pointers = values + (slot * BLOCK + lane)[:, None] * PITCH + cols
-        tl.store(pointers, tl.clamp(x, -65504.0, 65504.0).to(tl.float16), mask=cols < PITCH)
+        tl.store(pointers, x.to(tl.float16), mask=(cols < PITCH)[None, :])
 
 
 @triton.jit(do_not_specialize=["k_stride_b", "k_stride_h", "k_stride_n", "v_stride_b", "v_stride_h", "v_stride_n", "n",
                                "blocks", "heads", "pitch", "order_rows", "key_programs"])
-def _keys_kernel(k, v, order, flags, padding, partial, sampled, quantised, scales, means, similarity, counts, valid,
-                 pooled, pooled_scales, v_centre, v_scale, values, v_steps, v_pooled, v_reach, v_limit,
-                 k_stride_b: tl.int64, k_stride_h: tl.int64, k_stride_n: tl.int64,
+def _keys_kernel(k, v, order, flags, padding, bias, partial, sampled, quantised, scales, means, similarity, counts,
+                 valid, biases, mean_bias, biased, pooled, pooled_scales, v_centre, v_scale, values, v_steps, v_pooled,
+                 v_reach, v_limit, k_stride_b: tl.int64, k_stride_h: tl.int64, k_stride_n: tl.int64,
                  v_stride_b: tl.int64, v_stride_h: tl.int64, v_stride_n: tl.int64, n, blocks, heads, pitch,
                  order_rows, key_programs, D: tl.constexpr, DP: tl.constexpr, PITCH: tl.constexpr, BLOCK: tl.constexpr,
                  STORE: tl.constexpr, K_ALIGN: tl.constexpr, V_ALIGN: tl.constexpr, FP8: tl.constexpr,
@@ -239,9 +253,10 @@ def _keys_kernel(k, v, order, flags, padding, partial, sampled, quantised, scale
     batch, head = row // heads, row % heads
     order_row = head % order_rows
     if pid < key_programs:
-        _quantise_keys(k, order, flags, padding, partial, sampled, quantised, scales, means, similarity, counts, valid,
-                       pooled, pooled_scales, j, row, batch, head, order_row, k_stride_b, k_stride_h, k_stride_n, n,
-                       blocks, pitch, D, DP, PITCH, BLOCK, STORE, K_ALIGN, SPLITS)
+        _quantise_keys(k, order, flags, padding, bias, partial, sampled, quantised, scales, means, similarity, counts,
+                       valid, biases, mean_bias, biased, pooled, pooled_scales, j, row, batch, head, order_row,
+                       k_stride_b, k_stride_h, k_stride_n, n, blocks, pitch, D, DP, PITCH, BLOCK, STORE, K_ALIGN,
+                       SPLITS)
     elif values is not None:
         _convert_values(v, order, padding, partial, sampled, v_centre, v_scale, values, v_steps, v_pooled, v_reach,
                         v_limit, j, row, batch, head, order_row, v_stride_b, v_stride_h, v_stride_n, n, blocks, D, DP,
@@ -273,10 +288,10 @@ def prepare_queries(q: Tensor, k: Tensor, v: Tensor | None, *, factor: float, or
 
 
 def prepare_keys(k: Tensor, v: Tensor | None, queries: PreparedQueries, *, order: Tensor | None, flags: Tensor | None,
-                 padding: Tensor | None, block: BlockShape, fp8: bool,
-                 pooled: bool) -> tuple[PreparedKeys, PreparedValues | None]:
+                 padding: Tensor | None, block: BlockShape, fp8: bool, pooled: bool,
+                 bias: Tensor | None = None) -> tuple[PreparedKeys, PreparedValues | None]:
     """Centre, pool and quantise k (B, Hkv, N, D) and, unless it is None, centre, scale and convert v of its shape, by
-    the sample that `queries` holds."""
+    the sample that `queries` holds. `bias`, float32 (B, N), is in log2 units; keys that it hides are in `padding`."""
     batch, heads, n, dim = k.shape
     blocks, pitch, padded, store = -(-n // block.k), round_up(dim, 16), padded_dim(dim), store_bytes(block.k)
     (k_strides, k_align), (v_strides, v_align) = token_strides(k), token_strides(k if v is None else v)
@@ -285,12 +300,14 @@ def prepare_keys(k: Tensor, v: Tensor | None, queries: PreparedQueries, *, order
     stored = ((*head, dim, rows[2]), torch.float8_e4m3fn) if fp8 else ((*rows, pitch), f16)
     *keys, centre, scale, values, step, v_pooled = allocate(
         k.device, ((*rows, pitch), int8), (each, f32), ((*each, dim), f32), (each, f32), (each, torch.int32),
-        None if padding is None else (rows, int8), ((*each, pitch), int8) if pooled else None,
+        None if padding is None or bias is not None else (rows, int8), None if bias is None else (rows, f32),
+        None if bias is None else (each, f32), None if bias is None else (each, int8),
+        ((*each, pitch), int8) if pooled else None,
         (each, torch.bfloat16) if pooled else None, ((*head, dim), f32), ((*head, dim), f32),
         None if v is None else stored, (each, f32), ((*each, pitch), f16) if pooled and v is not None else None)
     programs = blocks * batch * heads
     launch(_keys_kernel, (programs if v is None else 2 * programs,), k.device,
-           (k, v, order, flags, padding, queries.partial, queries.sampled, *keys, centre, scale, values, step,
+           (k, v, order, flags, padding, bias, queries.partial, queries.sampled, *keys, centre, scale, values, step,
             v_pooled, _V_REACH[fp8], _V_LIMIT[fp8], *k_strides, *v_strides, n, blocks, heads, pitch // store,
             order_rows(order), programs),
            dict(D=dim, DP=padded, PITCH=pitch, BLOCK=block.k, STORE=store, K_ALIGN=k_align, V_ALIGN=v_align,

@@ -58,7 +58,7 @@ def threshold_of(table, row: tl.constexpr, head, heads, value):
 
 @triton.jit
 def block_similarity(x, count):
-    """Mean cosine over all pairs of rows of x [N, D], of which `count` are not zero."""
+    """Mean cosine over all pairs of rows of x [N, D], of which `count` are not zero; NaN if x holds NaN or infinity."""
     inverse_norm = tl.rsqrt(tl.maximum(tl.sum(x * x, 1), 1e-24))
     mean = tl.sum(x * inverse_norm[:, None], 0) / count
     return tl.sum(mean * mean, 0)

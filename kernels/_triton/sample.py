@@ -10,6 +10,9 @@ import triton.language as tl
 from .primitives import rows_of
 
 SAMPLE = 1024  # tokens a head that the constants are found from; all of them where there are no more
+# A channel whose sample hardly varies is taken to vary by this share of the channel that varies most: a value that the
+# sample missed then costs the other channels of its block no precision. Both formats of V have this range to spare.
+_LEAST_SPREAD = tl.constexpr(2.0 ** -10)
 SPLITS = 8  # programs a head that share the sample; each block of K and V combines what they found
 
 
@@ -79,8 +82,12 @@ def constant_of_keys(partial, sampled, row, cols, DP: tl.constexpr, SPLITS: tl.c
 
 @triton.jit
 def constants_of_values(partial, sampled, row, cols, reach, DP: tl.constexpr, SPLITS: tl.constexpr):
-    """What is subtracted from the values of a head, and the scale that makes the largest sampled one `reach`; [DP]."""
+    """What is subtracted from the values of a head, and the scale that makes the largest sampled one `reach`; [DP].
+
+    Where nothing was sampled, or the same value everywhere, the scale is tiny, and each block has a step of its own.
+    """
     centre = _over_splits(partial, row, 1, cols, DP, SPLITS) / _count(sampled, row, SPLITS)
     high = _over_splits(partial, row, 2, cols, DP, SPLITS)
     low = _over_splits(partial, row, 3, cols, DP, SPLITS)
-    return centre, tl.maximum(tl.maximum(high - centre, centre - low), 1e-12) / reach
+    spread = tl.maximum(high - centre, centre - low)
+    return centre, tl.maximum(tl.maximum(spread, tl.max(spread, 0) * _LEAST_SPREAD), 1e-12) / reach
