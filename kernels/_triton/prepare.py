@@ -50,9 +50,10 @@ class PreparedQueries:
 class PreparedKeys:
     """quantised int8 (B, Hkv, n·b, pitch), scale float32 (B, Hkv, n), mean float32 (B, Hkv, n, D), similarity float32
     (B, Hkv, n), -inf where the block holds a sink, count int32 (B, Hkv, n) of valid keys, valid int8 (B, Hkv, n·b) or
-    None without padding; with a bias on keys, bias float32 (B, Hkv, n·b) in log2 units, -inf where there is no key, its
-    mean over a block, mean_bias float32 (B, Hkv, n), and whether it is anything but zero there, biased int8
-    (B, Hkv, n), and no valid; pooled int8 (B, Hkv, n, pitch) with pooled_scale bfloat16 (B, Hkv, n), or None."""
+    None without padding, pooled int8 (B, Hkv, n, pitch) with pooled_scale bfloat16 (B, Hkv, n), or None.
+
+    With a bias on keys, in place of valid: bias float32 (B, Hkv, n·b) in log2 units, -inf where there is no key; its
+    mean over a block, mean_bias float32 (B, Hkv, n); whether it is anything but zero there, biased int8 (B, Hkv, n)."""
 
     quantised: Region
     scale: Region
@@ -60,11 +61,11 @@ class PreparedKeys:
     similarity: Region
     count: Region
     valid: Region | None
-    bias: Region | None
-    mean_bias: Region | None
-    biased: Region | None
     pooled: Region | None
     pooled_scale: Region | None
+    bias: Region | None = None
+    mean_bias: Region | None = None
+    biased: Region | None = None
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ def _exists(padding, batch, tokens, places, n):
 
 @triton.jit
 def _quantise_keys(k, order, flags, padding, bias, partial, sampled, quantised, scales, means, similarity, counts,
-                   valid, biases, mean_bias, biased, pooled, pooled_scales, j, row, batch, head, order_row,
+                   valid, pooled, pooled_scales, biases, mean_bias, biased, j, row, batch, head, order_row,
                    stride_b, stride_h, stride_n, n, blocks, pitch,
                    D: tl.constexpr, DP: tl.constexpr, PITCH: tl.constexpr, BLOCK: tl.constexpr, STORE: tl.constexpr,
                    ALIGN: tl.constexpr, SPLITS: tl.constexpr):
@@ -241,7 +242,7 @@ def _convert_values(v, order, padding, partial, sampled, centres, scales, values
 @triton.jit(do_not_specialize=["k_stride_b", "k_stride_h", "k_stride_n", "v_stride_b", "v_stride_h", "v_stride_n", "n",
                                "blocks", "heads", "pitch", "order_rows", "key_programs"])
 def _keys_kernel(k, v, order, flags, padding, bias, partial, sampled, quantised, scales, means, similarity, counts,
-                 valid, biases, mean_bias, biased, pooled, pooled_scales, v_centre, v_scale, values, v_steps, v_pooled,
+                 valid, pooled, pooled_scales, biases, mean_bias, biased, v_centre, v_scale, values, v_steps, v_pooled,
                  v_reach, v_limit, k_stride_b: tl.int64, k_stride_h: tl.int64, k_stride_n: tl.int64,
                  v_stride_b: tl.int64, v_stride_h: tl.int64, v_stride_n: tl.int64, n, blocks, heads, pitch,
                  order_rows, key_programs, D: tl.constexpr, DP: tl.constexpr, PITCH: tl.constexpr, BLOCK: tl.constexpr,
@@ -254,7 +255,7 @@ def _keys_kernel(k, v, order, flags, padding, bias, partial, sampled, quantised,
     order_row = head % order_rows
     if pid < key_programs:
         _quantise_keys(k, order, flags, padding, bias, partial, sampled, quantised, scales, means, similarity, counts,
-                       valid, biases, mean_bias, biased, pooled, pooled_scales, j, row, batch, head, order_row,
+                       valid, pooled, pooled_scales, biases, mean_bias, biased, j, row, batch, head, order_row,
                        k_stride_b, k_stride_h, k_stride_n, n, blocks, pitch, D, DP, PITCH, BLOCK, STORE, K_ALIGN,
                        SPLITS)
     elif values is not None:
@@ -300,10 +301,10 @@ def prepare_keys(k: Tensor, v: Tensor | None, queries: PreparedQueries, *, order
     stored = ((*head, dim, rows[2]), torch.float8_e4m3fn) if fp8 else ((*rows, pitch), f16)
     *keys, centre, scale, values, step, v_pooled = allocate(
         k.device, ((*rows, pitch), int8), (each, f32), ((*each, dim), f32), (each, f32), (each, torch.int32),
-        None if padding is None or bias is not None else (rows, int8), None if bias is None else (rows, f32),
-        None if bias is None else (each, f32), None if bias is None else (each, int8),
-        ((*each, pitch), int8) if pooled else None,
-        (each, torch.bfloat16) if pooled else None, ((*head, dim), f32), ((*head, dim), f32),
+        None if padding is None or bias is not None else (rows, int8), ((*each, pitch), int8) if pooled else None,
+        (each, torch.bfloat16) if pooled else None, None if bias is None else (rows, f32),
+        None if bias is None else (each, f32), None if bias is None else (each, int8), ((*head, dim), f32),
+        ((*head, dim), f32),
         None if v is None else stored, (each, f32), ((*each, pitch), f16) if pooled and v is not None else None)
     programs = blocks * batch * heads
     launch(_keys_kernel, (programs if v is None else 2 * programs,), k.device,
