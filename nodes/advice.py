@@ -2,16 +2,16 @@
 from __future__ import annotations
 
 from .policy import Settings
-from .run_summary import LITTLE, RunSummary
+from .run_summary import RunSummary
 
 # By the start of a reason to stay dense. These are faults: a report tells them also where other calls went sparse.
 _FAULTS = {
-    "fast kernels failed": "Cause and remedy stand in brackets in the list of calls. Mostly it is a missing C "
-                           "compiler or a Triton that does not fit torch (on Windows: triton-windows). Restart ComfyUI "
-                           "afterwards.",
-    "out of memory": "Sparse attention needs some memory beside q, k and v: make the picture or clip smaller, end "
-                     "other programs that use the GPU, or start ComfyUI with --reserve-vram. pv_precision auto takes "
-                     "less than fp16 where the GPU has FP8.",
+    "fast kernels failed": "The fast kernels failed. Cause and remedy stand in brackets in the list of calls; mostly a "
+                           "C compiler is missing, or Triton does not fit torch (on Windows: triton-windows). Restart "
+                           "ComfyUI afterwards.",
+    "out of memory": "Sparse attention ran out of memory: it needs some beside q, k and v. Make the picture or clip "
+                     "smaller, end other programs that use the GPU, or start ComfyUI with --reserve-vram; pv_precision "
+                     "auto takes less than fp16 where the GPU has FP8.",
     "pv_precision fp8": "Choose pv_precision auto.",
     "unsupported call": "This model calls attention in a way that is not known yet: please report it with this text.",
 }
@@ -32,8 +32,8 @@ _ADVICE = _FAULTS | {
 
 
 def about_dense_calls(summary: RunSummary) -> list[str]:
-    """A sentence or two for each reason that is known; of a run that went well, for faults alone."""
-    known = _FAULTS if summary.sparse and not summary.skipped_little else _ADVICE
+    """A sentence or two for each reason that is known; where most calls went sparse, for faults alone."""
+    known = _FAULTS if summary.sparse and not summary.mostly_dense else _ADVICE
     return [advice for reason in summary.dense for start, advice in known.items() if reason.startswith(start)]
 
 
@@ -42,7 +42,7 @@ def about_little_skipped(summary: RunSummary, settings: Settings) -> str:
     if not summary.skipped_little:
         return ""
     amount = f"Only {summary.skipped:.1%}" if summary.skipped else "None"
-    if summary.sparsity >= LITTLE:
+    if summary.mostly_dense:
         return f"{amount} of the attention was skipped, because most of it stayed dense."
     return f"{amount} of the attention was skipped. {_what_to_change(settings)}"
 

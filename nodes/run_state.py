@@ -126,7 +126,7 @@ class RunState:
             try:
                 # First what is known on the host: it stands where the device can't be read.
                 self.summary = self._summarise("the run was interrupted" if interrupted else
-                                               "its numbers could not be read, the log says why")
+                                               "the numbers of this run could not be read, the log says why")
                 # Where an error or an interruption ends the run, the device may be in no state to be read.
                 if not interrupted:
                     self.summary = self._summarise()

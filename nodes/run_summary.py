@@ -119,6 +119,11 @@ class RunSummary:
         return self.skipped is not None and self.skipped < LITTLE
 
     @property
+    def mostly_dense(self) -> bool:
+        """Whether it skipped little because most of its attention stayed dense."""
+        return self.skipped_little and self.sparsity >= LITTLE
+
+    @property
     def saved(self) -> float | None:
         """Seconds that the sparse calls took less than dense ones of the same shape in this run; None if unknown."""
         known = [times.saved for times in self.times if times.dense is not None]
