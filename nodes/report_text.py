@@ -47,7 +47,7 @@ def _outcome(summary: RunSummary, settings: Settings) -> list[str]:
     notes = [about_little_skipped(summary, settings), *about_dense_calls(summary), *_speed(summary)]
     if summary.pv_skipped:
         notes.append(f"{summary.pv_skipped:.1%} of the remaining products with V skipped by pv_threshold.")
-    return [f"{summary.sparsity:.1%} of the attention skipped" if summary.sparsity else "No attention was skipped",
+    return [f"{summary.sparsity:.1%} of the attention skipped" if summary.sparsity else "None of the attention skipped",
             *filter(None, notes)]
 
 

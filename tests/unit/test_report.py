@@ -62,10 +62,8 @@ def finished():
     return override
 
 
-def test_every_self_attention_call_has_a_cell():
-    override = SpargeOverride(SETTINGS)
-    run(override)
-    summary = override.run.summary
+def test_every_self_attention_call_has_a_cell(finished):
+    summary = finished.run.summary
     assert summary.cells.keys() == {(Block("", block), step) for block in range(3) for step in range(1, 11)}
     for (block, step), sparsity in summary.cells.items():
         assert (sparsity is not None) == (step >= 4 and block.index != 2), (block, step)
@@ -253,7 +251,7 @@ def test_little_skipped_is_called_so_with_what_to_change(finished, params, wante
         assert panels.notes[0].startswith(f"{amount} of the attention was skipped. ") and not panels.failed
         assert all(text in panels.notes[0] for text in wanted) and unwanted not in panels.notes[0]
         assert not any("outside start_percent" in note for note in panels.notes)
-        assert panels.headline == ("4.2% of the attention skipped" if share else "No attention was skipped")
+        assert panels.headline == ("4.2% of the attention skipped" if share else "None of the attention skipped")
     enough = replace(finished.run.summary, sparsity=0.05, skipped=0.05)
     assert not any("was skipped" in note for note in run_report(enough, settings, None, 0, 0).notes)
 
