@@ -178,6 +178,16 @@ def test_nothing_of_a_run_is_in_the_next(ended, caplog):
     assert caplog.text.count("said in every run") == 2
 
 
+def test_window_closes_with_the_run():
+    """A call outside a run, where nothing tells the noise level, stays dense."""
+    run = RunState(SigmaWindow(0.0, 0.9))
+    run.begin()
+    run.next_step(torch.ones(1), lambda percent: 1 - percent, None)
+    assert run.window.inside
+    run.end()
+    assert not run.window.inside
+
+
 def test_tensors_of_a_run_go_with_it():
     for fail in (False, True):
         run = state()
@@ -278,6 +288,17 @@ def test_failing_books_hide_no_error(stage, monkeypatch):
     monkeypatch.setattr(STAGES[stage][0], fail)
     with pytest.raises(KeyboardInterrupt, match="of the user"):
         sample(override, interrupt)
+    assert not override.run.running
+
+
+def test_user_who_stops_the_program_while_numbers_are_read_stops_it(monkeypatch):
+    def stop(values):
+        raise KeyboardInterrupt
+
+    override = SpargeOverride(Settings(PARAMS, start_percent=0.0, min_tokens=64))
+    monkeypatch.setattr("comfyui_spargeattn.nodes.run_summary._read", stop)
+    with pytest.raises(KeyboardInterrupt):
+        sample(override)
     assert not override.run.running
 
 
