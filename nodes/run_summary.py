@@ -121,7 +121,7 @@ class RunSummary:
     @property
     def mostly_dense(self) -> bool:
         """Whether it skipped little because most of its attention stayed dense."""
-        return self.skipped_little and self.sparsity >= LITTLE
+        return self.skipped_little and self.sparsity >= 2 * LITTLE
 
     @property
     def saved(self) -> float | None:

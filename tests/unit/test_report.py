@@ -261,6 +261,8 @@ def test_little_skipped_because_of_dense_calls_says_which(finished):
     notes = run_report(summary, SETTINGS, None, 0, 0).notes
     assert notes[0] == "Only 1.0% of the attention was skipped, because most of it stayed dense."
     assert any("outside start_percent" in note for note in notes[1:])
+    summary = replace(finished.run.summary, skipped=0.045, sparsity=0.06)  # most of it was sparse
+    assert "Lower keep_percent" in run_report(summary, SETTINGS, None, 0, 0).notes[0]
 
 
 def test_log_and_report_agree_on_little(caplog):
