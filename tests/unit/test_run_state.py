@@ -109,6 +109,22 @@ def test_counters_of_a_step():
     assert summary.by_step == {1: 0.5, 2: 0.5} and not summary.by_block
 
 
+def test_maps_of_a_short_run_are_of_every_nth_block_and_of_its_first_call():
+    """A block may be called twice in a step."""
+    run = state()
+    run.begin()
+    run.next_step(torch.ones(1), lambda percent: 1 - percent, torch.linspace(1, 0, 4))  # three steps
+    wanted = []
+    for block in (*range(13), *range(13)):
+        row = sparse(run, block=block)
+        if row is not None:
+            run.add_map(row, torch.full((2, 4, 4), len(wanted) < 3))
+            wanted.append(row.index)
+    maps = run.end().maps.maps
+    assert wanted[:3] == [0, 6, 12] and not {0, 6, 12} & set(wanted[3:])
+    assert all(maps[Block("", index)].all() for index in (0, 6, 12))
+
+
 def test_times_are_medians_of_one_shape():
     """The first call of a shape may contain the compilation of its kernels."""
     run = state()
