@@ -8,7 +8,7 @@ from comfy_api.latest import io
 
 from ..kernels import SpargeParams
 from .blocks import BlockList
-from .host import show_on_node
+from .host import running_prompt, show_on_node
 from .layers import number_layers
 from .menu import CATEGORY, SEARCH_ALIASES
 from .models import expect_tokens
@@ -136,6 +136,7 @@ class ApplySpargeAttn(io.ComfyNode):
         if previous is not None:
             log.info("SpargeAttn: calls that stay dense go on to %s, found on the model", describe(previous))
         override = options[SLOT] = SpargeOverride(settings, previous, show_on_node)
+        override.run.running_prompt = running_prompt
         for event, callback in ((CallbacksMP.ON_PRE_RUN, override.on_pre_run),
                                 (CallbacksMP.ON_PREPARE_STATE, override.on_prepare_state),
                                 (CallbacksMP.ON_CLEANUP, override.on_cleanup)):

@@ -11,6 +11,12 @@ from comfy_execution.utils import get_executing_context
 _LONGEST_ON_WINDOWS = 100
 
 
+def running_prompt() -> str | None:
+    """ComfyUI's id of the prompt that is being executed."""
+    context = get_executing_context()
+    return None if context is None else context.prompt_id
+
+
 def show_on_node(text: str) -> None:
     """Show a line on the node that is running, in the editor that queued it."""
     module = sys.modules.get("server")  # absent where ComfyUI's nodes run without its server

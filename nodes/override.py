@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import block_map, sparge_attention
+from .advice import about_little_skipped
 from .blocks import Block
 from .calling import AttentionCall, UnsupportedCall
 from .compilation import announced
@@ -135,23 +136,33 @@ class SpargeOverride:
     def on_cleanup(self, patcher) -> None:
         """ModelPatcher callback: sampling has ended, also by an error or an interruption."""
         slot, self._slot = self._slot, self
-        summary = self.run.end()
-        if summary is None or summary.steps == 0:
-            return
+        try:
+            summary = self.run.end()
+            if summary is not None and summary.steps:
+                self._tell(summary, None if slot is self else slot)
+        except Exception:
+            # These are only the books of a run: they must not cost a user a finished picture, nor replace the error
+            # that ended the run. An error of the device is not hidden by this: it stays with the device, and fetching
+            # the picture raises it again.
+            log.warning("SpargeAttn: the numbers of this run could not be read", exc_info=True)
+
+    def _tell(self, summary: RunSummary, on_top: object) -> None:
         log.info("SpargeAttn: %s", summary)
         if self.settings.verbose and summary.by_step:
             log.info("%s", summary.table())
-        problem = _why_nothing_was_sparse(summary, None if slot is self else slot)
-        if summary.sparse or not problem:
-            return
-        self.run.summary = replace(summary, problem=problem)
-        log.warning("SpargeAttn: nothing was sparse in this run: %s", problem)
+        problem = _why_nothing_was_sparse(summary, on_top)
+        if problem:
+            self.run.summary = replace(summary, problem=problem)
+            log.warning("SpargeAttn: nothing was sparse in this run: %s", problem)
+        little = about_little_skipped(summary, self.settings)
+        if little:
+            log.warning("SpargeAttn: %s", little)
 
 
 def _why_nothing_was_sparse(summary: RunSummary, on_top: object) -> str:
     """`on_top`: the override that ComfyUI called instead, where another one took this one's place."""
-    if isinstance(on_top, SpargeOverride):
-        return ""  # it reports for both
+    if summary.sparse or summary.unread or isinstance(on_top, SpargeOverride):
+        return ""  # an interrupted run might have become sparse; another of these overrides reports for both
     if summary.dense:
         return "every attention call stayed dense"
     if on_top is None:

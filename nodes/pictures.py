@@ -51,14 +51,14 @@ THEMES = {
 class Panels:
     """What the picture shows.
 
-    cells: {(row, step): sparsity, 0 for dense}. calls: [(label, count)], the sparse ones first. block_map: uint8
+    cells: {(row, step): sparsity, None for dense}. calls: [(label, count)], the sparse ones first. block_map: uint8
     (rows, columns), 255 attended. map_title: of the block map, or why there is none. settings: lines of text.
     """
 
     headline: str
     notes: Sequence[str]
     failed: bool
-    cells: dict[tuple[Block, int], float]
+    cells: dict[tuple[Block, int], float | None]
     calls: Sequence[tuple[str, int]]
     block_map: Tensor | None
     map_title: str
@@ -114,9 +114,9 @@ class Page:
         self.text(text, 24, self.theme.text)
         self.y += 4
 
-    def heat_map(self, cells: Mapping[tuple[Hashable, int], float], height: int = 480,
+    def heat_map(self, cells: Mapping[tuple[Hashable, int], float | None], height: int = 480,
                  ends: tuple[str, str] = ("0%", "100%")) -> None:
-        """cells: {(row, column): share from 0 to 1, 0 for dense}, rows in order. ends: what the shares 0 and 1 are."""
+        """cells: {(row, column): share from 0 to 1, None for dense}, rows in order. ends: what 0 and 1 are."""
         rows = list(dict.fromkeys(row for row, _ in cells))
         first, last = min(column for _, column in cells), max(column for _, column in cells)
         wide = (_INNER - _LABELS) / (last - first + 1)
@@ -125,7 +125,7 @@ class Page:
         gap = 1 if min(wide, tall) >= 6 else 0
         for (row, column), share in cells.items():
             left, top = _MARGIN + _LABELS + wide * (column - first), tops[row]
-            color = self._shade(share) if share else self.theme.dense[0]
+            color = self.theme.dense[0] if share is None else self._shade(share)
             self.draw.rectangle((left, top, left + wide - 1 - gap, top + tall - 1 - gap), fill=color)
         for row in rows[::max(1, round(24 / tall))]:
             self._small(str(row), _MARGIN, tops[row] - 2)

@@ -1,15 +1,18 @@
 """The node SpargeAttn Report: what happened in the last run of a patched model, as a picture and as text."""
 from __future__ import annotations
 
+import torch
 from comfy.patcher_extension import CallbacksMP
 from comfy_api.latest import io, ui
 
 from .block_pictures import MapRequest
 from .blocks import Block, BlockList
+from .host import running_prompt
 from .menu import CATEGORY, SEARCH_ALIASES
 from .override import CALLBACK_KEY, SpargeOverride
-from .pictures import THEMES, as_image, draw_report
+from .pictures import THEMES, Panels, as_image, draw_report
 from .report_text import failed_report, run_report
+from .run_state import log
 
 
 class SpargeAttnReport(io.ComfyNode):
@@ -57,18 +60,25 @@ class SpargeAttnReport(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, samples: dict, block: str, head: int, step: int, theme: str) -> io.NodeOutput:
-        override = find_override(model)
         chosen = _one_block(block)
-        if override is None:
-            panels = failed_report("There is no Apply SpargeAttn on this model",
-                                   "Connect the model that leaves Apply SpargeAttn.")
-        else:
-            override.run.map_request = MapRequest(step, chosen)
-            panels = run_report(override.run.summary, override.settings, chosen, head, step)
-        image = as_image(draw_report(panels, THEMES[theme]))
-        text = panels.text()
-        preview = ui.PreviewImage(image, cls=cls)
-        return io.NodeOutput(samples, image, text, ui={**preview.as_dict(), "text": [text]})
+        try:
+            panels = _panels(model, chosen, head, step)
+            image, text = as_image(draw_report(panels, THEMES[theme])), panels.text()
+            shown = ui.PreviewImage(image, cls=cls).as_dict()
+        except Exception as problem:
+            # The latent goes through this node, and what it has to say is not worth a finished run.
+            log.warning("SpargeAttn: there is no report", exc_info=True)
+            image, text, shown = torch.zeros(1, 64, 64, 3), f"There is no report: {problem}", {}
+        return io.NodeOutput(samples, image, text, ui={**shown, "text": [text]})
+
+
+def _panels(model, block: Block | None, head: int, step: int) -> Panels:
+    override = find_override(model)
+    if override is None:
+        return failed_report("There is no Apply SpargeAttn on this model",
+                             "Connect the model that leaves Apply SpargeAttn.")
+    override.run.map_request = MapRequest(step, block)
+    return run_report(override.run.summary, override.settings, block, head, step, running_prompt())
 
 
 def find_override(model) -> SpargeOverride | None:

@@ -30,6 +30,7 @@ class RunState:
         self.window = window
         self.summary: RunSummary | None = None  # of the last run that ended
         self.map_request = MapRequest()  # for the next run
+        self.running_prompt: Callable[[], str | None] = lambda: None  # ComfyUI's id of the prompt that it executes
         self._lock = threading.Lock()
         self._clear()
 
@@ -43,12 +44,16 @@ class RunState:
         self._details: dict[str, str] = {}
         self._maps = BlockPictures(self.map_request)
         self._started = time.perf_counter()
+        self._handled: BaseException | None = None  # what the code around the run was handling when it began
+        self._prompt: str | None = None
         self._said: set[str] = set()
         self.window.reset()
 
     def begin(self) -> None:
         with self._lock:
             self._clear()
+            self._handled = sys.exc_info()[1]
+            self._prompt = self.running_prompt()
             self.running = True
 
     def next_step(self, timestep: Tensor, percent_to_sigma: Callable[[float], float], schedule: Tensor | None) -> None:
@@ -80,7 +85,8 @@ class RunState:
             row = block or Block("call", self._calls_of_step)
             self._calls_of_step += 1
             shape = call.q.dtype, call.batch, *call.heads, call.keys, call.q.shape[-1], call.mask is None
-            self._calls.append(CallRecord(self.steps, row, block is not None, shape, watch, stats, tokens))
+            work = call.batch * call.heads[0] * call.queries * call.keys
+            self._calls.append(CallRecord(self.steps, row, block is not None, shape, work, watch, stats, tokens))
             return row if stats is not None and self._maps.wants(self.steps, row) else None
 
     def add_map(self, row: Block, mask: Tensor) -> None:
@@ -107,14 +113,28 @@ class RunState:
         log.info("SpargeAttn: %s", message)
 
     def end(self) -> RunSummary | None:
-        """Close the run, drop its tensors and return its summary; None where no run is open."""
+        """Close the run, drop its tensors and return its summary; None where no run is open.
+
+        Raises what reading the statistics raises, when the run is closed and its summary has the counts.
+        """
         with self._lock:
             if not self.running:
                 return None
-            # Where an error or an interruption ends the run, the device may be in no state to be read.
-            complete = sys.exc_info()[0] is None
-            summary = RunSummary.of(self.steps, self._dense, self._calls, read=complete)
-            self.summary = replace(summary, details=self._details, seconds=time.perf_counter() - self._started,
-                                   maps=self._maps.fetch() if complete else None)
-            self._clear()
+            error = sys.exc_info()[1]
+            interrupted = error is not None and error is not self._handled
+            self.summary = None
+            try:
+                # First what is known on the host: it stands where the device can't be read.
+                self.summary = self._summarise("the run was interrupted" if interrupted else
+                                               "the numbers of this run could not be read, the log says why")
+                # Where an error or an interruption ends the run, the device may be in no state to be read.
+                if not interrupted:
+                    self.summary = self._summarise()
+            finally:
+                self._clear()
             return self.summary
+
+    def _summarise(self, unread: str = "") -> RunSummary:
+        summary = RunSummary.of(self.steps, self._dense, self._calls, unread)
+        return replace(summary, details=self._details, seconds=time.perf_counter() - self._started,
+                       maps=None if unread else self._maps.fetch(), prompt=self._prompt, ended=time.time())

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import fmean, median
 
 import torch
@@ -14,6 +14,8 @@ from .block_pictures import BlockPictures
 from .blocks import Block
 from .stopwatch import Stopwatch
 
+LITTLE = 0.05  # a run that skips less of its attention than this has gained next to nothing by it
+
 
 @dataclass(frozen=True)
 class CallRecord:
@@ -21,13 +23,14 @@ class CallRecord:
 
     row: its block, or its place in the step, as the block `call:n`, where the model does not number its blocks.
     stats: None where it stayed dense. tokens: their order and grid in words, empty where the grid is not known.
-    shape: what its time depends on.
+    shape: what its time depends on. work: products of a query and a key that dense attention takes.
     """
 
     step: int
     row: Block
     numbered: bool
     shape: tuple
+    work: int
     time: Stopwatch
     stats: SpargeStats | None = None
     tokens: str = ""
@@ -55,13 +58,16 @@ class RunSummary:
     """Counts and means of a run.
 
     steps: evaluations of the model by the sampler. sparse: calls that went sparse. dense: calls that did not, by
-    reason. sparsity, pv_skipped: mean share of skipped block pairs, and of skipped P·V products among the others,
-    over the sparse calls; None where none was read. by_block, by_step: mean sparsity of each; steps count from 1, and
-    a model that does not number its blocks has an empty `by_block`. tokens: sparse calls by the order and grid of their
-    tokens, those whose grid is known. details: an example for each reason in `dense` that has one. cells: mean sparsity
-    of each row (as in `CallRecord`) and step, 0 where all its calls stayed dense. times: one for each shape of a timed
-    sparse call. seconds: from the start of the run to its end. problem: why nothing was sparse, empty where something
-    was.
+    reason. sparsity, pv_skipped: mean share of skipped block pairs, and of skipped P·V products among the others, over
+    the sparse calls; None where none was read. skipped: share of the products Q·K and P·V of all self-attention of at
+    least min_tokens, dense calls included; None likewise. by_block, by_step: mean sparsity of each; steps count from 1,
+    and a model that does not number its blocks has an empty `by_block`. tokens: sparse calls by the order and grid of
+    their tokens, those whose grid is known. details: an example for each reason in `dense` that has one. cells: mean
+    sparsity of each row (as in `CallRecord`) and step, None where all its calls stayed dense. times: one for each shape
+    of a timed sparse call. reference: it was computed on a CPU, where nothing is gained. seconds: from the start of the
+    run to its end, which was at `ended`, in seconds of `time.time`. prompt: ComfyUI's id of the prompt that it was part
+    of. problem: why nothing was sparse, empty where something was. unread: why sparsity and what else takes the device
+    is not known, empty where it was read.
     """
 
     steps: int
@@ -69,33 +75,53 @@ class RunSummary:
     dense: dict[str, int]
     sparsity: float | None = None
     pv_skipped: float | None = None
+    skipped: float | None = None
     by_block: dict[Block, float] = field(default_factory=dict)
     by_step: dict[int, float] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
     details: dict[str, str] = field(default_factory=dict)
-    cells: dict[tuple[Block, int], float] = field(default_factory=dict)
+    cells: dict[tuple[Block, int], float | None] = field(default_factory=dict)
     times: tuple[CallTimes, ...] = ()
+    reference: bool = False
     seconds: float = 0.0
+    ended: float = 0.0
+    prompt: str | None = None
     maps: BlockPictures | None = None
     problem: str = ""
+    unread: str = ""
 
     @classmethod
-    def of(cls, steps: int, dense: Counter[str], calls: Sequence[CallRecord], read: bool) -> RunSummary:
-        """Summarise; `read` fetches the statistics, which waits for the device."""
+    def of(cls, steps: int, dense: Counter[str], calls: Sequence[CallRecord], unread: str = "") -> RunSummary:
+        """Summarise. Without a reason in `unread` this fetches the statistics, which waits for the device."""
         dense = dict(dense.most_common())
         sparse = [call for call in calls if call.stats is not None]
         tokens = dict(Counter(call.tokens for call in sparse if call.tokens).most_common())
-        if not (sparse and read):
-            return cls(steps, len(sparse), dense, tokens=tokens)
+        known = cls(steps, len(sparse), dense, tokens=tokens, unread=unread,
+                    reference=any(call.time.device.type == "cpu" for call in sparse))
+        if unread or not sparse:
+            return known
         kept = _read([call.stats.kept.mean() for call in sparse])
         pv_skipped = _read([call.stats.pv_skipped.mean() for call in sparse])
         sparsity = [1 - x for x in kept]
-        cells = {(call.row, call.step): 0.0 for call in calls}
+        cells = {(call.row, call.step): None for call in calls}
         cells |= _means(((call.row, call.step), x) for call, x in zip(sparse, sparsity))
-        return cls(steps, len(sparse), dense, fmean(sparsity), fmean(pv_skipped),
-                   _means((call.row, x) for call, x in zip(sparse, sparsity) if call.numbered),
-                   _means((call.step, x) for call, x in zip(sparse, sparsity)), tokens,
-                   cells=dict(sorted(cells.items())), times=_times(calls))
+        # P·V is half of the products, and is skipped wholly with a block pair.
+        skipped = sum(call.work * (1 - share * (1 - pv / 2)) for call, share, pv in zip(sparse, kept, pv_skipped))
+        return replace(known, sparsity=fmean(sparsity), pv_skipped=fmean(pv_skipped),
+                       skipped=skipped / sum(call.work for call in calls),
+                       by_block=_means((call.row, x) for call, x in zip(sparse, sparsity) if call.numbered),
+                       by_step=_means((call.step, x) for call, x in zip(sparse, sparsity)),
+                       cells=dict(sorted(cells.items())), times=_times(calls))
+
+    @property
+    def skipped_little(self) -> bool:
+        """Whether the sparse calls of this run skipped so little of its attention that a user should know."""
+        return self.skipped is not None and self.skipped < LITTLE
+
+    @property
+    def mostly_dense(self) -> bool:
+        """Whether it skipped little because most of its attention stayed dense."""
+        return self.skipped_little and self.sparsity >= 2 * LITTLE
 
     @property
     def saved(self) -> float | None:

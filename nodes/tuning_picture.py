@@ -25,7 +25,8 @@ def draw_tuned(params: TunedParams) -> Image.Image:
     return page.finish()
 
 
-def _cells(params: TunedParams, name: str, most: float) -> dict[tuple[str, int], float]:
-    """A field of every layer's search, as a share of `most`."""
-    return {(layer, head): value / most for layer, tuned in params.layers.items()
+def _cells(params: TunedParams, name: str, most: float) -> dict[tuple[str, int], float | None]:
+    """A field of every layer's search, as a share of `most`; None where the layer stays dense."""
+    return {(layer, head): None if tuned.search.setting is None else value / most
+            for layer, tuned in params.layers.items()
             for head, value in enumerate(getattr(tuned.search, name).tolist())}

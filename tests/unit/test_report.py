@@ -1,15 +1,17 @@
 """What a report says and shows, without ComfyUI."""
 import math
+import time
 from dataclasses import replace
 
 import pytest
 import torch
 
 from comfyui_spargeattn.kernels import SpargeParams, block_map
+from comfyui_spargeattn.nodes.advice import about_little_skipped
 from comfyui_spargeattn.nodes.block_pictures import BlockPictures, MapRequest, shrink
 from comfyui_spargeattn.nodes.blocks import Block, BlockList
 from comfyui_spargeattn.nodes.override import SpargeOverride
-from comfyui_spargeattn.nodes.pictures import THEMES, WIDTH, draw_report
+from comfyui_spargeattn.nodes.pictures import SPARSE, THEMES, WIDTH, Page, draw_report
 from comfyui_spargeattn.nodes.policy import Settings
 from comfyui_spargeattn.nodes.report_text import failed_report, run_report
 from comfyui_spargeattn.nodes.run_summary import CallTimes
@@ -52,13 +54,19 @@ def panels_of(override, block=None, head=0, step=0):
     return run_report(override.run.summary, override.settings, block, head, step)
 
 
-def test_every_self_attention_call_has_a_cell():
+@pytest.fixture(scope="module")
+def finished():
+    """After a run."""
     override = SpargeOverride(SETTINGS)
     run(override)
-    summary = override.run.summary
+    return override
+
+
+def test_every_self_attention_call_has_a_cell(finished):
+    summary = finished.run.summary
     assert summary.cells.keys() == {(Block("", block), step) for block in range(3) for step in range(1, 11)}
     for (block, step), sparsity in summary.cells.items():
-        assert (sparsity > 0) == (step >= 4 and block.index != 2), (block, step)
+        assert (sparsity is not None) == (step >= 4 and block.index != 2), (block, step)
 
 
 def test_calls_of_unnumbered_blocks_are_counted_within_the_step():
@@ -74,15 +82,17 @@ def test_time_saved_compares_calls_of_one_shape():
     [times] = override.run.summary.times
     assert times.calls == 14 and times.sparse > times.dense > 0  # the stand-in for dense attention does nothing
     assert override.run.summary.saved == pytest.approx(14 * (times.dense - times.sparse) / 1000)
-    assert any("slower" in note for note in panels_of(override).notes)
+    [note] = run_report(replace(override.run.summary, reference=False), SETTINGS, None, 0, 0).notes
+    assert "slower" in note
 
 
 def test_time_saved_is_unknown_without_dense_calls():
     override = SpargeOverride(replace(SETTINGS, start_percent=0.0, dense_blocks=BlockList()))
     run(override)
     assert override.run.summary.saved is None and override.run.summary.times[0].dense is None
-    assert any("no time to compare with" in note for note in panels_of(override).notes)
-    faster = replace(override.run.summary, times=(CallTimes(10, 20.0, 60.0),), seconds=2.0)
+    [note] = run_report(replace(override.run.summary, reference=False), SETTINGS, None, 0, 0).notes
+    assert "no time to compare with" in note
+    faster = replace(override.run.summary, reference=False, times=(CallTimes(10, 20.0, 60.0),), seconds=2.0)
     assert run_report(faster, SETTINGS, None, 0, 0).notes[0] == (
         "Sparse calls took 0.2 s in place of 0.6 s: 3.00 × faster. The run took 2 s.")
 
@@ -113,13 +123,35 @@ def test_maps_come_from_few_calls_of_a_short_run():
     assert not pictures.wants(3, Block("", 5))
 
 
-def test_unavailable_maps_say_why():
+@pytest.mark.parametrize("asked,title", (
+    ({}, "Block map: block 0, head 0, step 4"),
+    ({"block": Block("", 1)}, "No block map of block 1: it will be kept in the next run"),
+    ({"block": Block("", 2)}, "No block map of block 2: it stayed dense"),
+    ({"block": Block("", 77)}, "No block map of block 77: the blocks with at least 256 tokens are 0-2"),
+    ({"block": Block("single", 0)}, "No block map of block single:0: the blocks with at least 256 tokens are 0-2"),
+    ({"head": 2}, "No block map of head 2: the model has heads 0 to 1"),
+    ({"step": 9}, "Block map: block 0, head 0, step 4 (step 9 will be kept in the next run)"),
+    ({"step": 2}, "Block map: block 0, head 0, step 4 (step 2 was not sparse)"),
+    ({"step": 11}, "Block map: block 0, head 0, step 4 (the run had 10 steps, no step 11)"),
+))
+def test_unavailable_maps_say_why(finished, asked, title):
+    assert panels_of(finished, **asked).map_title == title
+
+
+@pytest.mark.parametrize("step,reason", ((2, "step 2 was not sparse"), (11, "the run had 10 steps, no step 11")))
+def test_map_of_a_step_that_was_asked_for_in_vain(step, reason):
     override = SpargeOverride(SETTINGS)
+    override.run.map_request = MapRequest(step)
     run(override)
-    assert panels_of(override).map_title == "Block map: block 0, head 0, step 4"
-    assert "next run" in panels_of(override, block=Block("", 1)).map_title
-    assert "heads 0 to 1" in panels_of(override, head=2).map_title
-    assert "step 9 will be kept in the next run" in panels_of(override, step=9).map_title
+    panels = panels_of(override, step=step)
+    assert panels.block_map is None and panels.map_title == f"No block map: {reason}"
+
+
+def test_blocks_of_several_kinds_are_listed_by_kind(finished):
+    rows = [Block("single", 0), Block("single", 1), Block("double", 3), Block("double", 5), Block("double", 4)]
+    summary = replace(finished.run.summary, cells={(row, 1): 0.5 for row in rows})
+    title = run_report(summary, SETTINGS, Block("", 77), 0, 0).map_title
+    assert title.endswith("are double:3-5, single:0-1")
 
 
 @pytest.mark.parametrize("size", ((5, 7), (128, 128), (129, 300), (1, 1000)))
@@ -154,7 +186,133 @@ def test_error_leaves_a_report():
         raise RuntimeError("interrupted")
     except RuntimeError:
         override.on_cleanup(Patcher)
-    assert panels_of(override).headline == "The run was interrupted"
+    panels = panels_of(override)
+    assert panels.headline == "The run was interrupted" and not panels.cells
+
+
+def test_interrupted_run_is_not_blamed_for_staying_dense(caplog):
+    """It may have ended before start_percent."""
+    override = SpargeOverride(SETTINGS)
+    override.on_pre_run(Patcher)
+    override.on_prepare_state(Patcher, torch.ones(1), {"transformer_options": {}})
+    q = torch.randn(1, 512, 64)
+    override(dense_attention, q, q, q, 2, transformer_options={"block_index": 0})
+    try:
+        raise RuntimeError("interrupted")
+    except RuntimeError:
+        override.on_cleanup(Patcher)
+    assert panels_of(override).headline == "The run was interrupted" and not caplog.records
+
+
+def test_run_without_steps(caplog):
+    override = SpargeOverride(SETTINGS)
+    run(override)
+    override.on_pre_run(Patcher)
+    override.on_cleanup(Patcher)
+    panels = panels_of(override)
+    assert panels.failed and panels.headline == "The sampler took no step" and not panels.cells
+    assert not caplog.records
+
+
+def test_numbers_that_could_not_be_read_are_not_called_an_interruption(monkeypatch):
+    override = SpargeOverride(SETTINGS)
+    monkeypatch.setattr(BlockPictures, "fetch", lambda self: 1 / 0)
+    run(override)
+    panels = panels_of(override)
+    assert panels.headline == "The numbers of this run could not be read, the log says why"
+    assert panels.calls[0] == (SPARSE, 14)
+
+
+@pytest.mark.parametrize("reason,advice", (
+    ("fast kernels failed", "C compiler"), ("out of memory", "smaller"), ("no fast kernel", "triton-windows"),
+    ("mask that differs from query to query", "only dense attention"), ("unsupported call", "report it"),
+    ("unsupported dtype", "16 bits")))
+def test_reasons_have_advice(finished, reason, advice):
+    """Faults also where other calls of the run went sparse."""
+    dense = replace(finished.run.summary, sparse=0, dense={reason: 3}, details={reason: "what happened"})
+    panels = run_report(dense, SETTINGS, None, 0, 0)
+    assert any(advice in note for note in panels.notes)
+    assert (f"dense: {reason} (what happened)", 3) in panels.calls
+    mixed = run_report(replace(dense, sparse=5), SETTINGS, None, 0, 0)
+    fault = reason in ("fast kernels failed", "out of memory", "unsupported call")
+    assert any(advice in note for note in mixed.notes) == fault
+
+
+@pytest.mark.parametrize("params,wanted,unwanted", (
+    (SpargeParams(cdf_threshold=0.99, similarity_threshold=0.5),
+     ("lower similarity_threshold (0.5)", "less alike", "lower cdf_threshold (0.99)", "topk", "Tune"), "Lower"),
+    (SpargeParams(cdf_threshold=0.99, similarity_threshold=-1.0), ("lower cdf_threshold (0.99)",), "similarity"),
+    (SpargeParams(topk=0.98, similarity_threshold=0.5), ("Lower keep_percent (98)",), "similarity")))
+def test_little_skipped_is_called_so_with_what_to_change(finished, params, wanted, unwanted):
+    settings = replace(SETTINGS, params=params)
+    for share, amount in ((0.0, "None"), (0.042, "Only 4.2%")):
+        summary = replace(finished.run.summary, sparsity=share, skipped=share)
+        panels = run_report(summary, settings, None, 0, 0)
+        assert panels.notes[0].startswith(f"{amount} of the attention was skipped. ") and not panels.failed
+        assert all(text in panels.notes[0] for text in wanted) and unwanted not in panels.notes[0]
+        assert not any("outside start_percent" in note for note in panels.notes)
+        assert panels.headline == ("4.2% of the attention skipped" if share else "None of the attention skipped")
+    enough = replace(finished.run.summary, sparsity=0.05, skipped=0.05)
+    assert not any("was skipped" in note for note in run_report(enough, settings, None, 0, 0).notes)
+
+
+def test_little_skipped_because_of_dense_calls_says_which(finished):
+    summary = replace(finished.run.summary, skipped=0.01)
+    notes = run_report(summary, SETTINGS, None, 0, 0).notes
+    assert notes[0] == "Only 1.0% of the attention was skipped, because most of it stayed dense."
+    assert any("outside start_percent" in note for note in notes[1:])
+    summary = replace(finished.run.summary, skipped=0.045, sparsity=0.06)  # most of it was sparse
+    assert "Lower keep_percent" in run_report(summary, SETTINGS, None, 0, 0).notes[0]
+
+
+def test_log_and_report_agree_on_little(caplog):
+    override = SpargeOverride(replace(SETTINGS, params=SpargeParams(cdf_threshold=1.0), start_percent=0.0))
+    run(override)
+    [line] = [record.getMessage() for record in caplog.records]
+    assert line == f"SpargeAttn: {panels_of(override).notes[0]}" and "None of the attention was skipped" in line
+
+
+def test_tuned_run_that_skips_little_asks_for_other_tuning(finished):
+    summary = replace(finished.run.summary, sparsity=0.01, skipped=0.01)
+    text = about_little_skipped(summary, replace(SETTINGS, tuned=object()))
+    assert "larger l1" in text and "threshold" not in text
+
+
+def test_a_cpu_has_nothing_to_say_about_speed(finished):
+    assert finished.run.summary.reference
+    text = panels_of(finished).text()
+    assert "saves no time" in text and "faster" not in text and "slower" not in text
+
+
+def test_similarity_threshold_is_no_setting_of_topk(finished):
+    assert "similarity" not in panels_of(finished).text()
+    settings = replace(SETTINGS, params=SpargeParams(similarity_threshold=0.3))
+    assert "similarity_threshold 0.3" in run_report(finished.run.summary, settings, None, 0, 0).text()
+
+
+def test_report_of_an_earlier_prompt_says_so():
+    override = SpargeOverride(SETTINGS)
+    override.run.running_prompt = lambda: "first"
+    run(override)
+    summary = override.run.summary
+    assert summary.prompt == "first"
+    first, second = (run_report(summary, SETTINGS, None, 0, 0, prompt) for prompt in ("first", "second"))
+    ended = time.strftime("%Y-%m-%d at %H:%M", time.localtime(summary.ended))
+    assert abs(time.time() - summary.ended) < 60
+    assert second.notes[0] == ("This model was not sampled in this prompt. What follows is its last run, which ended "
+                               f"on {ended}.")
+    assert second.notes[1:] == first.notes and not any("prompt" in note for note in first.notes)
+
+
+@pytest.mark.parametrize("theme", THEMES)
+def test_sparse_calls_that_skip_nothing_are_not_painted_dense(theme):
+    page = Page(THEMES[theme])
+    cells = {(Block("", 0), 1): None, (Block("", 0), 2): 0.0, (Block("", 0), 3): 1.0}
+    page.heat_map(cells)
+    wide = (WIDTH - 2 * 24 - 110) / 3
+    colors = [page.image.getpixel((round(24 + 110 + wide * (i + 0.5)), 24 + 12)) for i in range(3)]
+    scale = THEMES[theme].scale
+    assert colors == [THEMES[theme].dense[0], scale[0], scale[-1]]
 
 
 @pytest.mark.parametrize("theme", THEMES)

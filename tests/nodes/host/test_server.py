@@ -71,6 +71,30 @@ def test_prompt_with_the_node_finishes(server):
     assert "SpargeAttn: 6 attention calls sparse" in server.log(), server.log()[-4000:]
 
 
+def test_report_of_a_model_that_this_prompt_did_not_sample(server):
+    """Sampled in one prompt; in the next the sampler's input is the loader again, and Apply's output is cached."""
+    def queue(model, seed, head=0):
+        graph = prompt(**{"selection.cdf_threshold": 0.5, "selection.similarity_threshold": -1.0, "verbose": True})
+        graph["sparse"]["inputs"] |= {"model": [model, 0], "seed": seed}
+        graph["report"] = node("SpargeAttnReport", model=["patch", 0], samples=["sparse", 0], block="", head=head,
+                               step=0, theme="dark")
+        graph = {name: graph[name] for name in ("loader", "condition", "latent", "patch", "sparse", "report")}
+        entry, errors = server.run(graph)
+        assert not errors and entry["status"]["status_str"] == "success", entry["status"]
+        return entry["outputs"]["report"]["text"][0]
+
+    own, other_head, raw, again = queue("patch", 1), queue("patch", 1, head=1), queue("loader", 2), queue("patch", 3)
+    told = ["not sampled in this prompt" in text for text in (own, other_head, raw, again)]
+    assert told == [False, True, True, False]
+    assert "of the attention skipped" in own and set(own.splitlines()) < set(other_head.splitlines())
+
+
+def test_run_that_skips_little_is_called_so_in_the_log(server):
+    _, errors = server.run(prompt(**{"selection.cdf_threshold": 1.0}))
+    assert not errors
+    assert "None of the attention was skipped. To skip more, lower similarity_threshold (0.6)" in server.log()
+
+
 def test_bad_widget_value_is_refused_before_anything_runs(server):
     """ComfyUI reports it at the node and runs the branch that does not depend on it."""
     entry, errors = server.run(prompt(dense_blocks="0, x"))
