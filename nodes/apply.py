@@ -9,7 +9,6 @@ from comfy_api.latest import io
 from ..kernels import SpargeParams
 from .blocks import BlockList
 from .host import show_on_node
-from .layers import number_layers
 from .menu import CATEGORY, SEARCH_ALIASES
 from .models import expect_tokens
 from .override import CALLBACK_KEY, SLOT, SpargeOverride, describe
@@ -141,7 +140,7 @@ class ApplySpargeAttn(io.ComfyNode):
                                 (CallbacksMP.ON_CLEANUP, override.on_cleanup)):
             patched.add_callback_with_key(event, CALLBACK_KEY, callback)
         patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, CALLBACK_KEY, expect_tokens)
-        patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, CALLBACK_KEY, number_layers)
+        patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, CALLBACK_KEY, override.names.count)
         return io.NodeOutput(patched)
 
 

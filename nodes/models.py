@@ -218,8 +218,11 @@ def token_layout(tokens: int, transformer_options: dict[str, Any]) -> TokenLayou
 def expect_tokens(executor, x: Tensor, t: Tensor, c_concat: Tensor | None = None, c_crossattn: Tensor | None = None,
                   control: dict | None = None, transformer_options: dict | None = None, **conds):
     """An APPLY_MODEL wrapper: leaves the expectation, or why there is none, in transformer_options."""
-    model = executor.class_obj.diffusion_model
-    options = {**(transformer_options or {}), KEY: expectation(model, x.shape, c_crossattn, conds)}
+    try:
+        expected = expectation(executor.class_obj.diffusion_model, x.shape, c_crossattn, conds)
+    except Exception as problem:  # conditions may be anything that a node made; a hint must not end their run
+        expected = f"conditions that the rule for this model does not understand ({problem})"
+    options = {**(transformer_options or {}), KEY: expected}
     return executor(x, t, c_concat, c_crossattn, control, options, **conds)
 
 
