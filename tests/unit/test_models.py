@@ -153,6 +153,29 @@ def test_wrapper_leaves_the_callers_options_alone():
     assert token_layout(10 + 256 + 256, handed_on) == TokenLayout((1, 16, 16), 10, 256)
 
 
+@pytest.mark.parametrize("diffusion_model, conds", (
+    (FLUX, {"ref_latents": "none"}), (HIDREAM, {"image_cond": 3}), (WAN, {"context_latents": [torch.zeros(3)]}),
+    (model("Flux", patch_size="large"), {}), (None, {"latent_shapes": 5}),
+))
+def test_conditions_that_no_rule_understands(diffusion_model, conds):
+    """A hint never ends a run."""
+    executor = Executor(diffusion_model)
+    expect_tokens(executor, torch.zeros(1, 16, 32, 32), 0.5, None, torch.zeros(1, 10, 4), None, None, **conds)
+    [handed_on] = executor.options
+    assert isinstance(token_layout(266, handed_on), str)
+
+
+class Executor:
+    """Of an APPLY_MODEL wrapper; keeps the transformer_options that it is called with."""
+
+    def __init__(self, diffusion_model):
+        self.class_obj = SimpleNamespace(diffusion_model=diffusion_model)
+        self.options = []
+
+    def __call__(self, x, t, c_concat, c_crossattn, control, transformer_options, **conds):
+        self.options.append(transformer_options)
+
+
 def test_models_wrapped_by_torch_compile():
     compiled = model("OptimizedModule", _orig_mod=FLUX, patch_size=2)
     assert layout(compiled, (1, 16, 32, 32), 266, 10) == TokenLayout((1, 16, 16), 10)
