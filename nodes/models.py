@@ -42,8 +42,8 @@ class TokenLayout:
         """Ranges (start, stop) of the tokens outside the grid.
 
         As sink keys they are always attended, in whole blocks, so that a block which mixes both kinds misleads no
-        query. As queries they are left to the similarity judge: it finds the blocks that their mean does not
-        describe, and the others may skip visual blocks like any query.
+        query. As queries they are left to the similarity judge, where the selection has one: it finds the blocks that
+        their mean does not describe, and the others may skip visual blocks like any query.
         """
         ranges = (0, self.before), (self.tokens - self.after, self.tokens)
         return tuple(span for span in ranges if span[0] < span[1])
