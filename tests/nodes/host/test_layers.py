@@ -1,7 +1,7 @@
 """Tuned layers keep their thresholds, whatever else is on the model: read off the arguments of the kernels."""
 import sys
 from dataclasses import replace
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 
 import checkpoints
 import pytest
@@ -110,3 +110,20 @@ def test_search_beside_skip_layer_guidance(comfy_nodes, sd3):
                                 negative=condition(FAMILY, seed=2),
                                 latent_image={"samples": torch.zeros(FAMILY.latent)}, **values).result
     assert {name: layer.search.calls for name, layer in found.layers.items()} == dict.fromkeys(TUNED, 2)
+
+
+@pytest.mark.parametrize("mask, name", ((torch.zeros(2, 1, 1, 128), "key_bias"),
+                                        (torch.ones(1, 128, dtype=torch.bool), "key_padding_mask")))
+def test_search_takes_the_mask_of_the_call(comfy_nodes, sd3, params, monkeypatch, mask, name):
+    tuning, seen = module(comfy_nodes, "tuning"), []
+
+    def recorded(q, k, v, **kwargs):
+        seen.append(kwargs)
+        return torch.ones_like(q), SimpleNamespace(kept=torch.ones(2, HEADS))
+
+    monkeypatch.setattr(tuning, "sparge_attention", recorded)
+    q = torch.randn(2, 128, HEADS * HEAD_DIM)
+    call = module(comfy_nodes, "calling").AttentionCall.parse((q, q, q, HEADS, mask), {"scale": 0.3})
+    tuning.CallMeasure(call, "unknown", q)(params.layers["#1"].search.setting)
+    [given] = seen
+    assert given[name].shape == (2, 128) and given["scale"] == 0.3 and given["impl"] == "reference"
