@@ -75,6 +75,10 @@ def latents(*shape):
     (layout(KANDINSKY, (1, 16, 64, 96), 1536, 256), TokenLayout((1, 32, 48))),
     (layout(MINIMAX, (1, 1, 999), 700 + 3120, 512, latent_shapes=[(1, 48, 2, 60, 104), (1, 128, 50)]),
      TokenLayout((2, 30, 52), before=700)),
+    (layout(model("GeneralDIT", patch_spatial=2, patch_temporal=2), (1, 16, 5, 62, 90), 3 * 31 * 45, 77),
+     TokenLayout((3, 31, 45))),
+    (layout(model("WanModel", patch_size=(2, 2, 2), ref_conv=None), (1, 16, 3, 60, 104), 4 * 30 * 52, 512,
+            time_dim_concat=latents(1, 16, 3, 60, 104)), TokenLayout((4, 30, 52))),
     # images
     (layout(FLUX, (1, 16, 128, 128), 4608, 512), TokenLayout((1, 64, 64), before=512)),
     (layout(FLUX, (1, 16, 128, 127), 512 + 4096 + 160, 512, ref_latents=[latents(1, 16, 20, 31)]),
@@ -87,8 +91,8 @@ def latents(*shape):
     (layout(LUMINA, (1, 16, 128, 128), 4096 + 77, 77), TokenLayout((1, 64, 64), before=77)),
     (layout(Z_IMAGE, (1, 16, 94, 102), 64 + 2400, 40), TokenLayout((1, 47, 51), 64, 3)),
     (layout(HIDREAM, (1, 16, 128, 128), 4096 + 384, 128), TokenLayout((1, 64, 64), after=384)),
-    (layout(HIDREAM, (1, 16, 96, 96), 4608 + 384, 128, image_cond=latents(1, 16, 96, 96)),
-     TokenLayout((1, 48, 96), after=384)),
+    (layout(HIDREAM, (1, 16, 96, 80), 48 * 72 + 384, 128, image_cond=latents(1, 16, 96, 64)),
+     TokenLayout((1, 48, 72), after=384)),
     (layout(UNET, (2, 4, 128, 128), 4096, 77, {"activations_shape": [2, 640, 64, 64]}), TokenLayout((1, 64, 64))),
     (layout(UNET, (2, 4, 104, 152), 988, 77, {"activations_shape": [2, 1280, 26, 38]}), TokenLayout((1, 26, 38))),
 ))
