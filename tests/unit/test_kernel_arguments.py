@@ -136,6 +136,47 @@ def test_cross_attention_is_no_layer(launched):
     assert isinstance(given["params"].topk, torch.Tensor)
 
 
+def evaluate(override, options=None, calls=1):
+    """An evaluation of a model that makes these calls, as ComfyUI runs it with this override on the model."""
+    q = torch.zeros(1, TOKENS, 16)
+
+    def model(x, t, c_concat, c_crossattn, control, inner, **conds):
+        for _ in range(calls):
+            override(lambda q, *args, **kwargs: q, q, q, q, 2, transformer_options=inner)
+
+    override.names.count(model, None, None, transformer_options=options)
+
+
+def is_tuned(launched):
+    """Of each call that reached the kernels; starts anew."""
+    found = [isinstance(given["params"].topk, torch.Tensor) for *_, given in launched]
+    launched.clear()
+    return found
+
+
+def test_two_overrides_in_a_chain_count_a_call_once(launched):
+    inner = SpargeOverride(tuned(layer="#2")[0])
+    evaluate(SpargeOverride(replace(SETTINGS, min_tokens=100_000), inner), calls=3)
+    assert is_tuned(launched) == [False, True, False]
+
+
+def test_layers_in_doubt_use_the_widgets(launched, caplog):
+    override = SpargeOverride(tuned(layer="#2")[0])
+    skips = {"patches_replace": {"dit": {("double_block", 0): None}}}
+    for run in range(2):  # a run starts without what an earlier one learnt
+        caplog.clear()
+        override.on_pre_run(None)
+        with caplog.at_level("INFO"):
+            for _ in range(2):
+                evaluate(override, calls=2)
+                evaluate(override, skips, calls=2 if run == 0 else 1)
+        assert is_tuned(launched) == ([False, True, False, False, False, True, False, True] if run == 0 else
+                                      [False, True, False] * 2)
+        assert sum("thresholds of the widgets: this evaluation may leave layers out" in line
+                   for line in caplog.messages) == 1
+        override.on_cleanup(None)
+
+
 def test_map_of_a_report(launched, monkeypatch):
     """It is asked for with the arguments of the call, for the first of the batch."""
     asked = []

@@ -105,7 +105,8 @@ def test_fewer_calls_than_were_tuned():
         {"cond_or_uncond": [1]}
     assert evaluate(names, [None] * 6, positive) == sure(*(f"#{i}" for i in range(1, 7)))
     assert evaluate(names, [None] * 6, positive) == doubted(*(f"#{i}" for i in range(1, 7)))
-    assert evaluate(names, [None] * 7, positive)[0] == ("#1", True)  # it may fall short again
+    for _ in range(2):  # it may fall short again
+        assert evaluate(names, [None] * 7, positive)[0] == ("#1", True)
     assert evaluate(names, [None] * 7, negative) == evaluate(names, [None] * 7, negative) == \
         sure(*(f"#{i}" for i in range(1, 8)))
 
