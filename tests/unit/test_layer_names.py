@@ -66,6 +66,8 @@ def test_a_call_that_is_handed_on_keeps_its_name():
 
     outer.count(lambda *args, **conds: inner.count(model, *args[:5], transformer_options=args[5], **conds), None, None)
     assert found == [("#1", "#1"), ("#2", "#2"), ("#3", "#3")]
+    for names in (outer, inner):  # both know how many there were
+        assert evaluate(names, [None] * 2) == sure("#1", "#2") and evaluate(names, [None]) == doubted("#1")
 
 
 def test_blocks_of_a_run():
