@@ -64,6 +64,11 @@ def sequence_order(grid: Grid, *, before: int = 0, after: int = 0, curve: str = 
     return _cache.get((grid, curve, before, after, grid_first, device), build).clone()
 
 
+def free_device_orders() -> None:
+    """Drop the copies of cached orders on other devices than the CPU, to which later calls copy them again."""
+    _cache.keep_on_host()
+
+
 def inverse(order: Tensor) -> Tensor:
     """The permutation that undoes `order`, (N,) or (…, N) with a permutation in each row; same dtype and device."""
     if order.dim() == 0 or order.dtype not in (torch.int32, torch.int64):
@@ -88,6 +93,12 @@ class OrderCache:
     def elements(self) -> int:
         with self._lock:
             return sum(order.numel() for order in self._entries.values())
+
+    def keep_on_host(self) -> None:
+        """Drop the tensors that lie on other devices."""
+        with self._lock:
+            for key in [key for key, order in self._entries.items() if order.device.type != "cpu"]:
+                del self._entries[key]
 
     def get(self, key: Hashable, build: Callable[[], Tensor]) -> Tensor:
         with self._lock:

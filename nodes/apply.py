@@ -9,7 +9,6 @@ from comfy_api.latest import io
 from ..kernels import SpargeParams
 from .blocks import BlockList
 from .host import running_prompt, show_on_node
-from .layers import number_layers
 from .menu import CATEGORY, SEARCH_ALIASES
 from .models import expect_tokens
 from .override import CALLBACK_KEY, SLOT, SpargeOverride, describe
@@ -26,7 +25,8 @@ def _similarity_threshold() -> io.Float.Input:
         "similarity_threshold", default=0.5, min=-1.0, max=1.0, step=0.01, display_mode=io.NumberDisplay.slider,
         tooltip="Blocks of tokens that are less alike than this (mean cosine similarity) are always computed, because "
                 "their average does not describe them. Higher is closer to dense attention; 0 and below switch the "
-                "test off, which is fast and can damage the picture. Called θ in the paper, simthreshd1 in its code.")
+                "test off, which is fast and can damage the picture. Called θ in the paper, simthreshd1 in its code. "
+                "It belongs to cdf; topk does not use it and has it for the sake of saved workflows.")
 
 
 class ApplySpargeAttn(io.ComfyNode):
@@ -59,13 +59,15 @@ class ApplySpargeAttn(io.ComfyNode):
                             io.Float.Input(
                                 "keep_percent", default=50.0, min=0.1, max=100.0, step=0.1,
                                 display_mode=io.NumberDisplay.slider,
-                                tooltip="Share of the blocks that is kept, in percent. Speed is the same for every "
-                                        "prompt, quality is not; try 30 to 60."),
+                                tooltip="Keeps this share of the blocks, in percent, whatever their similarity; text "
+                                        "blocks (sinks) come on top where the tokens are reordered. Speed is the same "
+                                        "for every prompt, quality is not; try 30 to 60."),
                             _similarity_threshold(),
                         ]),
                     ],
                     tooltip="How blocks are selected. cdf: as many as are needed to hold a share of the attention, "
-                            "more where attention is spread out (the paper's rule). topk: always the same number."),
+                            "more where attention is spread out (the paper's rule). topk: the same share of them for "
+                            "every prompt, whatever their similarity."),
                 io.Float.Input(
                     "pv_threshold", default=PV_THRESHOLD_OFF, min=1.0, max=PV_THRESHOLD_OFF, step=0.5,
                     display_mode=io.NumberDisplay.slider,
@@ -78,7 +80,7 @@ class ApplySpargeAttn(io.ComfyNode):
                             "suffer most from sparse attention; 0 makes all steps sparse."),
                 io.Float.Input(
                     "end_percent", default=1.0, min=0.0, max=1.0, step=0.01, display_mode=io.NumberDisplay.slider,
-                    tooltip="Sampling after this point uses dense attention."),
+                    tooltip="Sampling after this point uses dense attention. Not below start_percent."),
                 io.Combo.Input(
                     "skipped_blocks", options=["drop", "pooled"], default="drop", advanced=True,
                     tooltip="drop: skipped blocks do not count (the paper). pooled: each still counts with one average "
@@ -91,9 +93,10 @@ class ApplySpargeAttn(io.ComfyNode):
                     "dense_blocks", default="", placeholder="0, 1, 47-49", advanced=True,
                     tooltip="Transformer blocks that keep dense attention, such as 0, 1, 47-49. Where a model has "
                             "several kinds of blocks, double:0 or single:0-3 names one kind (input, middle, output for "
-                            "SD 1.5 and SDXL) and a bare number means that block of each kind."),
+                            "SD 1.5 and SDXL) and a bare number means that block of each kind. The log names those "
+                            "that the model does not have."),
                 io.Int.Input(
-                    "min_tokens", default=2048, min=1, max=1 << 20, step=256, advanced=True,
+                    "min_tokens", default=2048, min=0, max=1 << 20, step=256, advanced=True,
                     tooltip="Attention over fewer tokens than this stays dense: there is nothing to gain."),
                 io.Boolean.Input(
                     "verbose", default=False, advanced=True,
@@ -115,8 +118,11 @@ class ApplySpargeAttn(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, dense_blocks: str | None = None, selection: dict | None = None) -> bool | str:
-        """Refuse a bad list before anything runs. ComfyUI passes a DynamicCombo to every validation."""
+    def validate_inputs(cls, dense_blocks: str | None = None, *, selection: dict | None = None) -> bool | str:
+        """Refuse a bad list before anything runs.
+
+        ComfyUI shows an error at every positional argument, so that there is one; and it passes a DynamicCombo always.
+        """
         try:
             BlockList.parse(dense_blocks or "")
         except ValueError as problem:
@@ -127,6 +133,8 @@ class ApplySpargeAttn(io.ComfyNode):
     def execute(cls, model, selection: dict, pv_threshold: float, start_percent: float, end_percent: float,
                 skipped_blocks: str, pv_precision: str, dense_blocks: str, min_tokens: int,
                 verbose: bool, hilbert: str = "auto", params: TunedParams | None = None) -> io.NodeOutput:
+        if start_percent > end_percent:
+            raise ValueError(f"start_percent must be at most end_percent; got {start_percent:g} and {end_percent:g}")
         settings = Settings(_params(selection, pv_threshold), start_percent, end_percent,
                             BlockList.parse(dense_blocks), min_tokens, skipped_blocks, pv_precision, verbose,
                             hilbert, _fitting(params, model))
@@ -142,7 +150,7 @@ class ApplySpargeAttn(io.ComfyNode):
                                 (CallbacksMP.ON_CLEANUP, override.on_cleanup)):
             patched.add_callback_with_key(event, CALLBACK_KEY, callback)
         patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, CALLBACK_KEY, expect_tokens)
-        patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, CALLBACK_KEY, number_layers)
+        patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, CALLBACK_KEY, override.names.count)
         return io.NodeOutput(patched)
 
 

@@ -2,9 +2,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 _ITEM = re.compile(r"(?:(?P<kind>[a-z_]+):)?(?P<first>\d+)(?:-(?P<last>\d+))?", re.IGNORECASE)
+_BETWEEN = re.compile(r"[\s,;，；、]+")
+_INSIDE = re.compile(r"\s*([-:])\s*")  # an item may be written as "4 - 7"
 
 
 @dataclass(frozen=True, order=True)
@@ -38,7 +41,10 @@ class Block:
 
 @dataclass(frozen=True)
 class BlockList:
-    """A user's choice of blocks, such as "0, 1, 47-49, single:0-3"; a bare number means that index of every kind."""
+    """A user's choice of blocks, such as "0, 1, 47-49, single:0-3"; a bare number means that index of every kind.
+
+    Commas, semicolons, also those of Chinese text, and spaces stand between the items.
+    """
 
     ranges: tuple[tuple[str | None, int, int], ...] = ()
 
@@ -46,8 +52,8 @@ class BlockList:
     def parse(cls, text: str) -> BlockList:
         """Raises ValueError naming the item that is not a block number, a range, or one of them after `kind:`."""
         ranges = []
-        for item in filter(None, (part.strip() for part in text.split(","))):
-            match = _ITEM.fullmatch(item.replace(" ", ""))
+        for item in filter(None, _BETWEEN.split(_INSIDE.sub(r"\1", text))):
+            match = _ITEM.fullmatch(item)
             if match is None:
                 raise ValueError(f"dense_blocks must list block numbers and ranges, such as '0, 1, 47-49' "
                                  f"or 'single:0-3'; got '{item}'")
@@ -57,6 +63,10 @@ class BlockList:
                 raise ValueError(f"dense_blocks must have ranges that go up; got '{item}'")
             ranges.append((match["kind"] and match["kind"].lower(), first, last))
         return cls(tuple(ranges))
+
+    def without(self, blocks: Iterable[Block]) -> BlockList:
+        """The items that name none of `blocks`."""
+        return BlockList(tuple(item for item in self.ranges if not any(map(BlockList((item,)).__contains__, blocks))))
 
     def __contains__(self, block: Block) -> bool:
         return any(first <= block.index <= last and kind in (None, block.kind) for kind, first, last in self.ranges)

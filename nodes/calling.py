@@ -7,11 +7,14 @@ result is (B, L, H·D), or (B, H, L, D) with `skip_output_reshape`.
 """
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..kernels.capability import DTYPES
 
 _POSITIONAL = ("q", "k", "v", "heads", "mask", "attn_precision", "skip_reshape", "skip_output_reshape")
 _KEYWORDS = {*_POSITIONAL, "scale", "enable_gqa", "low_precision_attention", "transformer_options",
@@ -61,6 +64,10 @@ class AttentionCall:
         for name in ("q", "k", "v") if mask is None else ("q", "k", "v", "mask"):
             if not isinstance(given[name], Tensor):
                 raise UnsupportedCall(f"{name} is a {type(given[name]).__name__}")
+        if not isinstance(heads, int) or heads < 1:
+            raise UnsupportedCall(f"heads is {heads!r}")
+        if q.ndim not in (3, 4):
+            raise UnsupportedCall(f"a {q.ndim}-D tensor")
         skip_reshape = bool(given.get("skip_reshape"))
         layout = "BHND" if given.get("skip_output_reshape") else "BNHD"
         head_dim = q.shape[-1] if skip_reshape else q.shape[-1] // heads
@@ -90,21 +97,27 @@ class AttentionCall:
     def _token_axis(self) -> int:
         return 2 if self.layout == "BHND" else 1
 
-    def visible_keys(self) -> Tensor | None:
-        """bool (B, keys), True where a key takes part, of a mask that only hides keys; None for any other mask.
+    @functools.cached_property
+    def key_mask(self) -> dict[str, Tensor] | None:
+        """The mask as `sparge_attention` takes it: {"key_padding_mask": …} or {"key_bias": …}, each (B, keys).
 
-        Decided from dtype and shape alone. A floating mask may hold biases, and its values are out of reach without
-        waiting for the device, so it never counts as one.
+        Empty without a mask, None for one that depends on more than the key. Decided from dtype and shape alone:
+        values are out of reach without waiting for the device, so that a floating mask is a bias whatever it holds.
         """
         mask = self.mask
-        if mask is None or mask.dtype != torch.bool or not 2 <= mask.ndim <= 4:
+        if mask is None:
+            return {}
+        if not 2 <= mask.ndim <= 4:
             return None
         # ComfyUI reads fewer than four dimensions as (Nq, Nk) and (B, Nq, Nk).
         batch, heads = {2: (1, 1), 3: (mask.shape[0], 1), 4: mask.shape[:2]}[mask.ndim]
         rows, keys = mask.shape[-2:]
         if heads != 1 or rows != 1 or keys != self.keys or batch not in (1, self.batch):
             return None
-        return mask.reshape(batch, keys).expand(self.batch, keys)
+        by_key = mask.reshape(batch, keys).expand(self.batch, keys)
+        if mask.dtype == torch.bool:
+            return {"key_padding_mask": ~by_key}  # ComfyUI's are True where a key takes part
+        return {"key_bias": by_key} if mask.dtype in DTYPES else None
 
     def give_back(self, out: Tensor) -> Tensor:
         """The kernel's result, in `layout`, as the caller wants it."""
@@ -116,7 +129,7 @@ def _split_heads(x: Tensor, head_dim: int, skip_reshape: bool, layout: str) -> T
     if x.ndim == 3 and not skip_reshape:
         if head_dim == 0 or x.shape[-1] % head_dim:
             raise UnsupportedCall(f"{x.shape[-1]} channels do not split into heads of {head_dim}")
-        x = x.reshape(*x.shape[:2], -1, head_dim)  # splitting one dimension is always a view
+        x = x.unflatten(-1, (x.shape[-1] // head_dim, head_dim))  # always a view
     elif x.ndim != 4:
         raise UnsupportedCall(f"a {x.ndim}-D tensor")
     return x if layout == ("BHND" if skip_reshape else "BNHD") else x.transpose(1, 2)

@@ -42,8 +42,8 @@ class TokenLayout:
         """Ranges (start, stop) of the tokens outside the grid.
 
         As sink keys they are always attended, in whole blocks, so that a block which mixes both kinds misleads no
-        query. As queries they are left to the similarity judge: it finds the blocks that their mean does not
-        describe, and the others may skip visual blocks like any query.
+        query. As queries they are left to the similarity judge, where the selection has one: it finds the blocks that
+        their mean does not describe, and the others may skip visual blocks like any query.
         """
         ranges = (0, self.before), (self.tokens - self.after, self.tokens)
         return tuple(span for span in ranges if span[0] < span[1])
@@ -218,8 +218,11 @@ def token_layout(tokens: int, transformer_options: dict[str, Any]) -> TokenLayou
 def expect_tokens(executor, x: Tensor, t: Tensor, c_concat: Tensor | None = None, c_crossattn: Tensor | None = None,
                   control: dict | None = None, transformer_options: dict | None = None, **conds):
     """An APPLY_MODEL wrapper: leaves the expectation, or why there is none, in transformer_options."""
-    model = executor.class_obj.diffusion_model
-    options = {**(transformer_options or {}), KEY: expectation(model, x.shape, c_crossattn, conds)}
+    try:
+        expected = expectation(executor.class_obj.diffusion_model, x.shape, c_crossattn, conds)
+    except Exception as problem:  # conditions may be anything that a node made; a hint must not end their run
+        expected = f"conditions that the rule for this model does not understand ({problem})"
+    options = {**(transformer_options or {}), KEY: expected}
     return executor(x, t, c_concat, c_crossattn, control, options, **conds)
 
 

@@ -1,6 +1,8 @@
 """The object that takes a model's attention calls: some go sparse, the others to whoever had them before."""
 from __future__ import annotations
 
+import functools
+import os
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -10,17 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels import block_map, sparge_attention
+from ..kernels import FastPathError, block_map, sparge_attention
 from .advice import about_little_skipped
 from .blocks import Block
 from .calling import AttentionCall, UnsupportedCall
 from .compilation import announced
-from .layers import layer_name
+from .layers import LayerNames, handed_on
 from .policy import Dense, Settings, SparsePlan, plan_call
 from .run_state import RunState, log
 from .run_summary import RunSummary
 from .sigma_window import SigmaWindow
 from .stopwatch import Stopwatch
+from .tuned import free_device_tensors
 
 SLOT = "optimized_attention_override"  # ComfyUI's key in transformer_options; one slot, no chain
 CALLBACK_KEY = "spargeattn"  # of this pack's callbacks and wrappers on a model
@@ -41,6 +44,8 @@ class SpargeOverride:
         self.previous = previous
         self._show = show
         self.run = RunState(SigmaWindow(settings.start_percent, settings.end_percent))
+        self.names = LayerNames(settings.tuned.layers if settings.tuned else ())
+        self._shown: set[str] = set()
         self._slot: Any = self
         self._thread = threading.local()
 
@@ -62,25 +67,37 @@ class SpargeOverride:
         block = Block.of(call.transformer_options)
         if block is None and self.settings.dense_blocks:
             self.run.say_once("dense_blocks", "dense_blocks has no effect, this model does not number its blocks")
-        plan = plan_call(call, self.settings, block, self.run.window.inside, layer_name(call, block))
+        layer = self.names.name(call, block)
+        plan = plan_call(call, self.settings, block, self.run.window.inside, layer,
+                         self.names.doubt(layer, call.transformer_options))
         if isinstance(plan, SparsePlan):
-            return self._go_sparse(plan, call, block)
-        if call.queries != call.keys or call.queries < self.settings.min_tokens:
-            return self._stay_dense(plan, func, args, kwargs)
+            out = self._go_sparse(plan, call, block)
+            if isinstance(out, Tensor):
+                return out
+            plan = out
+        timed = call.queries == call.keys and call.queries >= self.settings.min_tokens
         watch = Stopwatch(call.q.device)
-        out = self._stay_dense(plan, func, args, kwargs)
-        self.run.add_call(call, block, watch.stop())
+        with handed_on(layer):
+            out = self._stay_dense(plan, func, args, kwargs)
+        if timed:
+            self.run.add_call(call, block, watch.stop())
         return out
 
-    def _go_sparse(self, plan: SparsePlan, call: AttentionCall, block: Block | None) -> Tensor:
-        visible = call.visible_keys()
-        padding = None if visible is None else ~visible
+    def _go_sparse(self, plan: SparsePlan, call: AttentionCall, block: Block | None) -> Tensor | Dense:
+        """The result as the caller wants it, or why there is none after all."""
+        mask = call.key_mask
         how = {"params": plan.params, "layout": call.layout, "scale": call.scale, "order": plan.order,
-               "sink_keys": plan.sink_keys, "pv_dtype": plan.pv_dtype}
+               "sink_keys": plan.sink_keys, "pv_dtype": plan.pv_dtype, "impl": plan.impl}
         watch = Stopwatch(call.q.device)
-        with self._compilation_announced(call, plan):
-            out, stats = sparge_attention(call.q, call.k, call.v, key_padding_mask=padding,
-                                          skipped=plan.skipped, return_stats=True, **how)
+        try:
+            with self._compilation_announced(call, plan):
+                out, stats = sparge_attention(call.q, call.k, call.v, skipped=plan.skipped, return_stats=True, **how,
+                                              **mask)
+        # A traceback holds the tensors of what failed: the dense call has to come after these blocks.
+        except FastPathError as problem:
+            return self._give_up(Dense("fast kernels failed", str(problem)))
+        except torch.OutOfMemoryError:
+            return self._give_up(Dense("out of memory", f"{call.queries} tokens"))
         watch.stop()
         curve = self.settings.curve
         if plan.untuned:
@@ -92,14 +109,28 @@ class SpargeOverride:
             self.run.say_once(plan.layout, f"tokens keep the model's order, no {curve} order: {plan.layout}")
         row = self.run.add_call(call, block, watch, stats, tokens)
         if row is not None:
-            first = block_map(call.q[:1], call.k[:1], key_padding_mask=None if padding is None else padding[:1], **how)
-            self.run.add_map(row, first.mask()[0])
+            self._keep_map(row, call, how | mask)
         return call.give_back(out)
+
+    def _keep_map(self, row: Block, call: AttentionCall, how: dict[str, Any]) -> None:
+        """Keep the block map of the first of the batch for a report."""
+        how |= {name: how[name][:1] for name in ("key_padding_mask", "key_bias") if name in how}
+        try:
+            self.run.add_map(row, block_map(call.q[:1], call.k[:1], **how).mask()[0])
+        except (FastPathError, torch.OutOfMemoryError):
+            pass  # the call itself is done; the report goes without this picture
+
+    def _give_up(self, dense: Dense) -> Dense:
+        """Tell the user, once a run; the log has it from the run."""
+        if self._show is not None and dense.reason not in self._shown:
+            self._shown.add(dense.reason)
+            self._show(f"SpargeAttn: dense attention: {dense}")
+        return dense
 
     def _compilation_announced(self, call: AttentionCall, plan: SparsePlan) -> AbstractContextManager:
         if call.q.device.type == "cpu":  # there a call computes
             return nullcontext()
-        kind = (call.q.device, call.q.dtype, call.q.shape[-1], call.mask is None, plan.order is None, plan.pv_dtype,
+        kind = (call.q.device, call.q.dtype, call.q.shape[-1], *call.key_mask, plan.order is None, plan.pv_dtype,
                 plan.skipped, plan.params.selection)
         return announced(kind, self._say)
 
@@ -123,6 +154,8 @@ class SpargeOverride:
     def on_pre_run(self, patcher) -> None:
         """ModelPatcher callback: sampling starts; with several GPUs, once for each."""
         self._slot = self
+        self._shown.clear()
+        self.names.begin()
         self.run.begin()
 
     def on_prepare_state(self, patcher, timestep: Tensor, model_options: dict, *_) -> None:
@@ -145,8 +178,13 @@ class SpargeOverride:
             # that ended the run. An error of the device is not hidden by this: it stays with the device, and fetching
             # the picture raises it again.
             log.warning("SpargeAttn: the numbers of this run could not be read", exc_info=True)
+        finally:
+            free_device_tensors()
 
     def _tell(self, summary: RunSummary, on_top: object) -> None:
+        unknown = self.settings.dense_blocks.without(self.names.blocks)
+        if unknown and self.names.blocks:
+            log.info("SpargeAttn: dense_blocks names blocks in which this model has no attention: %s", unknown)
         log.info("SpargeAttn: %s", summary)
         if self.settings.verbose and summary.by_step:
             log.info("%s", summary.table())
@@ -172,6 +210,15 @@ def _why_nothing_was_sparse(summary: RunSummary, on_top: object) -> str:
 
 
 def describe(override: object) -> str:
-    """A name for somebody else's override, for the log."""
+    """A name for somebody else's override that a user understands: the node or the pack that it comes from."""
+    while isinstance(override, functools.partial):
+        override = override.func
+    if isinstance(override, SpargeOverride):
+        return "another Apply SpargeAttn"
     kind = override if hasattr(override, "__qualname__") else type(override)
-    return f"{kind.__module__}.{kind.__qualname__}"
+    if "set_model_optimized_attention" in kind.__qualname__:
+        return "the attention that a node such as Model Attention Backend chose"
+    package = kind.__module__.split(".")[0]
+    if os.path.dirname(package):  # ComfyUI imports packs under their paths, and writes "_x_" for the dots in them
+        return f"the node pack {os.path.basename(package).replace('_x_', '.')}"
+    return f"{kind.__module__}.{kind.__qualname__}".split(".<locals>")[0]

@@ -51,12 +51,13 @@ class Settings:
 class SparsePlan:
     """How a call goes sparse.
 
-    order: token order for blocking, as in `sparge_attention`; None keeps the model's. layout: of the tokens, or why it
-    is not known. skipped, pv_dtype: as in `sparge_attention`. curve: name of the order. untuned: why the tuned
-    parameters have nothing for this call, where there are any.
+    impl, skipped, pv_dtype: as in `sparge_attention`. order: token order for blocking, as there; None keeps the
+    model's. layout: of the tokens, or why it is not known. curve: name of the order. untuned: why the tuned parameters
+    have nothing for this call, where there are any.
     """
 
     params: SpargeParams
+    impl: str
     order: Tensor | None = None
     layout: TokenLayout | str = UNSEEN
     skipped: str = "drop"
@@ -82,31 +83,33 @@ class Dense:
 
 
 def plan_call(call: AttentionCall, settings: Settings, block: Block | None, in_window: bool,
-              layer: str | None = None) -> SparsePlan | Dense:
+              layer: str | None = None, doubt: str = "") -> SparsePlan | Dense:
     """What becomes of a call.
 
     in_window: the sampling step lies between start_percent and end_percent. layer: name by which tuned parameters know
-    the call.
+    the call. doubt: why it may be another layer's.
     """
-    declined = (_not_wanted(call, settings, block, in_window) or _no_implementation_takes(call)
-                or _no_implementation_here(call, settings))
+    declined = _not_wanted(call, settings, block, in_window) or _no_implementation_takes(call)
     if declined:
         return declined
+    impl = _implementation_here(call, settings)
+    if isinstance(impl, Dense):
+        return impl
     layout = token_layout(call.queries, call.transformer_options)
     untuned = ""
     if settings.tuned is not None:
-        plan = _tuned_plan(call, settings.tuned, layer, layout)
+        plan = doubt or _tuned_plan(call, settings.tuned, layer, layout, impl)
         if not isinstance(plan, str):
             return plan
         untuned = plan
     how = dict(layout=layout, skipped=settings.skipped, pv_dtype=settings.pv_dtype, untuned=untuned)
     if settings.curve is None or isinstance(layout, str):
-        return SparsePlan(settings.params, **how)
-    return SparsePlan(settings.params, layout.order(settings.curve, call.q.device), curve=settings.curve, **how)
+        return SparsePlan(settings.params, impl, **how)
+    return SparsePlan(settings.params, impl, layout.order(settings.curve, call.q.device), curve=settings.curve, **how)
 
 
-def _tuned_plan(call: AttentionCall, tuned: TunedParams, layer: str | None,
-                layout: TokenLayout | str) -> SparsePlan | Dense | str:
+def _tuned_plan(call: AttentionCall, tuned: TunedParams, layer: str | None, layout: TokenLayout | str,
+                impl: str) -> SparsePlan | Dense | str:
     """As tuned, or why there is nothing tuned for this call."""
     setting = setting_for(tuned, layer, call)
     if isinstance(setting, str):
@@ -119,7 +122,7 @@ def _tuned_plan(call: AttentionCall, tuned: TunedParams, layer: str | None,
     # A card without FP8 is at least as exact with fp16.
     pv_dtype = "auto" if setting.pv_dtype == "fp8" else setting.pv_dtype
     curve = setting.curves[0] if len(set(setting.curves)) == 1 else "mixed"
-    return SparsePlan(params_on(setting, call.q.device), order, layout, setting.skipped, pv_dtype, curve)
+    return SparsePlan(params_on(setting, call.q.device), impl, order, layout, setting.skipped, pv_dtype, curve)
 
 
 def _not_wanted(call: AttentionCall, settings: Settings, block: Block | None, in_window: bool) -> Dense | None:
@@ -150,8 +153,10 @@ def _no_implementation_takes(call: AttentionCall) -> Dense | None:
         return Dense("shapes of q, k and v do not fit", f"{tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
     if k_heads != q_heads and not (call.enable_gqa and q_heads % k_heads == 0):
         return Dense("unsupported numbers of heads", f"{q_heads} of q, {k_heads} of k")
-    if call.mask is not None and call.visible_keys() is None:
-        return Dense("mask other than boolean key padding", f"{call.mask.dtype} {tuple(call.mask.shape)}")
+    if call.key_mask is None:
+        by_query = call.mask.ndim > 1 and call.mask.shape[-2] > 1
+        return Dense("mask that differs from query to query" if by_query else "unsupported mask",
+                     f"{call.mask.dtype} {tuple(call.mask.shape)}")
     if call.scale is not None and not (isinstance(call.scale, (int, float)) and math.isfinite(call.scale)):
         return Dense("unsupported scale", f"{type(call.scale).__name__}")
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
@@ -159,16 +164,16 @@ def _no_implementation_takes(call: AttentionCall) -> Dense | None:
     return None
 
 
-def _no_implementation_here(call: AttentionCall, settings: Settings) -> Dense | None:
+def _implementation_here(call: AttentionCall, settings: Settings) -> str | Dense:
     """The eager reference serves short sequences on a CPU; on other devices dense attention is faster than it."""
     device = call.q.device
     name, reason = select_implementation(call.q)
     if name != "reference":
         if settings.pv_dtype == "fp8" and not supports_fp8(arch_of(device)):
-            return Dense("pv_precision fp8 needs hardware for it", f"{arch_of(device)}; choose auto or fp16")
-        return None
+            return Dense("pv_precision fp8 is not supported here", f"{arch_of(device)}; choose auto or fp16")
+        return name
     if device.type != "cpu":
         return Dense("no fast kernel", reason)
     if call.queries > MAX_CPU_TOKENS:
         return Dense("too many tokens for the CPU", f"{call.queries} > {MAX_CPU_TOKENS}")
-    return None
+    return name

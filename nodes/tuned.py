@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from ..hilbert import free_device_orders
 from ..hilbert.permutation import OrderCache
 from ..kernels import SpargeParams
 from ..kernels.search import Bounds, LayerSearch, Setting
@@ -147,6 +148,13 @@ def order_of(curves: tuple[str, ...], layout: TokenLayout | str, device: torch.d
         return layout.order(curves[0], device)
     device = torch.empty(0, device=device).device
     return _orders.get((curves, layout, device), lambda: torch.stack([layout.order(c, device) for c in curves]))
+
+
+def free_device_tensors() -> None:
+    """Drop what is kept on devices for the calls of a run: copies of orders and thresholds."""
+    free_device_orders()
+    _orders.keep_on_host()
+    _on_device.clear()
 
 
 def plain(value: Any) -> Any:

@@ -16,12 +16,12 @@ from ..kernels.capability import arch_of, supports_fp8
 from ..kernels.search import LayerSearch, Measured, Setting
 from .blocks import Block
 from .calling import AttentionCall, UnsupportedCall
-from .layers import layer_name, number_layers
+from .layers import LayerNames
 from .models import TokenLayout, expect_tokens
 from .override import SLOT, SpargeOverride
 from .policy import Dense, Settings, SparsePlan, plan_call
 from .run_state import log
-from .tuned import TunedLayer, TunedParams, order_of
+from .tuned import TunedLayer, TunedParams, free_device_tensors, order_of
 
 _KEY = "spargeattn_tuning"
 _SEARCH_SHARE = 30  # a step that is searched takes about as long as this many others
@@ -46,9 +46,11 @@ class Tuner:
         self._progress, self._check = progress, check
         self._previous: Callable | None = None
         self._said: set[str] = set()
+        self._names = LayerNames()
         self._reset()
 
     def _reset(self) -> None:
+        self._names.begin()
         self._chosen: Sequence[int] = ()
         self._active = False
         self._step = self._steps = self._calls = self._calls_before = 0
@@ -66,7 +68,8 @@ class Tuner:
         self._previous = options.get(SLOT)
         patched.model_options["transformer_options"][SLOT] = self
         patched.add_callback_with_key(CallbacksMP.ON_PREPARE_STATE, _KEY, self._on_prepare_state)
-        for wrapper in (expect_tokens, number_layers):
+        patched.add_callback_with_key(CallbacksMP.ON_CLEANUP, _KEY, lambda patcher: free_device_tensors())
+        for wrapper in (expect_tokens, self._names.count):
             patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, _KEY, wrapper)
         self._reset()
         return patched
@@ -117,10 +120,13 @@ class Tuner:
             self._say(f"unsupported call ({problem})")
             return dense
         block = Block.of(call.transformer_options)
-        layer = layer_name(call, block)
+        layer = self._names.name(call, block)
+        doubt = self._names.doubt(layer, call.transformer_options)
         plan = plan_call(call, self.settings, block, in_window=True)
         if isinstance(plan, Dense):
             self._say(str(plan.reason))
+        elif doubt:
+            self._say(doubt)
         elif layer is not None:
             self._calls += 1
             if self._active:
@@ -159,13 +165,13 @@ class CallMeasure:
     def __init__(self, call: AttentionCall, layout: TokenLayout | str, dense: Tensor,
                  check: Callable[[], None] = lambda: None):
         self._call, self._layout, self._check = call, layout, check
-        visible = call.visible_keys()
-        self._padding = None if visible is None else ~visible
+        self._mask = call.key_mask
         self._dense = dense if dense.ndim == 4 else dense.unflatten(-1, (call.q.shape[2], -1))
         self._axis = 2 if call.layout == "BHND" else 1
         self._norm = self._sums(None).clamp(min=1e-30)
         device = call.q.device
-        self._fp8 = select_implementation(call.q)[0] == "triton" and supports_fp8(arch_of(device))
+        self._impl = select_implementation(call.q)[0]
+        self._fp8 = self._impl == "triton" and supports_fp8(arch_of(device))
 
     def __call__(self, setting: Setting) -> Measured | None:
         self._check()
@@ -175,8 +181,8 @@ class CallMeasure:
             return None
         out, stats = sparge_attention(
             call.q, call.k, call.v, params=setting.params, layout=call.layout, scale=call.scale,
-            key_padding_mask=self._padding, order=order, sink_keys=() if order is None else self._layout.others,
-            pv_dtype=setting.pv_dtype, skipped=setting.skipped, return_stats=True)
+            order=order, sink_keys=() if order is None else self._layout.others, pv_dtype=setting.pv_dtype,
+            skipped=setting.skipped, impl=self._impl, return_stats=True, **self._mask)
         error = self._sums(out).div_(self._norm).amax(0)  # the worst of the batch
         error, kept = torch.stack([error, stats.kept.mean(0)]).cpu()
         return Measured(error, kept)

@@ -1,8 +1,12 @@
 """ComfyUI's attention calling convention, read and answered."""
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from comfyui_spargeattn.kernels import SpargeParams
 from comfyui_spargeattn.nodes.calling import AttentionCall, UnsupportedCall
+from comfyui_spargeattn.nodes.policy import Dense, Settings, plan_call
 
 B, H, L, D = 2, 3, 5, 8
 
@@ -14,7 +18,7 @@ def split(heads=H, tokens=L):
 
 def flat(x):
     """(B, H, L, D) as (B, L, H * D)."""
-    return x.transpose(1, 2).reshape(B, -1, x.shape[1] * D)
+    return x.transpose(1, 2).flatten(2)
 
 
 def parse(*args, **kwargs):
@@ -109,18 +113,67 @@ def test_unknown_arguments_that_are_off_are_ignored():
     parse(flat(split()), flat(split()), flat(split()), H, is_causal=False, window=None)
 
 
-@pytest.mark.parametrize("shape", ((1, L), (1, 1, L), (B, 1, L), (1, 1, 1, L), (B, 1, 1, L)))
-def test_masks_over_keys(shape):
+BY_KEY = (1, L), (1, 1, L), (B, 1, L), (1, 1, 1, L), (B, 1, 1, L)
+
+
+@pytest.mark.parametrize("shape", BY_KEY)
+def test_masks_that_hide_keys(shape):
     mask = torch.rand(shape, generator=torch.Generator().manual_seed(0)) > 0.5
-    visible = parse(*(flat(split()),) * 3, H, mask).visible_keys()
-    assert visible.shape == (B, L) and torch.equal(visible, mask.reshape(-1, L).expand(B, L))
+    [(name, padding)] = parse(*(flat(split()),) * 3, H, mask).key_mask.items()
+    assert name == "key_padding_mask" and padding.shape == (B, L)
+    assert torch.equal(~padding, mask.reshape(-1, L).expand(B, L))
 
 
-@pytest.mark.parametrize("mask", (
-    torch.ones(L, L, dtype=torch.bool), torch.ones(B, L, L, dtype=torch.bool),
-    torch.ones(B, H, 1, L, dtype=torch.bool), torch.ones(3, 1, 1, L, dtype=torch.bool),
-    torch.ones(1, L + 1, dtype=torch.bool), torch.ones(L, dtype=torch.bool), torch.zeros(B, 1, 1, L),
-    torch.ones(B, 1, 1, L, dtype=torch.uint8),
-), ids=lambda mask: str(tuple(mask.shape)))
-def test_other_masks(mask):
-    assert parse(*(flat(split()),) * 3, H, mask).visible_keys() is None
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16))
+@pytest.mark.parametrize("shape", BY_KEY)
+def test_floating_masks_are_a_bias_of_keys(shape, dtype):
+    """HunyuanVideo's are (1, 1, L) and Qwen-Image's (B, 1, L), zero or the dtype's lowest."""
+    mask = torch.randint(0, 2, shape, generator=torch.Generator().manual_seed(0)).to(dtype) * torch.finfo(dtype).min
+    [(name, bias)] = parse(*(flat(split()),) * 3, H, mask).key_mask.items()
+    assert name == "key_bias" and bias.dtype == dtype and torch.equal(bias, mask.reshape(-1, L).expand(B, L))
+
+
+def test_no_mask():
+    assert parse(*(flat(split()),) * 3, H).key_mask == {}
+
+
+@pytest.mark.parametrize("dtype", (torch.bool, torch.float32))
+@pytest.mark.parametrize("shape", ((L, L), (B, L, L), (B, H, 1, L), (3, 1, 1, L), (1, L + 1), (L,), (1, B, 1, 1, L)))
+def test_masks_that_depend_on_more_than_the_key(shape, dtype):
+    assert parse(*(flat(split()),) * 3, H, torch.zeros(shape, dtype=dtype)).key_mask is None
+
+
+@pytest.mark.parametrize("dtype", (torch.uint8, torch.int64, torch.float64))
+def test_masks_of_other_dtypes(dtype):
+    assert parse(*(flat(split()),) * 3, H, torch.zeros(B, 1, 1, L, dtype=dtype)).key_mask is None
+
+
+SHAPES = st.lists(st.integers(0, 6), min_size=0, max_size=5).map(tuple)
+
+
+@settings(derandomize=True, deadline=None, max_examples=400, database=None)
+@given(st.tuples(SHAPES, SHAPES, SHAPES), st.sampled_from((0, -1, 1, 2, 3, 100, 2.5, None, "2")),
+       st.none() | SHAPES, st.booleans(), st.booleans(), st.booleans())
+def test_odd_calls_are_refused_or_planned(shapes, heads, mask, skip_reshape, skip_output_reshape, enable_gqa):
+    """Nothing but UnsupportedCall leaves parse, and nothing at all the plan, whatever the shapes."""
+    q, k, v = map(torch.zeros, shapes)
+    try:
+        call = parse(q, k, v, heads, None if mask is None else torch.zeros(mask), skip_reshape=skip_reshape,
+                     skip_output_reshape=skip_output_reshape, enable_gqa=enable_gqa)
+    except UnsupportedCall:
+        return
+    plan = plan_call(call, Settings(SpargeParams(), min_tokens=0), None, True)
+    assert isinstance(plan, Dense) or 0 not in call.q.shape + call.k.shape
+
+
+@pytest.mark.parametrize("heads", (0, -2, None, 2.0, "2"))
+def test_odd_numbers_of_heads_are_refused(heads):
+    with pytest.raises(UnsupportedCall, match="heads"):
+        parse(*(flat(split()),) * 3, heads)
+
+
+@pytest.mark.parametrize("split_heads", (False, True))
+def test_calls_without_tokens(split_heads):
+    x = split(tokens=0)
+    call = parse(*(x if split_heads else flat(x),) * 3, H, skip_reshape=split_heads)
+    assert (call.queries, call.keys, call.heads) == (0, 0, (H, H))

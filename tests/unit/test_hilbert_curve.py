@@ -117,6 +117,14 @@ def test_runs_of_64_fill_boxes_of_a_frame_of_multiples_of_8(height, width):
     assert extents(grid_order(grid), grid, 64).prod(0).eq(64).all()
 
 
+@settings(derandomize=True, deadline=None, max_examples=40, database=None)
+@given(st.integers(1, 12), st.integers(1, 12))
+def test_runs_of_128_fill_boxes_of_two_frames_of_multiples_of_8(height, width):
+    """So do blocks of 128 queries, which cells of 4 × 4 would cut."""
+    grid = 2, 8 * height, 8 * width
+    assert extents(grid_order(grid), grid, 128).prod(0).eq(128).all()
+
+
 @pytest.mark.parametrize("grid", [(21, 30, 52), (28, 30, 26), (33, 45, 37), (21, 45, 80), (1, 45, 80)])
 def test_is_more_compact_than_the_scans(grid):
     """Mean surface of the boxes around runs of 64 tokens; odd sizes cost the boxes in volume no more than a tenth."""

@@ -75,6 +75,10 @@ def latents(*shape):
     (layout(KANDINSKY, (1, 16, 64, 96), 1536, 256), TokenLayout((1, 32, 48))),
     (layout(MINIMAX, (1, 1, 999), 700 + 3120, 512, latent_shapes=[(1, 48, 2, 60, 104), (1, 128, 50)]),
      TokenLayout((2, 30, 52), before=700)),
+    (layout(model("GeneralDIT", patch_spatial=2, patch_temporal=2), (1, 16, 5, 62, 90), 3 * 31 * 45, 77),
+     TokenLayout((3, 31, 45))),
+    (layout(model("WanModel", patch_size=(2, 2, 2), ref_conv=None), (1, 16, 3, 60, 104), 4 * 30 * 52, 512,
+            time_dim_concat=latents(1, 16, 3, 60, 104)), TokenLayout((4, 30, 52))),
     # images
     (layout(FLUX, (1, 16, 128, 128), 4608, 512), TokenLayout((1, 64, 64), before=512)),
     (layout(FLUX, (1, 16, 128, 127), 512 + 4096 + 160, 512, ref_latents=[latents(1, 16, 20, 31)]),
@@ -87,8 +91,8 @@ def latents(*shape):
     (layout(LUMINA, (1, 16, 128, 128), 4096 + 77, 77), TokenLayout((1, 64, 64), before=77)),
     (layout(Z_IMAGE, (1, 16, 94, 102), 64 + 2400, 40), TokenLayout((1, 47, 51), 64, 3)),
     (layout(HIDREAM, (1, 16, 128, 128), 4096 + 384, 128), TokenLayout((1, 64, 64), after=384)),
-    (layout(HIDREAM, (1, 16, 96, 96), 4608 + 384, 128, image_cond=latents(1, 16, 96, 96)),
-     TokenLayout((1, 48, 96), after=384)),
+    (layout(HIDREAM, (1, 16, 96, 80), 48 * 72 + 384, 128, image_cond=latents(1, 16, 96, 64)),
+     TokenLayout((1, 48, 72), after=384)),
     (layout(UNET, (2, 4, 128, 128), 4096, 77, {"activations_shape": [2, 640, 64, 64]}), TokenLayout((1, 64, 64))),
     (layout(UNET, (2, 4, 104, 152), 988, 77, {"activations_shape": [2, 1280, 26, 38]}), TokenLayout((1, 26, 38))),
 ))
@@ -151,6 +155,29 @@ def test_wrapper_leaves_the_callers_options_alone():
     [((*args, handed_on), kwargs)] = seen
     assert args == [x, 0.5, None, text, None] and kwargs == {"ref_latents": [x]} and options == {"sigmas": None}
     assert token_layout(10 + 256 + 256, handed_on) == TokenLayout((1, 16, 16), 10, 256)
+
+
+@pytest.mark.parametrize("diffusion_model, conds", (
+    (FLUX, {"ref_latents": "none"}), (HIDREAM, {"image_cond": 3}), (WAN, {"context_latents": [torch.zeros(3)]}),
+    (model("Flux", patch_size="large"), {}), (None, {"latent_shapes": 5}),
+))
+def test_conditions_that_no_rule_understands(diffusion_model, conds):
+    """A hint never ends a run."""
+    executor = Executor(diffusion_model)
+    expect_tokens(executor, torch.zeros(1, 16, 32, 32), 0.5, None, torch.zeros(1, 10, 4), None, None, **conds)
+    [handed_on] = executor.options
+    assert isinstance(token_layout(266, handed_on), str)
+
+
+class Executor:
+    """Of an APPLY_MODEL wrapper; keeps the transformer_options that it is called with."""
+
+    def __init__(self, diffusion_model):
+        self.class_obj = SimpleNamespace(diffusion_model=diffusion_model)
+        self.options = []
+
+    def __call__(self, x, t, c_concat, c_crossattn, control, transformer_options, **conds):
+        self.options.append(transformer_options)
 
 
 def test_models_wrapped_by_torch_compile():

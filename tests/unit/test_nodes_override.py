@@ -1,5 +1,6 @@
 """What the override does with the calls of a sampling run, and what it counts, without ComfyUI."""
 import copy
+import functools
 import logging
 import threading
 
@@ -7,9 +8,9 @@ import pytest
 import torch
 
 from comfyui_spargeattn.kernels import SpargeParams, SpargeStats
-from comfyui_spargeattn.nodes.blocks import Block
+from comfyui_spargeattn.nodes.blocks import Block, BlockList
 from comfyui_spargeattn.nodes.calling import AttentionCall
-from comfyui_spargeattn.nodes.override import SLOT, SpargeOverride
+from comfyui_spargeattn.nodes.override import SLOT, SpargeOverride, describe
 from comfyui_spargeattn.nodes.policy import Settings
 from comfyui_spargeattn.nodes.run_state import RunState
 from comfyui_spargeattn.nodes.sigma_window import SigmaWindow
@@ -205,3 +206,47 @@ def test_threads_are_counted_together():
     sample(override, evaluate, steps=3)
     assert override.run.summary.sparse == 12
     assert override.run.summary.dense == {"fewer tokens than min_tokens": 12}
+
+
+def test_blocks_that_the_model_lacks_are_named_at_the_end(caplog):
+    def lines(blocks, evaluate):
+        caplog.clear()
+        override = SpargeOverride(Settings(PARAMS, start_percent=0.0, min_tokens=64, dense_blocks=blocks))
+        sample(override, lambda options: override.names.count(
+            lambda x, t, c_concat, c_crossattn, control, inner, **conds: evaluate(inner), None, None,
+            transformer_options=options))
+        return [line for line in caplog.messages if "has no attention" in line]
+
+    caplog.set_level(logging.INFO)
+    [line] = lines(BlockList.parse("0, 99, foo:3"), attend)
+    assert line.endswith("names blocks in which this model has no attention: 99, foo:3")
+    assert lines(BlockList.parse("0"), attend) == lines(BlockList(), attend) == []
+    assert lines(BlockList.parse("99"), lambda options: None) == []  # nothing is known
+
+
+def defined_in(module):
+    """A function of another module, made as nodes make their overrides."""
+    def override(func, *args, **kwargs):
+        return func(*args, **kwargs)
+
+    override.__module__ = module
+    return override
+
+
+@pytest.mark.parametrize("override, expected", (
+    (defined_in("/home/me/ComfyUI/custom_nodes/ComfyUI-KJNodes.nodes.optimizations"), "the node pack ComfyUI-KJNodes"),
+    (functools.partial(defined_in("/srv/packs/some_x_pack.main"), 1), "the node pack some.pack"),
+    (defined_in("comfy_extras.nodes_sparse"), "comfy_extras.nodes_sparse.defined_in"),
+    (SpargeOverride(SETTINGS), "another Apply SpargeAttn"),
+    (Patcher(), f"{Patcher.__module__}.Patcher"),
+))
+def test_names_of_other_overrides(override, expected):
+    assert describe(override) == expected
+
+
+@pytest.mark.parametrize("tokens, heads", ((0, 2), (128, 0), (128, None), (128, 17), (128, 3)))
+def test_odd_calls_go_to_the_backend(tokens, heads):
+    x = torch.zeros(1, tokens, 16)
+    out = SpargeOverride(Settings(PARAMS, start_percent=0.0, min_tokens=0))(lambda q, *args, **kwargs: q, x, x, x,
+                                                                           heads, transformer_options={})
+    assert out is x

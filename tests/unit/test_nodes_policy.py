@@ -29,7 +29,7 @@ def reason(call, settings=SETTINGS, block=None, in_window=True):
 
 
 def test_self_attention_goes_sparse():
-    assert plan_call(make_call(), SETTINGS, None, True) == SparsePlan(PARAMS, order=None)
+    assert plan_call(make_call(), SETTINGS, None, True) == SparsePlan(PARAMS, "reference")
 
 
 @pytest.mark.parametrize("call, expected", (
@@ -41,7 +41,11 @@ def test_self_attention_goes_sparse():
     (make_call(head_dim=264), "unsupported head_dim (264 > 256)"),
     (make_call(heads=4, kv_heads=2), "unsupported numbers of heads (4 of q, 2 of k)"),
     (make_call(heads=3, kv_heads=2, enable_gqa=True), "unsupported numbers of heads"),
-    (make_call(mask=torch.zeros(1, 1, 128)), "mask other than boolean key padding (torch.float32 (1, 1, 128))"),
+    (make_call(mask=torch.zeros(1, 128, 128)), "mask that differs from query to query (torch.float32 (1, 128, 128))"),
+    (make_call(mask=torch.ones(128, 128, dtype=torch.bool)), "mask that differs from query to query (torch.bool"),
+    (make_call(mask=torch.zeros(1, 2, 1, 128)), "unsupported mask (torch.float32 (1, 2, 1, 128))"),
+    (make_call(mask=torch.zeros(1, 1, 128).double()), "unsupported mask (torch.float64 (1, 1, 128))"),
+    (make_call(mask=torch.zeros(128)), "unsupported mask (torch.float32 (128,))"),
     (make_call(mask=torch.ones(1, 1, 1, 128, dtype=torch.bool, device="meta")), "tensors on different devices"),
     (make_call(scale=torch.tensor(1.0)), "unsupported scale (Tensor)"),
     (make_call(scale=float("nan")), "unsupported scale"),
@@ -55,7 +59,7 @@ def test_calls_that_stay_dense(call, expected):
 @pytest.mark.parametrize("call", (
     make_call(tokens=64), make_call(tokens=16384), make_call(head_dim=256), make_call(dtype=torch.bfloat16),
     make_call(heads=4, kv_heads=2, enable_gqa=True), make_call(scale=0.1), make_call(scale=1),
-    make_call(mask=torch.ones(1, 1, 1, 128, dtype=torch.bool)),
+    make_call(mask=torch.ones(1, 1, 1, 128, dtype=torch.bool)), make_call(mask=torch.zeros(1, 1, 128)),
 ))
 def test_calls_at_the_limits_go_sparse(call):
     assert reason(call) is None
@@ -104,6 +108,11 @@ def test_window_and_dense_blocks():
     ("0, 1, 47-49", "0 1 47 48 49 single:48", "2 46 50"),
     ("single:0-3,double:7", "single:0 single:3 double:7", "0 double:0 single:7 single:4"),
     (" 3 - 4 , Input : 2,", "3 4 input:2", "2 5"),
+    ("0 1", "0 1", "2 10"),
+    ("4 7", "4 7", "47 5"),
+    ("1 2-3 0", "0 1 2 3", "12 30 20"),
+    ("0，1、3；5;7\n9", "0 1 3 5 7 9", "2 4 6 8"),
+    ("single:0 -2 double : 1", "single:2 double:1", "0 double:2"),
 ))
 def test_block_lists(text, inside, outside):
     blocks = BlockList.parse(text)
@@ -113,10 +122,16 @@ def test_block_lists(text, inside, outside):
         assert (Block(kind, int(index)) in blocks) == (name in inside.split()), name
 
 
-@pytest.mark.parametrize("text", ("x", "3-1", "-1", "1.5", "0;1", "1-2-3", "single:"))
+@pytest.mark.parametrize("text", ("x", "3-1", "-1", "1.5", "0/1", "1-2-3", "single:"))
 def test_bad_block_lists(text):
     with pytest.raises(ValueError, match=f"dense_blocks .*'{text}'"):
         BlockList.parse(text)
+
+
+def test_listed_blocks_that_a_model_lacks():
+    listed = BlockList.parse("0, 99, single:1, foo:3, 2-5, 8-9")
+    assert str(listed.without({Block("", 0), Block("single", 1), Block("double", 4)})) == "99, foo:3, 8-9"
+    assert not BlockList().without({Block("", 0)})
 
 
 @pytest.mark.parametrize("options, expected", (

@@ -103,12 +103,12 @@ def recorded_calls(pack, model, grid, steps, words, seed):
     calling, layers, models = pack("nodes.calling"), pack("nodes.layers"), pack("nodes.models")
     from comfy.patcher_extension import WrappersMP
 
-    recorder, found, step = model.clone(), {}, [-1]
+    recorder, names, found, step = model.clone(), layers.LayerNames(), {}, [-1]
     from_here = steps // 2
 
     def override(func, *args, **kwargs):
         call = calling.AttentionCall.parse(args, kwargs)
-        name = layers.layer_name(call, pack("nodes.blocks").Block.of(call.transformer_options))
+        name = names.name(call, pack("nodes.blocks").Block.of(call.transformer_options))
         if name is not None and step[0] == from_here:
             where = models.token_layout(call.queries, call.transformer_options)
             found[name] = (call.q.clone(), call.k.clone(), call.v.clone(), call.layout, where)
@@ -119,7 +119,7 @@ def recorded_calls(pack, model, grid, steps, words, seed):
         return executor(*args, **kwargs)
 
     recorder.model_options["transformer_options"]["optimized_attention_override"] = override
-    for wrapper in (count, models.expect_tokens, layers.number_layers):
+    for wrapper in (count, models.expect_tokens, names.count):
         recorder.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "recorder", wrapper)
     sample(recorder, grid, steps, words, seed)
     return found

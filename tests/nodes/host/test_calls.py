@@ -5,7 +5,7 @@ import checkpoints
 import pytest
 import torch
 from hypothesis import given, settings, strategies
-from sampling import apply, probed, relative_l1, sample
+from sampling import apply, condition, probed, relative_l1, sample
 
 TOKENS = 640
 BOUND = 0.02 if not torch.cuda.is_available() else 0.06
@@ -124,10 +124,34 @@ def test_general_mask_goes_dense(in_sampling):
     check(in_sampling, tensors(1, 2, 2, TOKENS, 64, split=True), 2, causal, skip_reshape=True, goes_dense=True)
 
 
-def test_additive_mask_goes_dense(in_sampling):
-    bias = torch.zeros(1, 1, TOKENS, device=DEVICE, dtype=DTYPE)
-    bias[..., 500:] = -1e4
+@pytest.mark.parametrize("shape", ((1, 1, TOKENS), (2, 1, TOKENS), (1, TOKENS), (2, 1, 1, TOKENS)))
+def test_additive_mask_over_keys(in_sampling, shape):
+    """Biases of a few, and padding as the lowest value of the dtype."""
+    bias = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(DEVICE, DTYPE)
+    bias[..., 500:] = torch.finfo(DTYPE).min
+    check(in_sampling, tensors(2, 2, 2, TOKENS, 64, split=True), 2, bias, skip_reshape=True)
+
+
+def test_additive_mask_over_queries_goes_dense(in_sampling):
+    bias = torch.zeros(1, TOKENS, TOKENS, device=DEVICE, dtype=DTYPE)
+    bias[:, :, 500:] = -1e4
     check(in_sampling, tensors(1, 2, 2, TOKENS, 64, split=True), 2, bias, skip_reshape=True, goes_dense=True)
+
+
+@pytest.mark.parametrize("name", ("qwen_image", "hunyuan_video", "hunyuan_video_1.5"))
+def test_padded_prompts(comfy_nodes, tmp_path, monkeypatch, name):
+    """The models turn the padding of a prompt into a floating mask over keys."""
+    family = checkpoints.FAMILIES[name]
+    checkpoints.write(family, tmp_path / "model.safetensors")
+    model = checkpoints.load(family, tmp_path / "model.safetensors", monkeypatch)
+    mask = torch.ones(1, family.context[0], dtype=torch.int64)
+    mask[:, 30:] = 0
+    positive = condition(family, mask=mask)
+    dense, unpadded = sample(model, family, positive=positive), sample(model, family)
+    below, probe = probed(model)
+    patched = sample(apply(comfy_nodes, below), family, positive=positive)
+    assert probe.declined == [] and relative_l1(patched, dense) <= BOUND
+    assert relative_l1(dense, unpadded) > 10 * relative_l1(patched, dense)  # the mask matters
 
 
 def test_model_that_refuses_low_precision_goes_dense(in_sampling):

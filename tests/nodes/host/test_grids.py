@@ -189,18 +189,18 @@ def test_levels_of_a_unet(comfy_nodes, load):
     patched = apply(comfy_nodes, model)
     recorder = Recorder(package_of(comfy_nodes))
     patched.model_options["transformer_options"][SLOT] = recorder
-    noise = torch.randn(1, 4, 48, 48, generator=torch.Generator().manual_seed(0)).repeat(5, 1, 1, 1)
-    pixels = [(8, 8), (8, 40), (40, 8), (24, 20)]
+    noise = torch.randn(1, 4, 56, 40, generator=torch.Generator().manual_seed(0)).repeat(5, 1, 1, 1)
+    pixels = [(8, 8), (8, 32), (48, 8), (24, 20)]
     for item, (y, x) in enumerate(pixels, 1):
         noise[item, :, y - 2:y + 2, x - 2:x + 2] *= -2
     positive = condition(family)
     comfy.sample.sample(patched, noise, 1, 1.0, "euler", "simple", positive, positive, torch.zeros_like(noise), seed=0,
                         disable_pbar=True)
     call = recorder.calls[0]
-    assert call.layout.grid == (1, 24, 24) and call.layout.tokens == 576
+    assert call.layout.grid == (1, 28, 20) and call.layout.tokens == 560
     weight = (call.q[1:] - call.q[:1]).norm(dim=-1).cpu()
     weight = (weight - weight.median(1, keepdim=True).values).clamp(min=0) ** 4
-    y, x = torch.unravel_index(torch.arange(576), (24, 24))
+    y, x = torch.unravel_index(torch.arange(560), (28, 20))
     found = torch.stack([(weight * y).sum(1), (weight * x).sum(1)], 1) / weight.sum(1, keepdim=True)
     assert (found - (torch.tensor(pixels) / 2 - 0.5)).abs().max() < 1.5
 

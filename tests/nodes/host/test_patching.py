@@ -1,4 +1,5 @@
 """The patch lives on the clone alone, takes its place among other patches, and leaves nothing behind."""
+import asyncio
 import gc
 import logging
 from dataclasses import replace
@@ -6,7 +7,7 @@ from dataclasses import replace
 import checkpoints
 import pytest
 import torch
-from sampling import SPARSE, apply, probed, sample
+from sampling import SPARSE, apply, node_class, probed, sample
 
 FAMILY = replace(checkpoints.FAMILIES["wan"], latent=(1, 16, 2, 32, 32))  # 512 tokens
 
@@ -85,6 +86,18 @@ def test_core_attention_backend_before_serves_declined_calls(comfy_nodes, wan):
     assert torch.equal(sample(apply(comfy_nodes, below, min_tokens=100_000), FAMILY), sample(below, FAMILY))
 
 
+def test_core_attention_backend_is_named_as_users_know_it(comfy_nodes, wan, caplog):
+    from comfy_extras.nodes_model_advanced import ModelAttentionBackend
+
+    backend = ModelAttentionBackend()
+    with caplog.at_level(logging.INFO):
+        sample(apply(comfy_nodes, backend.patch(wan, "pytorch attention")[0]), FAMILY)
+        sample(backend.patch(apply(comfy_nodes, wan), "pytorch attention")[0], FAMILY)
+    found, on_top = (line for line in pack_lines(caplog) if "Model Attention Backend" in line)
+    assert "calls that stay dense go on to" in found and "put Apply SpargeAttn after the node" in on_top
+    assert "<locals>" not in caplog.text
+
+
 def test_override_after_ours_replaces_it(comfy_nodes, wan, dense):
     replaced, probe = probed(apply(comfy_nodes, wan, selection=SPARSE))
     assert torch.equal(sample(replaced, FAMILY), dense)
@@ -128,10 +141,49 @@ def test_dense_blocks(comfy_nodes, wan, blocks, share):
     assert len(dense_sigmas(comfy_nodes, wan, steps=2, dense_blocks=blocks)) == 2 * share
 
 
+def test_blocks_that_the_model_lacks_are_named(comfy_nodes, wan, caplog):
+    with caplog.at_level(logging.INFO):
+        sample(apply(comfy_nodes, wan, dense_blocks="1, 99, foo:3"), FAMILY)
+    [line] = [line for line in pack_lines(caplog) if "has no attention" in line]
+    assert line.endswith(": 99, foo:3")
+
+
 @pytest.mark.parametrize("blocks", ("x", "3-1", "0,,-2", "1.5"))
 def test_dense_blocks_that_are_not_numbers_are_refused(comfy_nodes, wan, blocks):
     with pytest.raises(ValueError, match="dense_blocks"):
         apply(comfy_nodes, wan, dense_blocks=blocks)
+
+
+def refused(**widgets):
+    """(widget, message) of what the editor shows at the node before a prompt runs."""
+    import execution
+
+    inputs = {"model": ["loader", 0], "selection": "cdf", "selection.cdf_threshold": 0.98, "min_tokens": 512,
+              "selection.similarity_threshold": 0.6, "pv_threshold": 50.0, "start_percent": 0.0, "end_percent": 1.0,
+              "skipped_blocks": "drop", "pv_precision": "auto", "dense_blocks": "", "verbose": False, **widgets}
+    prompt = {"loader": {"class_type": "UNETLoader", "inputs": {"unet_name": "", "weight_dtype": "default"}},
+              "patch": {"class_type": "ApplySpargeAttn", "inputs": inputs}}
+    _, errors, _ = asyncio.run(execution.validate_inputs("prompt", prompt, "patch", {}))
+    return [(error["extra_info"]["input_name"], error["details"]) for error in errors]
+
+
+def test_a_bad_list_is_one_error_at_its_widget(comfy_nodes):
+    [(widget, message)] = refused(dense_blocks="0, x")
+    assert widget == "dense_blocks" and "got 'x'" in message
+    assert refused(dense_blocks="0，1") == refused() == []
+
+
+@pytest.mark.parametrize("tokens", (0, 1, 1024, 2048, 4096))
+def test_min_tokens_that_the_editor_can_hold(comfy_nodes, tokens):
+    """Its steps start at the least value; prompts saved with other values still run."""
+    [widget] = [entry for entry in node_class(comfy_nodes).define_schema().inputs if entry.id == "min_tokens"]
+    assert tokens == 1 or (tokens - widget.min) % widget.step == 0
+    assert refused(min_tokens=tokens) == []
+
+
+def test_window_that_ends_before_it_starts_is_refused(comfy_nodes, wan):
+    with pytest.raises(ValueError, match="start_percent must be at most end_percent; got 0.8 and 0.2"):
+        apply(comfy_nodes, wan, start_percent=0.8, end_percent=0.2)
 
 
 
