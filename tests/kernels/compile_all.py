@@ -1,8 +1,9 @@
 """Compile every kernel as a call on another architecture would, without its hardware: `python compile_all.py sm90`.
 
 Prints one JSON line a kernel: its name, the call, and registers, spilled bytes and shared memory or the error; for an
-architecture that the pack declines with this Triton, the reason alone. The run as they are; only the launch is replaced by a compilation, so types, specialisations and configurations are the real
-ones. Runs with every Triton that the kernels support.
+architecture that the pack declines with this Triton, the reason alone. The launchers run as they are; only the launch
+is replaced by a compilation, so types, specialisations and configurations are the real ones. Runs with every Triton
+that the kernels support.
 Options: head_dims (64 128 unless given), --thin (see `compile_calls`).
 Runs in a process of its own because the interpreter (TRITON_INTERPRET) and the compiler exclude each other.
 """

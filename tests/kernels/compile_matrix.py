@@ -28,9 +28,9 @@ def install(triton: str, folder: Path) -> Path:
 
 def compile_for(arch: str, triton: Path, path: str) -> tuple[str, list[str]]:
     """A cell of the table, and a line for each thing to say of it."""
-    environment = os.environ | {"PYTHONPATH": path, "TRITON_CACHE_DIR": str(triton / "compiled"), "OMP_NUM_THREADS": "1"}
+    environment = {"PYTHONPATH": path, "TRITON_CACHE_DIR": str(triton / "compiled"), "OMP_NUM_THREADS": "1"}
     process = subprocess.run([sys.executable, HERE / "compile_all.py", arch, "64", "128", "--thin"],
-                             capture_output=True, text=True, env=environment)
+                             capture_output=True, text=True, env=os.environ | environment)
     lines = [json.loads(line) for line in process.stdout.splitlines()]
     if lines and "declined" in lines[0]:
         return "dense", [lines[0]["declined"]]
