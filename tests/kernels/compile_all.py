@@ -23,8 +23,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+from comfyui_spargeattn.kernels import capability
 from comfyui_spargeattn.kernels._triton import pipeline
-from comfyui_spargeattn.kernels.capability import Facts, supports_fp8, triton_declines
 
 # Largest shared memory of one thread block in bytes.
 SHARED_LIMITS = {"sm80": 163 << 10, "sm86": 99 << 10, "sm89": 99 << 10, "sm90": 227 << 10, "sm100": 227 << 10,
@@ -67,7 +67,7 @@ def compile_calls(arch: str, dims, dtypes, thin: bool = False):
 
     JITFunction.run = compile_instead
     pipeline.arch_of = lambda device: arch
-    formats = ("fp16", "fp8") if supports_fp8(arch) else ("fp16",)
+    formats = ("fp16", "fp8") if capability.supports_fp8(arch) else ("fp16",)
     plain = dict(causal=False, skipped="drop", selection="cdf", thresholds=[0.9, 0.5, float("inf")], order=None)
     switches = [plain, plain | dict(skipped="pooled", selection="topk"), plain | dict(causal=True),
                 plain | dict(thresholds=[0.9, 0.5, 10.0], order=torch.arange(256, dtype=torch.int32))]
@@ -125,7 +125,9 @@ def cause(error: BaseException) -> str:
 
 if __name__ == "__main__":
     arch, *dims = (argument for argument in sys.argv[1:] if argument != "--thin")
-    if reason := triton_declines(Facts("cuda", arch, torch.bfloat16, 64, has_triton=True)):
+    capability.arch_of = lambda device: arch
+    implementation, reason = capability.select_implementation(torch.empty(1, 64, dtype=torch.bfloat16))
+    if implementation != "triton":
         print(json.dumps(dict(arch=arch, declined=reason)))
         sys.exit()
     seen = set()

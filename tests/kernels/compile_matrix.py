@@ -40,7 +40,9 @@ def compile_for(arch: str, triton: Path, path: str) -> tuple[str, list[str]]:
         said += [line for line in process.stderr.splitlines() if "error:" in line][:3]
     if process.returncode:
         said += [f"exit status {process.returncode}", *process.stderr.splitlines()[-1:]]
-    return "fails" if said else "ok", said
+    word = "fails" if said else "ok"
+    print(version(triton), arch, word, file=sys.stderr, flush=True)
+    return word, said
 
 
 def main(tritons: list[str], arches: list[str], folder: Path) -> bool:
