@@ -19,7 +19,7 @@ from comfyui_spargeattn.tests.browser.editor import CHROMIUM, Editor, browser  #
 if CHROMIUM is None:
     pytest.skip("the browser tests need chromium", allow_module_level=True)
 
-pytestmark = [pytest.mark.comfy, pytest.mark.slow]
+pytestmark = pytest.mark.comfy
 WORKFLOWS = sorted(path.stem for path in (comfy_server.REPOSITORY / "workflows").glob("*.json"))
 PROMPTS = comfy_server.REPOSITORY / "tests/nodes/host/prompts"
 NODES = "ApplySpargeAttn", "SpargeAttnReport", "SpargeAttnTune", "SpargeAttnSaveParams", "SpargeAttnLoadParams"

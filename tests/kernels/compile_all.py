@@ -1,7 +1,9 @@
 """Compile every kernel as a call on another architecture would, without its hardware: `python compile_all.py sm90`.
 
-Prints one JSON line a kernel: its name, the call, registers, spilled bytes and shared memory. The launchers run as they
-are; only the launch is replaced by a compilation, so types, specialisations and configurations are the real ones.
+Prints one JSON line a kernel: its name, the call, and registers, spilled bytes and shared memory or the error; for an
+architecture that the pack declines with this Triton, the reason alone. The launchers run as they are; only the launch
+is replaced by a compilation, so types, specialisations and configurations are the real ones. Runs with every Triton
+that the kernels support.
 Options: head_dims (64 128 unless given), --thin (see `compile_calls`).
 Runs in a process of its own because the interpreter (TRITON_INTERPRET) and the compiler exclude each other.
 """
@@ -21,6 +23,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+from comfyui_spargeattn.kernels import capability
 from comfyui_spargeattn.kernels._triton import pipeline
 
 # Largest shared memory of one thread block in bytes.
@@ -46,7 +49,8 @@ class CompileOnlyDriver:
 
 
 def compile_calls(arch: str, dims, dtypes, thin: bool = False):
-    """Yield (call, compiled kernel) over head_dims, dtypes and every switch that makes another kernel.
+    """Yield (call, name of the kernel, compiled kernel or exception) over head_dims, dtypes and every switch that makes
+    another kernel.
 
     thin: every configuration without switches, and every switch at one of the head_dims only.
     """
@@ -55,11 +59,15 @@ def compile_calls(arch: str, dims, dtypes, thin: bool = False):
     launch = JITFunction.run
 
     def compile_instead(self, *args, grid, warmup, **kwargs):
-        compiled.append(launch(self, *args, grid=grid, warmup=True, **kwargs))
+        try:
+            kernel = launch(self, *args, grid=grid, warmup=True, **kwargs)
+        except Exception as error:  # whatever a compiler raises; the other kernels are still of interest
+            kernel = error
+        compiled.append((self.__name__, kernel))
 
     JITFunction.run = compile_instead
     pipeline.arch_of = lambda device: arch
-    formats = ("fp16", "fp8") if arch.startswith("sm") and int(arch[2:]) >= 89 else ("fp16",)
+    formats = ("fp16", "fp8") if capability.supports_fp8(arch) else ("fp16",)
     plain = dict(causal=False, skipped="drop", selection="cdf", thresholds=[0.9, 0.5, float("inf")], order=None)
     switches = [plain, plain | dict(skipped="pooled", selection="topk"), plain | dict(causal=True),
                 plain | dict(thresholds=[0.9, 0.5, 10.0], order=torch.arange(256, dtype=torch.int32))]
@@ -73,8 +81,8 @@ def compile_calls(arch: str, dims, dtypes, thin: bool = False):
                            sink_keys=[], dense_queries=[], pv_dtype=pv_dtype, return_stats=True, **switch)
         call = dict(dim=dim, dtype=str(dtype), pv_dtype=pv_dtype, causal=switch["causal"], skipped=switch["skipped"],
                     skip_pv=switch["thresholds"][2] < 99)
-        for kernel in compiled:
-            yield call, kernel
+        for name, kernel in compiled:
+            yield call, name, kernel
         compiled.clear()
 
 
@@ -107,13 +115,28 @@ def serialised(kernel) -> bool:
     return text.count("WARPGROUP.ARRIVE") >= products
 
 
+def cause(error: BaseException) -> str:
+    """The line that says why a kernel did not compile."""
+    while error.__cause__ or error.__context__:
+        error = error.__cause__ or error.__context__
+    lines = [line for line in str(error).splitlines() if line.strip()] or [repr(error)]
+    return next((line for line in lines if line.startswith("ptxas ")), lines[-1]).strip()
+
+
 if __name__ == "__main__":
     arch, *dims = (argument for argument in sys.argv[1:] if argument != "--thin")
+    capability.arch_of = lambda device: arch
+    implementation, reason = capability.select_implementation(torch.empty(1, 64, dtype=torch.bfloat16))
+    if implementation != "triton":
+        print(json.dumps(dict(arch=arch, declined=reason)))
+        sys.exit()
     seen = set()
-    for call, kernel in compile_calls(arch, [int(d) for d in dims] or (64, 128), (torch.bfloat16,),
-                                      thin="--thin" in sys.argv):
-        if kernel.hash not in seen:
+    for call, name, kernel in compile_calls(arch, [int(d) for d in dims] or (64, 128), (torch.bfloat16,),
+                                            thin="--thin" in sys.argv):
+        line = dict(arch=arch, kernel=name, **call)
+        if isinstance(kernel, Exception):
+            print(json.dumps(line | dict(error=cause(kernel))), flush=True)
+        elif kernel.hash not in seen:
             seen.add(kernel.hash)
-            wait = arch == "sm90" and kernel.metadata.name == "_attend_kernel" and serialised(kernel)
-            print(json.dumps(dict(arch=arch, kernel=kernel.metadata.name, **call, **resources(kernel),
-                                  limit=SHARED_LIMITS[arch], serialised=wait)), flush=True)
+            wait = arch == "sm90" and name == "_attend_kernel" and serialised(kernel)
+            print(json.dumps(line | resources(kernel) | dict(limit=SHARED_LIMITS[arch], serialised=wait)), flush=True)

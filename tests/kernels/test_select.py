@@ -11,15 +11,18 @@ BATCH, HEADS, KV_HEADS, DIM = 2, 2, 1, 16
 SCALE = 0.4
 
 
-def prepared(n_q, n_k, *, seed=0, spread=1.0, padded=False, ties=False):
-    """Prepared queries and keys with means and similarities at random: all that the selection reads."""
+def prepared(n_q, n_k, *, seed=0, spread=1.0, padded=False, whole=False):
+    """Prepared queries and keys with means and similarities at random: all that the selection reads.
+
+    whole: means of ±1, whose products sum exactly in any order.
+    """
     from comfyui_spargeattn.kernels._triton.prepare import PreparedKeys, PreparedQueries
     nq, nk = BLOCK.counts(n_q, n_k)
     generator = torch.Generator().manual_seed(seed)
 
     def randn(*shape):
         x = torch.randn(*shape, generator=generator) * spread
-        return (x.sign() if ties else x).to(DEVICE)
+        return (x.sign() if whole else x).to(DEVICE)
 
     q_similarity, k_similarity = (torch.rand(BATCH, heads, n, generator=generator) for heads, n in
                                   ((HEADS, nq), (KV_HEADS, nk)))
@@ -145,7 +148,7 @@ def test_flat_and_steep_rows(selection, spread):
 
 @pytest.mark.parametrize("selection", ("cdf", "topk"))
 def test_equal_scores_are_chosen_together(selection):
-    queries, keys = prepared(200, 500)
+    queries, keys = prepared(200, 500, whole=True)
     keys.mean[:] = 1.0
     mask = check(queries, keys, n_q=200, n_k=500, selection=selection, causal=False, amounts=[0.1] * HEADS, theta=-1.0,
                  max_undecided=1.0)
