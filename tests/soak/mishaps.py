@@ -4,7 +4,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from random import Random
 
-from .recipes import Recipe, node
+from .recipes import TUNED_FILE, Recipe, node
 
 DAMAGED = "damaged.safetensors"
 
@@ -33,7 +33,8 @@ def _damaged_file(graph: dict, recipe: Recipe, random: Random) -> str:
 
 
 def _params_of_another_model(graph: dict, recipe: Recipe, random: Random) -> str:
-    _load(graph, f"tuned_{'flux' if recipe.family == 'wan' else 'wan'}.safetensors")
+    _load(graph, TUNED_FILE)
+    _set(graph, "UNETLoader", unet_name="tiny_ltxv.safetensors")
     return "params must be tuned for this model"
 
 

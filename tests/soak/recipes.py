@@ -15,11 +15,10 @@ LTXV_CLIPS = [{"width": 512, "height": 512, "length": 17}, {"width": 512, "heigh
 FAMILIES = {"wan": ("EmptyHunyuanLatentVideo", CLIPS), "hunyuan_video": ("EmptyHunyuanLatentVideo", CLIPS),
             "flux": ("EmptySD3LatentImage", PICTURES), "sd3.5": ("EmptySD3LatentImage", PICTURES),
             "lumina2": ("EmptySD3LatentImage", PICTURES), "ltxv": ("EmptyLTXVLatentVideo", LTXV_CLIPS)}
-TUNED = "wan", "flux"  # the families with tuned parameters
+TUNED_FILE = "tuned.safetensors"
 MIN_TOKENS = 256
-# How often a recipe is of each kind. twice: a chain of two Apply nodes. tuned: Apply with loaded parameters. tune: a
-# search whose result is saved and applied.
-KINDS = {"raw": 3, "apply": 6, "twice": 3, "tuned": 3, "tune": 1}
+# twice: a chain of two Apply nodes. tuned: Apply with loaded parameters.
+KINDS = "raw", "apply", "twice", "tuned"
 
 
 @dataclass(frozen=True)
@@ -37,12 +36,12 @@ class Recipe:
     report: bool
 
     @property
-    def params_file(self) -> str:
-        """Where its parameters are: those of a recipe that tunes are its own."""
-        return f"{self.name}.safetensors" if self.kind == "tune" else f"tuned_{self.family}.safetensors"
+    def weight(self) -> float:
+        """How often it is to be drawn: a search takes as long as thirty other prompts."""
+        return 0.25 if self.kind == "tune" else 1.0
 
     def graph(self, again: int) -> dict:
-        """The prompt in API format. `again`: changes nothing but makes ComfyUI run what it would take from its cache."""
+        """The prompt in API format. `again`: changes nothing, but ComfyUI takes no sampling of another from its cache."""
         family = checkpoints.FAMILIES[self.family]
         latent, _ = FAMILIES[self.family]
         length, width = family.context
@@ -57,13 +56,13 @@ class Recipe:
                  "latent": node(latent, batch_size=self.batch, **self.size)}
         params = {}
         if self.kind == "tuned":
-            graph["load"] = node("SpargeAttnLoadParams", filename=self.params_file, if_unusable="stop")
+            graph["load"] = node("SpargeAttnLoadParams", filename=TUNED_FILE, if_unusable="stop")
             params = {"params": ["load", 0]}
         elif self.kind == "tune":
             graph["tune"] = node("SpargeAttnTune", model=["loader", 0], **sampling, l1=0.1, l2=0.12, sampled_steps=1,
                                  start_percent=0.0, end_percent=1.0, evaluate=False, min_gain=0.1,
                                  min_tokens=MIN_TOKENS)
-            graph["save"] = node("SpargeAttnSaveParams", params=["tune", 0], filename=self.name, if_exists="overwrite")
+            graph["save"] = node("SpargeAttnSaveParams", params=["tune", 0], filename=TUNED_FILE, if_exists="overwrite")
             graph["picture_of_search"] = saved("tune", 1)
             params = {"params": ["tune", 0]}
         model = "loader"
@@ -99,17 +98,24 @@ def draw_widgets(random: Random) -> dict:
 
 
 def draw(random: Random, number: int) -> list[Recipe]:
-    """`number` recipes; the kinds and families come round in turn, so that a short soak has all kinds too."""
-    kinds = list(KINDS) + random.choices(list(KINDS), list(KINDS.values()), k=max(0, number - len(KINDS)))
-    families = list(FAMILIES) * (number // len(FAMILIES) + 1)
+    """`number` recipes: the one that tunes, whose file others load, then all kinds and families in turn."""
+    families = [*FAMILIES]
     random.shuffle(families)
-    return [_draw_one(random, f"recipe{i}", kind, family) for i, (kind, family) in enumerate(zip(kinds, families))]
+    kinds = [*KINDS, *random.choices(KINDS, k=number)]
+    return [_tuning(random)] + [_draw_one(random, f"recipe{i}", kinds[i], families[i % len(families)])
+                                for i in range(number - 1)]
+
+
+def _tuning(random: Random) -> Recipe:
+    """At 256 tokens."""
+    return Recipe("tuning", "tune", "wan", {"width": 256, "height": 256, "length": 1}, batch=1, steps=2, cfg=1.0,
+                  widgets=(draw_widgets(random),), report=False)
 
 
 def _draw_one(random: Random, name: str, kind: str, family: str) -> Recipe:
-    if kind in ("tune", "tuned"):
-        family = random.choice(TUNED)
+    family = "wan" if kind == "tuned" else family
     applied = {"raw": 0, "twice": 2}.get(kind, 1)
-    return Recipe(name, kind, family, random.choice(FAMILIES[family][1]), 2 if random.random() < 0.2 else 1,
-                  random.choice([1, 2]), random.choice([1.0, 1.0, 3.0]) if kind != "tune" else 1.0,
-                  tuple(draw_widgets(random) for _ in range(applied)), bool(applied) and random.random() < 0.3)
+    return Recipe(name, kind, family, random.choice(FAMILIES[family][1]), batch=2 if random.random() < 0.2 else 1,
+                  steps=random.choice([1, 2]), cfg=random.choice([1.0, 1.0, 3.0]),
+                  widgets=tuple(draw_widgets(random) for _ in range(applied)),
+                  report=bool(applied) and random.random() < 0.3)

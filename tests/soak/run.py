@@ -68,26 +68,22 @@ class Soak:
         self._log_end = 0
 
     def run(self) -> None:
-        self.make_params()
         drawn = recipes.draw(self.random, self.number)
         for recipe in drawn:
             self.expect_picture(recipe)
+        self.damage_params()
         self.first_census = self.census()
         self.warm = len(self.samples)
-        while len(self.samples) < self.prompts:
-            self.one(self.random.choice(drawn), *self.random.choices(list(FATES), list(FATES.values())))
+        weights = [recipe.weight for recipe in drawn]
+        while len(self.samples) < self.prompts - len(drawn):
+            self.one(*self.random.choices(drawn, weights), *self.random.choices(list(FATES), list(FATES.values())))
         for recipe in drawn:
             self.expect_picture(recipe)
         self.last_census = self.census()
 
-    def make_params(self) -> None:
-        """The files that recipes load, and a damaged one."""
+    def damage_params(self) -> None:
         folder = self.server.base / PARAMS
-        for family in recipes.TUNED:
-            size = recipes.FAMILIES[family][1][0]
-            self.expect_picture(Recipe(f"tuned_{family}", "tune", family, size, 1, 2, 1.0,
-                                       (recipes.draw_widgets(self.random),), False))
-            data = (folder / f"tuned_{family}.safetensors").read_bytes()
+        data = (folder / recipes.TUNED_FILE).read_bytes()
         (folder / mishaps.DAMAGED).write_bytes(data[:len(data) // 2])
 
     def one(self, recipe: Recipe, fate: str) -> None:
