@@ -41,7 +41,7 @@ class Recipe:
         return 0.25 if self.kind == "tune" else 1.0
 
     def graph(self, again: int) -> dict:
-        """The prompt in API format. `again`: changes nothing, but ComfyUI takes no sampling of another from its cache."""
+        """The prompt in API format. `again`: changes no picture, but makes ComfyUI sample anew."""
         family = checkpoints.FAMILIES[self.family]
         latent, _ = FAMILIES[self.family]
         length, width = family.context
