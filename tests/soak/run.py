@@ -15,7 +15,7 @@ import psutil
 from safetensors.torch import load_file
 
 from ..nodes.host import checkpoints, comfy_server
-from . import growth, mishaps, recipes
+from . import mishaps, recipes
 from .recipes import Recipe
 
 HOST = comfy_server.REPOSITORY / "tests/nodes/host"
@@ -25,7 +25,7 @@ FATES = {"runs": 70, "is interrupted": 13, "fails": 13, "runs after freeing": 4}
 # ComfyUI keeps this many results of nodes, so that models stay patched from prompt to prompt and their number is
 # bounded; its default keeps what the machine's memory holds.
 OPTIONS = "--cpu", "--disable-dynamic-vram", "--cache-lru", "30"
-STARTED = re.compile(r"Traceback|\[ERROR\]")
+ERROR = re.compile(r"Traceback|\[ERROR\]")
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,20 @@ class Outcome:
     status: str
     message: str = ""
     pictures: str = ""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Of a process. memory: resident, in bytes. files: open file descriptors, sockets among them."""
+
+    memory: int
+    threads: int
+    files: int
+
+    @classmethod
+    def of(cls, process: psutil.Process) -> Sample:
+        files = process.num_handles() if psutil.WINDOWS else process.num_fds()
+        return cls(process.memory_info().rss, process.num_threads(), files)
 
 
 def prepare(base: Path) -> None:
@@ -50,16 +64,21 @@ def prepare(base: Path) -> None:
 
 @dataclass
 class Soak:
-    """A run of `prompts` prompts over `number` recipes; `problems` says what went wrong."""
+    """A run of prompts. `problems` says what went wrong, `samples` has one entry a prompt.
+
+    deadline: of `time.monotonic`. warm: prompts before the first census. sparse_calls: as the pack counts them.
+    """
 
     server: comfy_server.Server
     random: Random
-    prompts: int
-    number: int
+    deadline: float
     problems: list[str] = field(default_factory=list)
-    samples: list[growth.Sample] = field(default_factory=list)
+    samples: list[Sample] = field(default_factory=list)
     outcomes: Counter = field(default_factory=Counter)
+    warm: int = 0
     sparse_calls: int = 0
+    first_census: dict[str, int] = field(default_factory=dict)
+    last_census: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._process = psutil.Process(self.server.process.pid)
@@ -67,15 +86,18 @@ class Soak:
         self._seconds: dict[str, float] = {}
         self._log_end = 0
 
-    def run(self) -> None:
-        drawn = recipes.draw(self.random, self.number)
+    def run(self, prompts: int, number: int) -> None:
+        """Send about `prompts` prompts of `number` recipes; all recipes first and last of all."""
+        drawn = recipes.draw(self.random, number)
         for recipe in drawn:
             self.expect_picture(recipe)
         self.damage_params()
-        self.first_census = self.census()
-        self.warm = len(self.samples)
+        self.first_census, self.warm = self.census(), len(self.samples)
         weights = [recipe.weight for recipe in drawn]
-        while len(self.samples) < self.prompts - len(drawn):
+        while len(self.samples) < prompts - number:
+            if time.monotonic() > self.deadline:
+                self.problems.append(f"out of time after {len(self.samples)} of {prompts} prompts")
+                break
             self.one(*self.random.choices(drawn, weights), *self.random.choices(list(FATES), list(FATES.values())))
         for recipe in drawn:
             self.expect_picture(recipe)
@@ -128,7 +150,7 @@ class Soak:
         outcome = self.result(answer["prompt_id"]) if status == 200 else Outcome("refused", body)
         self.outcomes[outcome.status] += 1
         self.read_log(failing)
-        self.samples.append(growth.Sample.of(self._process))
+        self.samples.append(Sample.of(self._process))
         return outcome
 
     def result(self, prompt_id: str) -> Outcome:
@@ -151,10 +173,12 @@ class Soak:
 
     def read_log(self, failing: bool) -> None:
         """Only a prompt that was made to fail may leave an error in the server's log."""
-        log = self.server.log()
-        new, self._log_end = log[self._log_end:], len(log)
+        with open(self.server.log_path, "rb") as log:
+            log.seek(self._log_end)
+            new = log.read().decode(errors="replace")
+            self._log_end = log.tell()
         self.sparse_calls += sum(map(int, re.findall(r"SpargeAttn: (\d+) attention calls sparse", new)))
-        if not failing and STARTED.search(new):
+        if not failing and ERROR.search(new):
             self.problems.append(f"prompt {len(self.samples)}: in the log: {new[-3000:]}")
 
     def problem(self, recipe: Recipe, text: str) -> None:
