@@ -148,6 +148,8 @@ class Soak:
             time.sleep(interrupt_after)
             self.server.request("/interrupt", {"prompt_id": answer["prompt_id"]})
         outcome = self.result(answer["prompt_id"]) if status == 200 else Outcome("refused", body)
+        if outcome.status == "done" and answer["node_errors"]:  # ComfyUI has run what does not depend on that node
+            outcome = Outcome("refused", json.dumps(answer["node_errors"]))
         self.outcomes[outcome.status] += 1
         self.read_log(failing)
         self.samples.append(Sample.of(self._process))
