@@ -20,19 +20,24 @@ def prepare_base_directory(base, *extra_packs):
         (base / "custom_nodes" / pack.name).symlink_to(pack, target_is_directory=True)
 
 
-def start(base, **options):
-    """Import ComfyUI with `base` as its base directory and load the packs there; returns its `nodes` module.
+def configure(base, **options):
+    """Make `comfy` importable, with `base` as its base directory, before anything of it is imported.
 
     `options`: command-line options of ComfyUI by name, e.g. `highvram=True`.
     """
     sys.path.insert(0, os.environ["COMFYUI_PATH"])
-    from comfy.cli_args import args  # must be set before anything else of comfy is imported
+    from comfy.cli_args import args
 
     args.cpu = not torch.cuda.is_available()
     args.disable_dynamic_vram = True
     args.base_directory = str(base)
     for name, value in options.items():
         setattr(args, name, value)
+
+
+def start(base, **options):
+    """Import ComfyUI, configured with `options`, and load the packs of `base`; returns its `nodes` module."""
+    configure(base, **options)
     import nodes
 
     asyncio.run(nodes.init_external_custom_nodes())

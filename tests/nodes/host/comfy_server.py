@@ -14,6 +14,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[3]
 START_TIMEOUT = 180  # seconds, for imports on a slow disk
 RUN_TIMEOUT = 180
+POLL = 0.05  # seconds between two looks at the history
 
 
 def host_python():
@@ -55,14 +56,21 @@ class Server:
     def log(self):
         return self.log_path.read_text(errors="replace")
 
-    def get(self, path, data=None):
+    def request(self, path, data=None):
+        """Status and body, as text, of a GET, or of a POST where there is `data`."""
         request = urllib.request.Request(self.url + path, data and json.dumps(data).encode(),
                                          {"Content-Type": "application/json"} if data else {})
         try:
             with urllib.request.urlopen(request, timeout=10) as response:
-                return json.load(response)
+                return response.status, response.read().decode()
         except urllib.error.HTTPError as error:
-            raise AssertionError(f"{path}: {error} {error.read().decode()}") from error
+            return error.code, error.read().decode()
+
+    def get(self, path, data=None):
+        status, body = self.request(path, data)
+        if status != 200:
+            raise AssertionError(f"{path}: {status} {body}")
+        return json.loads(body)
 
     def wait_until_up(self):
         deadline = time.monotonic() + START_TIMEOUT
@@ -73,17 +81,20 @@ class Server:
                 time.sleep(0.5)
         raise AssertionError(f"the server did not start:\n{self.log()[-4000:]}")
 
-    def run(self, prompt):
-        """Queue `prompt` (API format) and wait for its entry in the history; returns it and the node errors."""
-        queued = self.get("/prompt", {"prompt": prompt})
-        prompt_id = queued["prompt_id"]
+    def finished(self, prompt_id):
+        """The history's entry of a queued prompt, once it is there."""
         deadline = time.monotonic() + RUN_TIMEOUT
         while time.monotonic() < deadline and self.process.poll() is None:
             history = self.get(f"/history/{prompt_id}")
             if prompt_id in history:
-                return history[prompt_id], queued["node_errors"]
-            time.sleep(0.25)
+                return history[prompt_id]
+            time.sleep(POLL)
         raise AssertionError(f"the prompt did not finish:\n{self.log()[-4000:]}")
+
+    def run(self, prompt):
+        """Queue `prompt` (API format) and wait for its entry in the history; returns it and the node errors."""
+        queued = self.get("/prompt", {"prompt": prompt})
+        return self.finished(queued["prompt_id"]), queued["node_errors"]
 
 
 @contextmanager

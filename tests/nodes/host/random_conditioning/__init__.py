@@ -11,9 +11,11 @@ class RandomConditioning:
     def INPUT_TYPES(cls):
         return {"required": {"length": ("INT", {"default": 48}), "width": ("INT", {"default": 64}),
                              "seed": ("INT", {"default": 0})},
-                "optional": {"pooled": ("INT", {"default": 0}), "masked": ("BOOLEAN", {"default": False})}}
+                "optional": {"pooled": ("INT", {"default": 0}), "masked": ("BOOLEAN", {"default": False}),
+                             # Changes nothing, but ComfyUI runs what it would take from its cache.
+                             "again": ("INT", {"default": 0})}}
 
-    def make(self, length, width, seed, pooled=0, masked=False):
+    def make(self, length, width, seed, pooled=0, masked=False, again=0):
         generator = torch.Generator().manual_seed(seed)
         context = torch.randn(1, length, width, generator=generator)
         extra = {}
