@@ -97,7 +97,7 @@ def _serialise(params: TunedParams) -> bytes:
         about = {"heads": search.heads, "kv_heads": search.kv_heads, "head_dim": layer.head_dim,
                  "calls": search.calls, "unseen_calls": search.unseen_calls, "tokens": list(layer.tokens)}
         for key, (dtype, _) in _EVIDENCE.items():
-            tensors[f"{name}.{key}"] = getattr(search, key).to(dtype).contiguous()
+            tensors[f"{name}.{key}"] = getattr(search, key).to(dtype, copy=True).contiguous()
         if setting is not None:
             about["setting"] = {"selection": setting.params.selection, "skipped": setting.skipped,
                                 "pv_dtype": setting.pv_dtype, "curves": list(setting.curves)}
