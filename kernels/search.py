@@ -75,6 +75,14 @@ class Measured(NamedTuple):
     kept: Tensor
 
 
+class Choice(NamedTuple):
+    """A setting, the mean share of blocks (H,) it attends, and each head's rule: int64 (H,), index into `RULES`."""
+
+    setting: Setting
+    kept: Tensor
+    rules: Tensor
+
+
 # Runs the call with a setting; None where it can't, for want of a grid or of hardware.
 Measure = Callable[[Setting], Measured | None]
 
@@ -137,25 +145,48 @@ class LayerSearch:
         levels, kept = (torch.stack(x) for x in zip(*rows))
         found = replace(self, calls=self.calls + 1, levels=levels, kept=kept, unseen_calls=0,
                         unseen=torch.zeros(self.heads))
-        setting, chosen_kept = found._choose()
-        if setting is None:
-            return replace(found, setting=None, sparsity=1 - chosen_kept, error=torch.zeros(self.heads))
-        levels = self.pv_levels
-        if self.bounds.l2 > self.bounds.l1:
-            dense = setting.dense_heads
-            levels, _, _ = bisect(
-                lambda level: measure(_with_pv(setting, level, dense)), levels, len(PV_THRESHOLDS) - 1,
-                self.bounds.l2, first=levels if self.calls else None)
-            setting = _with_pv(setting, levels, dense)
-        error = torch.maximum(self.error, measure(setting).error)
-        return replace(found, pv_levels=levels, setting=setting, sparsity=1 - chosen_kept, error=error)
+        while (choice := found._choose()) is not None:
+            error = measure(choice.setting).error
+            over = ~(error <= self.bounds.l1)
+            if not over.any():
+                return found._with_pv(choice, error, measure)
+            found = found._refuse(choice, over)
+        return found._dense()
 
     def evaluate(self, measure: Measure) -> LayerSearch:
-        """The search with the error of its setting on a call that it does not learn from."""
+        """The search with the error of its setting on a call that it does not learn from.
+
+        A layer whose error there is not finite stays dense from now on.
+        """
         measured = None if self.setting is None else measure(self.setting)
         if measured is None:
             return self
+        if not measured.error.isfinite().all():
+            return replace(self, levels=torch.full_like(self.levels, _STEPS), kept=torch.ones_like(self.kept))._dense()
         return replace(self, unseen_calls=self.unseen_calls + 1, unseen=torch.maximum(self.unseen, measured.error))
+
+    def _dense(self) -> LayerSearch:
+        zeros = torch.zeros(self.heads)
+        return replace(self, setting=None, sparsity=zeros, error=zeros, unseen=zeros)
+
+    def _with_pv(self, choice: Choice, error: Tensor, measure: Measure) -> LayerSearch:
+        """The search with this setting and, between l1 and l2, its P·V thresholds. error: of the setting without."""
+        setting, levels = choice.setting, self.pv_levels
+        if self.bounds.l2 > self.bounds.l1:
+            off, dense = torch.full_like(levels, len(PV_THRESHOLDS) - 1), setting.dense_heads
+            if self.calls > 1:  # what earlier calls need is known for the rules that they were measured with
+                levels = torch.where(_same_rules(self.setting, setting), levels, off)
+            levels, _, _ = bisect(
+                lambda level: measure(_skip_products(setting, level, dense)), levels, len(PV_THRESHOLDS) - 1,
+                self.bounds.l2, first=levels if self.calls > 1 else None)
+            skipping = _skip_products(setting, levels, dense)
+            with_products_skipped = measure(skipping).error
+            if (with_products_skipped <= self.bounds.l2).all():
+                setting, error = skipping, with_products_skipped
+            else:
+                levels = off
+        return replace(self, pv_levels=levels, setting=setting, sparsity=1 - choice.kept,
+                       error=torch.maximum(self.error, error))
 
     def _tighten(self, rule: Rule, start: Tensor, kept: Tensor, measure: Measure) -> tuple[Tensor, Tensor]:
         """(level, mean kept) of each head after one more call."""
@@ -170,33 +201,52 @@ class LayerSearch:
         mean = ((kept * ratio).clamp(max=1) * self.calls + last) / (self.calls + 1)
         return level, torch.where(level < _STEPS, mean, 1.0)
 
-    def _choose(self) -> tuple[Setting | None, Tensor]:
-        """The setting with the least work, None where no head gains, and the mean share of blocks (H,) it attends."""
-        best, least = (None, torch.ones(self.heads)), math.inf
+    def _choose(self) -> Choice | None:
+        """What leaves the least work and holds the bound as far as is known, None where no head gains."""
+        best, least = None, math.inf
         every, group = torch.arange(self.heads), self.heads // self.kv_heads
         for variant in VARIANTS:
             rows = torch.tensor([r for r, rule in enumerate(RULES) if rule[:3] == variant]).view(len(CURVES), -1)
             holds = self.levels[rows] < _STEPS  # (curves, similarities, H)
-            if not holds.flatten(0, 1).any(0).all():
-                continue  # a head is too far from dense with every block
             gains = holds & (self.kept[rows] <= 1 - self.bounds.min_gain)
             kept, which = torch.where(gains, self.kept[rows], 1.0).min(1)  # (curves, H)
-            # The heads that share a head of K share its order.
-            curve = kept.unflatten(1, (self.kv_heads, group)).mean(-1).argmin(0)  # (Hkv,)
+            # The heads that share a head of K share its order, in which those without gain keep every block: it has to
+            # hold for all of them.
+            fits = holds.any(1).unflatten(1, (self.kv_heads, group)).all(-1)  # (curves, Hkv)
+            if not fits.any(0).all():
+                continue
+            mean = kept.unflatten(1, (self.kv_heads, group)).mean(-1)
+            curve = torch.where(fits, mean, math.inf).argmin(0)  # (Hkv,)
             by_head = curve.repeat_interleave(group)
             kept = kept[by_head, every]
             selection, skipped, pv_dtype = variant
             work = kept.mean().item() * _PV_WORK[pv_dtype] + (_TAIL_WORK if skipped == "pooled" else 0)
-            if work >= least - 1e-9 or not gains.any():
-                continue
-            rule = rows[by_head, which[by_head, every]]
             sparse = kept < 1
-            amounts = torch.tensor(AMOUNTS[selection])[self.levels[rule, every].clamp(max=_STEPS - 1)]
-            similarity = torch.tensor([RULES[r].similarity for r in rule])
+            if work >= least - 1e-9 or not sparse.any():
+                continue
+            rules = rows[by_head, which[by_head, every]]
+            amounts = torch.tensor(AMOUNTS[selection])[self.levels[rules, every].clamp(max=_STEPS - 1)]
+            similarity = torch.tensor([RULES[r].similarity for r in rules])
             setting = _setting(RULES[rows[0, 0]], torch.where(sparse, amounts, 1.0),
                                torch.where(sparse, similarity, _JUDGE_OFF), tuple(CURVES[c] for c in curve))
-            best, least = (setting, kept), work
+            best, least = Choice(setting, kept, rules), work
         return best
+
+    def _refuse(self, choice: Choice, over: Tensor) -> LayerSearch:
+        """The search that knows that a choice did not hold for the heads `over` (H,), measured beside the others.
+
+        Those that skipped blocks keep every block under that rule; no rule of that variant and order holds for those
+        that kept every block. So each refusal leaves fewer choices.
+        """
+        levels, kept = self.levels.clone(), self.kept.clone()
+        for head in over.nonzero().flatten().tolist():
+            rule = choice.rules[head].item()
+            if choice.kept[head] < 1:
+                levels[rule, head], kept[rule, head] = _STEPS - 1, 1.0
+            else:
+                rules = [r for r, other in enumerate(RULES) if other[:4] == RULES[rule][:4]]
+                levels[rules, head], kept[rules, head] = _STEPS, 1.0
+        return replace(self, levels=levels, kept=kept)
 
 
 def bisect(measure: Callable[[Tensor], Measured | None], start: Tensor, top: int, bound: float,
@@ -230,8 +280,19 @@ def _setting(rule: Rule, amounts: Tensor, similarity: Tensor, curves: tuple[str,
     return Setting(params, curves, rule.skipped, rule.pv_dtype)
 
 
-def _with_pv(setting: Setting, levels: Tensor, dense: Tensor) -> Setting:
+def _skip_products(setting: Setting, levels: Tensor, dense: Tensor) -> Setting:
     """The setting with P·V thresholds; heads that keep every block keep every product too."""
     thresholds = torch.where(dense, math.inf, torch.tensor(PV_THRESHOLDS)[levels])
     values = dict(setting.params.items()) | {"pv_threshold": math.inf if thresholds.isinf().all() else thresholds}
     return replace(setting, params=SpargeParams(**values))
+
+
+def _same_rules(before: Setting | None, now: Setting) -> Tensor:
+    """bool (H,), heads that skipped blocks before, by the rule that they have now."""
+    heads = len(now.dense_heads)
+    if before is None or ((before.params.selection, before.skipped, before.pv_dtype)
+                          != (now.params.selection, now.skipped, now.pv_dtype)):
+        return torch.zeros(heads, dtype=torch.bool)
+    curves = torch.tensor([a == b for a, b in zip(before.curves, now.curves)])
+    same_judge = before.params.similarity_threshold == now.params.similarity_threshold
+    return curves.repeat_interleave(heads // len(curves)) & same_judge & ~before.dense_heads

@@ -14,13 +14,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
+from uuid import uuid4
 
 import torch
 from torch import Tensor
 
 from ..kernels import SpargeParams
 from ..kernels.search import AMOUNTS, CURVES, PV_THRESHOLDS, RULES, Bounds, LayerSearch, Setting
-from .tuned import Architecture, TunedLayer, TunedParams, plain
+from .tuned import Architecture, TunedLayer, TunedParams, is_plain, plain
 
 FORMAT, VERSION = "comfyui_spargeattn.tuned", "1"
 SUFFIX = ".safetensors"
@@ -28,6 +29,9 @@ _MAX_FILE, _MAX_HEADER = 64 << 20, 8 << 20
 _MAX_LAYERS, _MAX_HEADS, _MAX_HEAD_DIM, _MAX_RULES = 4096, 1024, 256, 4096
 _LAYER = re.compile(r"[A-Za-z0-9_:#]{1,64}")
 _FILE_NAME = re.compile(r"[\w][\w .+-]{0,99}")
+_RESERVED = re.compile(r"(con|prn|aux|nul|(com|lpt)[0-9¹²³]) *(\..*)?", re.IGNORECASE)  # devices, on Windows
+_MAX_NUMBER = 99_999
+_MAX_NAME = 255 - len(f"_{_MAX_NUMBER}{SUFFIX}")  # bytes, of the 255 that file systems take
 # Tensors of a layer, dtype and whether they have a row for each rule. The thresholds are absent where it is dense.
 _THRESHOLDS = "amount", "similarity_threshold", "pv_threshold"
 _EVIDENCE = {"levels": (torch.uint8, True), "kept": (torch.float32, True), "pv_levels": (torch.uint8, False),
@@ -53,31 +57,63 @@ def versions(device: torch.device) -> dict[str, str]:
     return found
 
 
-def save(params: TunedParams, folder: Path, name: str, overwrite: bool = False) -> Path:
-    """Write `folder`/`name`.safetensors; where it exists, with a number added to the name unless `overwrite`.
-
-    Raises ValueError for a name that is not a plain file name.
-    """
+def checked_name(name: str) -> str:
+    """The name of a file without its suffix. Raises ValueError for one that is no plain file name on every system."""
     name = name.strip().removesuffix(SUFFIX)
     if not _FILE_NAME.fullmatch(name) or name.endswith((".", " ")):
         raise ValueError("filename must be letters, digits, spaces and . _ + -, beginning with a letter or digit, "
-                         f"without a folder, at most 100 of them; got {name!r}")
-    data = _serialise(params)
+                         f"without a folder, at most 100 of them; got {name!r:.120}")
+    size = len(name.encode())
+    if size > _MAX_NAME:
+        raise ValueError(f"filename must have at most {_MAX_NAME} bytes in UTF-8; got {size}, {name!r}")
+    if _RESERVED.fullmatch(name):
+        raise ValueError(f"filename must not be the name of a device on Windows; got {name!r}")
+    return name
+
+
+def save(params: TunedParams, folder: Path, name: str, overwrite: bool = False) -> Path:
+    """Write `folder`/`name`.safetensors; where it exists, with a number added to the name unless `overwrite`.
+
+    The file comes to exist complete or not at all. Raises ValueError for a name that `checked_name` refuses, and
+    OSError where the folder can't be written.
+    """
+    name, data = checked_name(name), _serialise(params)
     folder.mkdir(parents=True, exist_ok=True)
-    if overwrite:
-        path, part = folder / f"{name}{SUFFIX}", folder / f".{name}.{os.getpid()}.part"
-        part.write_bytes(data)
-        os.replace(part, path)
-        return path
-    for number in range(1, 100_000):
-        path = folder / (f"{name}{SUFFIX}" if number == 1 else f"{name}_{number}{SUFFIX}")
-        try:
-            with open(path, "xb") as file:  # fails where it exists, also where it has just come to exist
-                file.write(data)
-            return path
-        except FileExistsError:
-            continue
+    part = folder / f".{uuid4().hex}.part"
+    try:
+        with open(part, "xb") as file:
+            file.write(data)
+            os.fsync(file.fileno())
+        if overwrite:
+            return part.replace(folder / f"{name}{SUFFIX}")
+        for number in range(1, _MAX_NUMBER + 1):
+            path = folder / (f"{name}{SUFFIX}" if number == 1 else f"{name}_{number}{SUFFIX}")
+            if _move_where_free(part, path):
+                return path
+    finally:
+        part.unlink(missing_ok=True)
     raise ValueError(f"filename must be one with free numbers in {folder}; got {name!r}")
+
+
+def _move_where_free(part: Path, path: Path) -> bool:
+    """Give a file its name, unless that exists, also where it has just come to exist."""
+    try:
+        os.link(part, path)
+        return True
+    except FileExistsError:
+        return False
+    except OSError:  # no hard links, as on exFAT: an empty file takes the name until the whole one replaces it
+        pass
+    try:
+        path.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    try:
+        part.replace(path)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+    return True
 
 
 def load(path: Path) -> TunedParams:
@@ -97,7 +133,7 @@ def _serialise(params: TunedParams) -> bytes:
         about = {"heads": search.heads, "kv_heads": search.kv_heads, "head_dim": layer.head_dim,
                  "calls": search.calls, "unseen_calls": search.unseen_calls, "tokens": list(layer.tokens)}
         for key, (dtype, _) in _EVIDENCE.items():
-            tensors[f"{name}.{key}"] = getattr(search, key).to(dtype).contiguous()
+            tensors[f"{name}.{key}"] = getattr(search, key).to(dtype, copy=True).contiguous()
         if setting is not None:
             about["setting"] = {"selection": setting.params.selection, "skipped": setting.skipped,
                                 "pv_dtype": setting.pv_dtype, "curves": list(setting.curves)}
@@ -135,7 +171,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     except ParamsFileError:
         raise
     except SafetensorError as problem:
-        raise ParamsFileError(f"it is no intact safetensors file ({problem})") from problem
+        raise ParamsFileError(f"it is no intact safetensors file ({problem!s:.200})") from problem
     except (ValueError, RecursionError) as problem:
         raise ParamsFileError(f"its metadata is no JSON ({type(problem).__name__})") from problem
     return about, tensors
@@ -155,7 +191,9 @@ def _deserialise(about: Any, tensors: dict[str, Tensor]) -> TunedParams:
     found = {name: _layer(name, value, tensors, bounds, len(rules), known) for name, value in layers.items()}
     if tensors:
         raise ParamsFileError(f"it holds unknown tensors, such as {min(tensors)[:80]!r}")
-    config, about_versions = _get(about, "config", dict), _get(about, "versions", dict)
+    config, about_versions = (_get(about, key, dict) for key in ("config", "versions"))
+    _expect(all(is_plain(value) for value in (*config.values(), *about_versions.values())),
+            "config and versions to hold numbers, text and short lists of them", "something else")
     return TunedParams(Architecture(_get(about, "family", str), config), bounds, MappingProxyType(found),
                        MappingProxyType({key[:40]: str(value)[:200] for key, value in about_versions.items()}), known)
 

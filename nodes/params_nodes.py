@@ -56,12 +56,23 @@ class SpargeAttnSaveParams(io.ComfyNode):
             is_output_node=True,
             inputs=[
                 SPARGE_PARAMS.Input("params", tooltip="From Tune SpargeAttn."),
-                io.String.Input("filename", default="tuned", tooltip="Name of the file, without a folder."),
+                io.String.Input("filename", default="tuned",
+                                tooltip="Name of the file, without a folder: letters, digits, spaces and . _ + -"),
                 io.Combo.Input("if_exists", options=["add a number", "overwrite"], default="add a number",
                                tooltip="What to do where a file of this name exists."),
             ],
             outputs=[],
         )
+
+    @classmethod
+    def validate_inputs(cls, filename: str | None = None) -> bool | str:
+        """Refuse a name before anything runs: a search may come before this node."""
+        try:
+            if filename is not None:  # as it is where another node gives it
+                params_file.checked_name(filename)
+        except ValueError as problem:
+            return str(problem)
+        return True
 
     @classmethod
     def execute(cls, params: TunedParams, filename: str, if_exists: str) -> io.NodeOutput:

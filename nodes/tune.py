@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from types import MappingProxyType
 
 import comfy.model_management
@@ -22,7 +21,7 @@ from .policy import Settings
 from .run_state import log
 from .tuned import Architecture, TunedParams
 from .tuning import Tuner
-from .tuning_picture import draw_tuned
+from .tuning_picture import TunedPictures
 
 _PREVIEW_SIZE = 768
 _PROGRESS = 1000
@@ -61,7 +60,7 @@ class SpargeAttnTune(io.ComfyNode):
                             "0.02 to 0.08."),
                 io.Float.Input(
                     "l2", default=0.05, min=0.001, max=0.5, step=0.001, display_mode=slider,
-                    tooltip="Largest error when products with V are skipped too (pv_threshold). Equal to l1, none are "
+                    tooltip="Largest error when products with V are skipped too (pv_threshold). Up to l1, none are "
                             "skipped: on an H100 looking for them takes more time than it saves."),
                 io.Int.Input(
                     "sampled_steps", default=3, min=1, max=100,
@@ -70,7 +69,8 @@ class SpargeAttnTune(io.ComfyNode):
                 io.Float.Input("start_percent", default=0.2, min=0.0, max=1.0, step=0.01, display_mode=slider,
                                tooltip="As on Apply SpargeAttn: earlier steps are not searched."),
                 io.Float.Input("end_percent", default=1.0, min=0.0, max=1.0, step=0.01, display_mode=slider,
-                               tooltip="As on Apply SpargeAttn: later steps are not searched."),
+                               tooltip="As on Apply SpargeAttn: later steps are not searched. Not below "
+                                       "start_percent."),
                 io.Boolean.Input(
                     "evaluate", default=True,
                     tooltip="Sample a second time with another seed (and other_positive, if connected) and report the "
@@ -78,7 +78,7 @@ class SpargeAttnTune(io.ComfyNode):
                 io.Float.Input(
                     "min_gain", default=0.1, min=0.0, max=0.9, step=0.01, advanced=True,
                     tooltip="Heads of which less than this share can be skipped keep every block."),
-                io.Int.Input("min_tokens", default=2048, min=1, max=1 << 20, step=256, advanced=True,
+                io.Int.Input("min_tokens", default=2048, min=0, max=1 << 20, step=256, advanced=True,
                              tooltip="As on Apply SpargeAttn: shorter sequences are not searched."),
                 SPARGE_PARAMS.Input(
                     "params", optional=True,
@@ -93,10 +93,13 @@ class SpargeAttnTune(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, l1: float | None = None, l2: float | None = None) -> bool | str:
-        """Refuse bounds that contradict each other before anything runs."""
-        if l1 is not None and l2 is not None and l1 > l2:
-            return f"l2 must be at least l1; got l1 {l1:g} and l2 {l2:g}"
+    def validate_inputs(cls, start_percent: float | None = None, end_percent: float | None = None) -> bool | str:
+        """Refuse an empty window before anything runs. ComfyUI shows the error at both, and checks neither itself."""
+        if start_percent is None or end_percent is None:  # given by another node
+            return True
+        if not 0 <= start_percent <= end_percent <= 1:
+            return (f"start_percent must be at most end_percent, both in 0 … 1; got {start_percent:g} "
+                    f"and {end_percent:g}")
         return True
 
     @classmethod
@@ -104,13 +107,13 @@ class SpargeAttnTune(io.ComfyNode):
                 latent_image: dict, denoise: float, l1: float, l2: float, sampled_steps: int, start_percent: float,
                 end_percent: float, evaluate: bool, min_gain: float, min_tokens: int,
                 params: TunedParams | None = None, other_positive=None) -> io.NodeOutput:
-        params = _beginning(params, model, Bounds(l1, l2, min_gain))
+        params = _beginning(params, model, Bounds(l1, max(l1, l2), min_gain))
         runs, shown = 2 if evaluate else 1, 0
-        bar = comfy.utils.ProgressBar(_PROGRESS)
+        bar, draw = comfy.utils.ProgressBar(_PROGRESS), TunedPictures()
 
         def progress(share: float) -> None:
             nonlocal shown
-            preview = ("JPEG", draw_tuned(tuner.params), _PREVIEW_SIZE) if tuner.searched > shown else None
+            preview = ("JPEG", draw(tuner.params), _PREVIEW_SIZE) if tuner.searched > shown else None
             shown = tuner.searched
             bar.update_absolute(int(_PROGRESS * (share + (not tuner.learn)) / runs), _PROGRESS, preview)
 
@@ -125,17 +128,17 @@ class SpargeAttnTune(io.ComfyNode):
         try:
             latent = sample(seed, positive)
             if not tuner.searched:
-                raise ValueError(f"min_tokens must let some self-attention of this model through; got {min_tokens}, "
-                                 "and every call stayed dense (the log says why)")
+                raise ValueError(f"no attention call of this model could be tuned with min_tokens {min_tokens}: "
+                                 + ("; ".join(sorted(tuner.said)) or "none arrived"))
             if evaluate:
                 tuner.learn = False
                 sample(seed ^ 1, positive if other_positive is None else other_positive)
+            bar.update_absolute(_PROGRESS)
         except BaseException:  # an interruption is one that is no Exception
             _keep_unfinished(tuner)
             raise
         log.info("SpargeAttn: tuned: %s", tuner.params)
-        bar.update_absolute(_PROGRESS)
-        return io.NodeOutput(tuner.params, latent, as_image(draw_tuned(tuner.params)))
+        return io.NodeOutput(tuner.params, latent, as_image(draw(tuner.params)))
 
 
 def _beginning(params: TunedParams | None, model, bounds: Bounds) -> TunedParams:
@@ -169,12 +172,15 @@ def _sample(model, seed: int, steps: int, cfg: float, sampler_name: str, schedul
     return {**out, "samples": samples}
 
 
-def _keep_unfinished(tuner: Tuner) -> Path | None:
-    """Save what an interrupted search has found, under a name of its own."""
-    if not (tuner.searched and tuner.learn):
-        return None
-    family = re.sub(r"\W", "_", tuner.params.architecture.family)
-    path = params_file.save(tuner.params, params_folder(), f"unfinished_{family}")
+def _keep_unfinished(tuner: Tuner) -> None:
+    """Save what a search has found that was stopped, then or in its evaluation, under a name of its own."""
+    if not tuner.searched:
+        return
+    family = re.sub(r"\W", "_", tuner.params.architecture.family, flags=re.ASCII)[:80]
+    try:
+        path = params_file.save(tuner.params, params_folder(), f"unfinished_{family}")
+    except Exception:  # what stopped the search has to reach ComfyUI, whatever becomes of the file
+        log.exception("SpargeAttn: what the search found can't be saved")
+        return
     log.warning("SpargeAttn: the search was stopped; what it found is in %s, and goes on from there through params",
                 path.name)
-    return path

@@ -36,7 +36,7 @@ class Architecture:
         diffusion_model = getattr(model.diffusion_model, "_orig_mod", model.diffusion_model)  # torch.compile wraps
         config = getattr(getattr(model, "model_config", None), "unet_config", None) or {}
         return cls(type(diffusion_model).__name__, {key: plain(value) for key, value in sorted(config.items())
-                                                    if _is_plain(value)})
+                                                    if is_plain(value)})
 
     def mismatch(self, model: Architecture) -> str | None:
         """What differs in `model`, None where nothing does."""
@@ -162,9 +162,10 @@ def plain(value: Any) -> Any:
     return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def _is_plain(value: Any) -> bool:
+def is_plain(value: Any, depth: int = 4) -> bool:
+    """Whether a value is a number, text, None, or a list of them with at most `depth` levels."""
     if isinstance(value, (list, tuple)):
-        return all(map(_is_plain, value))
+        return depth > 0 and all(is_plain(item, depth - 1) for item in value)
     return isinstance(value, _PLAIN)
 
 

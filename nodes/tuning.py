@@ -5,13 +5,15 @@ searched where it stands: beside its own tensors there are one output and a slic
 """
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 from torch import Tensor
 
-from ..kernels import select_implementation, sparge_attention
+from ..kernels import FastPathError, select_implementation, sparge_attention
 from ..kernels.capability import arch_of, supports_fp8
 from ..kernels.search import LayerSearch, Measured, Setting
 from .blocks import Block
@@ -34,6 +36,7 @@ class Tuner:
 
     settings: which calls count. samples: number of sampling steps to search, spread evenly over the window of
     `settings`. progress: gets the done share of the current run. check: raises where the user has stopped the run.
+    said: why calls were not tuned. With several GPUs, threads share it.
     """
 
     def __init__(self, params: TunedParams, settings: Settings, samples: int,
@@ -45,8 +48,9 @@ class Tuner:
         self.searched = 0
         self._progress, self._check = progress, check
         self._previous: Callable | None = None
-        self._said: set[str] = set()
+        self.said: set[str] = set()
         self._names = LayerNames()
+        self._lock = threading.Lock()  # of what changes; not held during a search
         self._reset()
 
     def _reset(self) -> None:
@@ -128,39 +132,60 @@ class Tuner:
         elif doubt:
             self._say(doubt)
         elif layer is not None:
-            self._calls += 1
+            with self._lock:
+                self._calls += 1
             if self._active:
                 self._search(layer, call, plan, dense)
                 self._say_progress()
         return dense
 
     def _search(self, layer: str, call: AttentionCall, plan: SparsePlan, dense: Tensor) -> None:
+        """Tune on this call, or not where it can't be measured: the sampling goes on, with what was found before."""
+        try:
+            measure = CallMeasure(call, plan.layout, dense, self._check)
+            if measure.finite:
+                self._learn_from(layer, call, plan, measure)
+            else:
+                self._say("dense attention gives NaN or Inf")
+        except FastPathError as problem:
+            self._say(f"fast kernels failed ({problem})")
+        except torch.OutOfMemoryError:
+            self._say(f"out of memory ({call.queries} tokens)")
+
+    def _learn_from(self, layer: str, call: AttentionCall, plan: SparsePlan, measure: CallMeasure) -> None:
         heads, kv_heads = call.heads
-        tuned = self.params.layers.get(layer)
-        if tuned is None:
-            tuned = TunedLayer(LayerSearch.start(heads, kv_heads, self.params.bounds), call.q.shape[-1])
-        search = tuned.search
-        if (search.heads, search.kv_heads, tuned.head_dim) != (heads, kv_heads, call.q.shape[-1]):
-            raise ValueError(f"params must fit the model: layer {layer} was tuned for {search.heads} heads of q, "
-                             f"{search.kv_heads} of k and head_dim {tuned.head_dim}; this call has {heads}, {kv_heads} "
-                             f"and {call.q.shape[-1]}")
-        measure = CallMeasure(call, plan.layout, dense, self._check)
-        if self.learn:
-            tokens = str(call.queries) if isinstance(plan.layout, str) else f"{call.queries}: {plan.layout}"
-            found = TunedLayer(search.learn(measure), tuned.head_dim, tuned.tokens).with_tokens(tokens)
-        else:
-            found = TunedLayer(search.evaluate(measure), tuned.head_dim, tuned.tokens)
-        self.params = self.params.with_layer(layer, found)
-        self.searched += 1
+        tokens = str(call.queries) if isinstance(plan.layout, str) else f"{call.queries}: {plan.layout}"
+        while True:
+            known = self.params.layers.get(layer)
+            if known is None and not self.learn:
+                return
+            tuned = known or TunedLayer(LayerSearch.start(heads, kv_heads, self.params.bounds), call.q.shape[-1])
+            search = tuned.search
+            if (search.heads, search.kv_heads, tuned.head_dim) != (heads, kv_heads, call.q.shape[-1]):
+                raise ValueError(f"params must fit the model: layer {layer} was tuned for {search.heads} heads of q, "
+                                 f"{search.kv_heads} of k and head_dim {tuned.head_dim}; this call has {heads}, "
+                                 f"{kv_heads} and {call.q.shape[-1]}")
+            found = replace(tuned, search=search.learn(measure) if self.learn else search.evaluate(measure))
+            with self._lock:
+                # Where another thread was faster, its result is the one to begin with; that makes most of it short.
+                if self.params.layers.get(layer) is known:
+                    self.params = self.params.with_layer(layer, found.with_tokens(tokens) if self.learn else found)
+                    self.searched += 1
+                    return
 
     def _say(self, reason: str) -> None:
-        if reason not in self._said:
-            self._said.add(reason)
+        with self._lock:
+            new = reason not in self.said
+            self.said.add(reason)
+        if new:
             log.info("SpargeAttn: not tuned: %s", reason)
 
 
 class CallMeasure:
-    """Runs one attention call with settings, and compares with the dense result."""
+    """Runs one attention call with settings, and compares with the dense result.
+
+    finite: whether the dense result is, without which there is nothing to compare with.
+    """
 
     def __init__(self, call: AttentionCall, layout: TokenLayout | str, dense: Tensor,
                  check: Callable[[], None] = lambda: None):
@@ -169,6 +194,7 @@ class CallMeasure:
         self._dense = dense if dense.ndim == 4 else dense.unflatten(-1, (call.q.shape[2], -1))
         self._axis = 2 if call.layout == "BHND" else 1
         self._norm = self._sums(None).clamp(min=1e-30)
+        self.finite = bool(self._norm.isfinite().all())
         device = call.q.device
         self._impl = select_implementation(call.q)[0]
         self._fp8 = self._impl == "triton" and supports_fp8(arch_of(device))

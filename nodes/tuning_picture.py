@@ -3,10 +3,27 @@ from __future__ import annotations
 
 from PIL import Image
 
-from .pictures import THEMES, Page
+from .pictures import THEMES, WIDTH, Page
+from .run_state import log
 from .tuned import TunedParams
 
 _TALL = 320  # of a heat map, so that three are seen at once
+
+
+class TunedPictures:
+    """Draws searches. Where that fails, pages are blank and the log says so once: no search ends over its picture."""
+
+    def __init__(self):
+        self._failed = False
+
+    def __call__(self, params: TunedParams) -> Image.Image:
+        if not self._failed:
+            try:
+                return draw_tuned(params)
+            except Exception:  # of fonts, of the imaging library: whatever it is, minutes of search are worth more
+                self._failed = True
+                log.warning("SpargeAttn: the report of the search can't be drawn", exc_info=True)
+        return Image.new("RGB", (WIDTH, _TALL), THEMES["dark"].background)
 
 
 def draw_tuned(params: TunedParams) -> Image.Image:

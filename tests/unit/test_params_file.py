@@ -1,7 +1,10 @@
 """The file of tuned parameters: it comes back as it was, and anything else that claims to be one is refused."""
+import errno
 import json
 import math
+import os
 import struct
+from concurrent.futures import ThreadPoolExecutor
 from types import MappingProxyType
 
 import pytest
@@ -96,11 +99,79 @@ def test_numbers_are_added_and_nothing_is_overwritten(params, tmp_path):
 
 
 @pytest.mark.parametrize("name", ("", " ", ".", "..", "a/b", "a\\b", "/a", "../a", ".a", "a\nb", "a\0", "C:a", "a.",
-                                  "x" * 101))
+                                  "x" * 101, "日" * 80, "\ud800", "CON", "con", "Nul.txt", "aux .tar.gz", "PRN.",
+                                  "COM1", "lpt9.safetensors", "com¹", "LPT0.a.b"), ids=lambda name: ascii(name)[:16])
 def test_names_that_are_no_file_names(params, tmp_path, name):
-    with pytest.raises(ValueError, match="filename"):
+    with pytest.raises(ValueError, match="filename") as caught:
         params_file.save(params, tmp_path / "inner", name)
-    assert not any(tmp_path.iterdir())
+    assert not any(tmp_path.iterdir()) and len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("name", ("日" * 79, "consol", "CONIN", "com10", "lpt", "null.v1", "x.con", "wan 2.2 +l1-0.05"),
+                         ids=lambda name: ascii(name)[:16])
+def test_names_that_are_file_names(params, tmp_path, name):
+    """The longest one has room for a number."""
+    for _ in range(2):
+        assert params_file.load(params_file.save(params, tmp_path, name)).layers.keys() == params.layers.keys()
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([f"{name}.safetensors", f"{name}_2.safetensors"])
+
+
+def fail(*_, **__):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def stop(*_, **__):
+    raise KeyboardInterrupt
+
+
+NO_LINKS = "os.link", lambda *_: fail()
+
+
+@pytest.mark.parametrize("overwrite", (False, True))
+@pytest.mark.parametrize("faults", (
+    [("os.fsync", fail)], [("os.fsync", stop)], [NO_LINKS, ("pathlib.Path.replace", fail)],
+    [NO_LINKS, ("pathlib.Path.touch", fail), ("pathlib.Path.replace", fail)], [("os.link", stop),
+                                                                               ("pathlib.Path.replace", stop)],
+    [("comfyui_spargeattn.nodes.params_file._serialise", fail)],
+), ids=("full", "stopped", "no rename", "nothing goes", "stopped at the name", "no bytes"))
+def test_a_save_that_fails_leaves_the_folder_as_it_was(params, tmp_path, monkeypatch, faults, overwrite):
+    params_file.save(params, tmp_path, "a")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with monkeypatch.context() as patch:
+        for name, fault in faults:
+            patch.setattr(name, fault)
+        with pytest.raises((OSError, KeyboardInterrupt)):
+            params_file.save(params, tmp_path, "a", overwrite=overwrite)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    expected = "a.safetensors" if overwrite else "a_2.safetensors"
+    assert params_file.save(params, tmp_path, "a", overwrite=overwrite).name == expected
+
+
+@pytest.mark.parametrize("overwrite", (False, True))
+@pytest.mark.parametrize("links", (True, False))
+def test_a_name_shows_a_whole_file_or_none(params, tmp_path, monkeypatch, overwrite, links):
+    """Looked at whenever bytes have gone to the disk; without hard links, an empty file is there for a moment."""
+    if not links:
+        monkeypatch.setattr(*NO_LINKS)
+    sync, seen = os.fsync, []
+
+    def look(descriptor):
+        sync(descriptor)
+        seen.append([path.stat().st_size for path in tmp_path.glob("*.safetensors")])
+
+    monkeypatch.setattr("os.fsync", look)
+    first = params_file.save(params, tmp_path, "a").stat().st_size
+    names = [params_file.save(params, tmp_path, "a", overwrite).name for _ in range(2)]
+    assert seen == ([[], [first], [first]] if overwrite else [[], [first], [first] * 2])
+    assert names == (["a.safetensors"] * 2 if overwrite else ["a_2.safetensors", "a_3.safetensors"])
+    assert all(params_file.load(path).layers for path in tmp_path.iterdir())
+
+
+def test_many_who_save_at_once_each_get_a_name(params, tmp_path):
+    with ThreadPoolExecutor(8) as pool:
+        paths = list(pool.map(lambda _: params_file.save(params, tmp_path, "a"), range(24)))
+    assert len(set(paths)) == 24 and sorted(paths) == sorted(tmp_path.iterdir())
+    assert all(params_file.load(path).layers for path in paths)
 
 
 def parts(path):
@@ -185,7 +256,8 @@ def layer(about):
 @pytest.mark.parametrize("change, reason", (
     (lambda a: a.pop("family"), "family"), (lambda a: a.update(family=3), "family"),
     (lambda a: a.update(config=[]), "config"), (lambda a: a.update(layers=[]), "layers"),
-    (lambda a: a.update(versions=None), "versions"), (lambda a: a["bounds"].update(l1="0.1"), "l1"),
+    (lambda a: a.update(versions=None), "versions"), (lambda a: a["config"].update(deep=[[[[[0]]]]]), "config"),
+    (lambda a: a["versions"].update(torch={"a": 1}), "versions"), (lambda a: a["bounds"].update(l1="0.1"), "l1"),
     (lambda a: a["bounds"].update(l1=math.nan), "l1"), (lambda a: a["bounds"].update(l2=math.inf), "l2"),
     (lambda a: a["bounds"].update(l1=0.5), "l1"), (lambda a: a["bounds"].update(l1=10 ** 400), "l1"),
     (lambda a: a.update(rules=[]), "rules"), (lambda a: a["rules"].pop(), "levels"),
@@ -203,7 +275,7 @@ def layer(about):
     (lambda a: layer(a)["setting"].update(skipped="all"), "skipped"),
     (lambda a: layer(a)["setting"].update(pv_dtype="int4"), "pv_dtype"),
     (lambda a: layer(a)["setting"].update(selection="both"), "selection"),
-), ids=range(34))
+), ids=range(36))
 def test_descriptions_that_are_refused(saved, change, reason):
     rewrite(saved, about=change)
     with pytest.raises(ParamsFileError, match=reason):
