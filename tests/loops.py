@@ -22,19 +22,20 @@ def self_similarity(rows):
 
 
 def select(scores, params, n_visible):
-    """Positions that TopCdf or TopK chooses among `scores` {block: score}."""
+    """Positions that TopCdf or TopK chooses among `scores` {block: score}; equal scores are chosen together."""
     ranked = sorted(scores, key=scores.get, reverse=True)
     if params.topk is not None:
-        return set(ranked[:math.ceil(params.topk * n_visible - 1e-3)])
-    largest = max(scores.values(), default=0.0)
-    mass = {j: math.exp(score - largest) for j, score in scores.items()}
-    chosen, total = set(), 0.0
-    for j in ranked:
-        if total >= params.cdf_threshold * sum(mass.values()):
-            break
-        chosen.add(j)
-        total += mass[j]
-    return chosen
+        chosen = ranked[:math.ceil(params.topk * n_visible - 1e-3)]
+    else:
+        largest = max(scores.values(), default=0.0)
+        mass = {j: math.exp(score - largest) for j, score in scores.items()}
+        chosen, total = [], 0.0
+        for j in ranked:
+            if total >= params.cdf_threshold * sum(mass.values()):
+                break
+            chosen.append(j)
+            total += mass[j]
+    return {j for j in ranked if chosen and scores[j] >= scores[chosen[-1]]}
 
 
 def one_head(q, k, v, params, *, valid, sinks, dense_queries, causal=False, scale, skipped):

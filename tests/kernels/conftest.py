@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from comfyui_spargeattn.kernels import capability
-from comfyui_spargeattn.tests.kernels.harness import ON_GPU, poisoned_memory
+from comfyui_spargeattn.tests.kernels.harness import ON_GPU, faster_interpreter, poisoned_memory
 
 collect_ignore_glob = [] if importlib.util.find_spec("triton") else ["test_*.py"]
 
@@ -29,7 +29,8 @@ def interpreter(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(prepare, "SPLITS", 2)  # programs run one after another here
     capability.arch_of.cache_clear()
-    yield
+    with faster_interpreter():
+        yield
     capability.arch_of.cache_clear()
 
 

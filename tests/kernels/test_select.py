@@ -30,21 +30,24 @@ def prepared(n_q, n_k, *, seed=0, spread=1.0, padded=False, ties=False):
     if padded:
         count[..., 1::4], count[..., 2::7] = 0, 5
         count[1] = 0  # nothing to attend
-    q = PreparedQueries(quantised=None, scale=None, mean=randn(BATCH, HEADS, nq, DIM),
-                        similarity=q_similarity.to(DEVICE), partial=None, sampled=None)
-    k = PreparedKeys(quantised=None, scale=None, mean=randn(BATCH, KV_HEADS, nk, DIM),
-                     similarity=k_similarity.to(DEVICE), count=count.to(DEVICE), valid=None, pooled=None,
-                     pooled_scale=None)
-    return q, k
+    def only(prepared, **values):
+        return prepared(**dict.fromkeys(prepared.__dataclass_fields__) | values)
+
+    return (only(PreparedQueries, mean=randn(BATCH, HEADS, nq, DIM), similarity=q_similarity.to(DEVICE)),
+            only(PreparedKeys, mean=randn(BATCH, KV_HEADS, nk, DIM), similarity=k_similarity.to(DEVICE),
+                 count=count.to(DEVICE)))
 
 
 def described(queries, keys):
     """The same as the reference has it, but for the tokens."""
-    always = [x.similarity == -torch.inf for x in (queries, keys)]
+    def compressed(x, valid):
+        values = dict(tokens=None, valid=valid, mean=x.mean.double(), similarity=x.similarity,
+                      always=x.similarity == -torch.inf, bias=torch.zeros_like(valid, dtype=torch.float64))
+        return Compressed(**{name: values[name] for name in Compressed.__dataclass_fields__})
+
     valid = torch.arange(BLOCK.k, device=DEVICE) < keys.count[..., None]
-    keys = Compressed(None, valid, keys.mean.double(), keys.similarity, always[1])
-    return (Compressed(None, None, queries.mean.double(), queries.similarity, always[0]),
-            keys.map(lambda x: None if x is None else reference._expand_groups(x, HEADS)))
+    return (compressed(queries, torch.ones_like(queries.similarity, dtype=torch.bool)[..., None]),
+            compressed(keys, valid).map(lambda x: None if x is None else reference._expand_groups(x, HEADS)))
 
 
 def check(queries, keys, *, n_q, n_k, selection, causal, amounts, thetas=(0.3,), pooled=True,
