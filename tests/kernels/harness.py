@@ -70,7 +70,8 @@ def faster_interpreter():
     adapt = interpreter._patch_lang
 
     def adapt_once(function):
-        return adapt(function) if tl.core.is_builtin(tl.load) else None  # else the kernel that calls it has done so
+        modules = [x for x in function.__globals__.values() if x is tl or x is tl.core]
+        return adapt(function) if any(tl.core.is_builtin(module.load) for module in modules) else None
 
     with mock.patch.object(interpreter, "_patch_lang", adapt_once):
         yield
@@ -225,6 +226,7 @@ def check_output(q: Tensor, k: Tensor, v: Tensor, out: Tensor, stats: SpargeStat
     where nothing can be attended. The error against float64 over the same map may be that of the eager emulation of the
     same number formats, and rounding. tight: what the λ test drops is most of that error, and both must drop the same.
     """
+    from comfyui_spargeattn.kernels._triton import prepare
     mask = found.mask()
     lists = BlockMap.from_mask(mask, found.block)
     listed = torch.arange(mask.shape[-1], device=mask.device) < found.counts[..., None]
@@ -233,6 +235,7 @@ def check_output(q: Tensor, k: Tensor, v: Tensor, out: Tensor, stats: SpargeStat
 
     call["block"] = found.block
     constant = sampled_mean(k.double(), hidden_keys(call))
+    sampled = k.shape[2] > prepare.SAMPLE
     unskipped = SpargeParams(**dict(params.items()) | dict(pv_threshold=float("inf")))
     with keys_less(constant):
         exact, _, asked = reference_with(mask, q.double(), k.double(), v.double(), params=unskipped, **call)
@@ -244,7 +247,9 @@ def check_output(q: Tensor, k: Tensor, v: Tensor, out: Tensor, stats: SpargeStat
     else:
         undecided = 0.0
         assert torch.equal(mask, (block_mask & asked[2].visible).expand_as(mask)), "not the map that was given"
-    ratio = assert_within_budget(out, emulated, exact, rms_slack=rms_slack, max_slack=max_slack)
+    # The emulation scales V by its largest value, which it then represents exactly; a sample may miss that one.
+    floor = exact.abs().max().item() * (2.0 ** -5 if pv_dtype == "fp8" else 2.0 ** -12) if sampled else 0.0
+    ratio = assert_within_budget(out, emulated, exact, rms_slack=rms_slack, max_slack=max_slack, floor=floor)
     if tight:
         assert rms(out - emulated) <= 0.5 * rms(emulated - exact) + rms(exact) * torch.finfo(out.dtype).eps
     if stats is not None:
