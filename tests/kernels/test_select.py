@@ -101,11 +101,12 @@ def test_selection(selection, causal, n_q, n_k):
 
 
 @pytest.mark.parametrize("selection", ("cdf", "topk"))
-@pytest.mark.parametrize("chunk", (32, 256))
-def test_per_head_and_padding(selection, chunk, monkeypatch):
+@pytest.mark.parametrize("chunk, resident", [(32, 32), (256, 512)])
+def test_per_head_and_padding(selection, chunk, resident, monkeypatch):
     from comfyui_spargeattn.kernels._triton import blockmap
     monkeypatch.setattr(blockmap, "_CHUNK", chunk)
-    queries, keys = prepared(200, 1500, padded=True)
+    monkeypatch.setattr(blockmap, "_RESIDENT", resident)
+    queries, keys = prepared(200, 1500, padded=True, spread=2.0)
     check(queries, keys, n_q=200, n_k=1500, selection=selection, causal=False, amounts=[0.3, 1.0, 0.8, 0.5],
           thetas=[0.3, 0.3, 0.8, -1.0])
 
