@@ -21,12 +21,14 @@ def assert_near(actual: Tensor, expected: Tensor, *, atol: float | Tensor, what:
 
 
 def assert_within_budget(actual: Tensor, emulated: Tensor, exact: Tensor, *, rms_slack: float = 1.05,
-                         max_slack: float = 1.5) -> None:
+                         max_slack: float = 1.5, floor: float = 0.0) -> float:
     """The error of `actual` against float64 is no larger than that of an eager emulation of the same arithmetic.
 
     `emulated` is the emulation before its rounding to the output's dtype; half a unit of that dtype, and float32's own
     rounding, are added to the budget. The RMS may exceed the emulation's by 5%: both round the same numbers, in
-    another order. The maximum is one draw of a distribution's tail, hence its wider slack.
+    another order. The maximum is one draw of a distribution's tail, hence its wider slack. Returns the larger of both
+    as a share of what it may be. floor: error that `actual` may have where the emulation has none, RMS; twice as
+    much at most.
     """
     assert actual.shape == exact.shape and bool(actual.isfinite().all()), f"not finite or misshapen: {actual.shape}"
     error, budget = (actual.double() - exact).abs(), (emulated.double() - exact).abs()
@@ -37,10 +39,13 @@ def assert_within_budget(actual: Tensor, emulated: Tensor, exact: Tensor, *, rms
     def rms(x):
         return x.square().mean().sqrt().item()
 
-    allowed = rms_slack * rms(budget) + rms(rounding)
-    assert rms(error) <= allowed, f"RMS error {rms(error):.4g} > {allowed:.4g}; {details}"
-    allowed = max_slack * budget.max().item() + rounding.max().item()
-    assert error.max().item() <= allowed, f"maximum error > {allowed:.4g}; {details}"
+    share = 0.0
+    for what, found, allowed in (
+            ("RMS", rms(error), rms_slack * rms(budget) + rms(rounding) + floor),
+            ("maximum", error.max().item(), max_slack * budget.max().item() + rounding.max().item() + 2 * floor)):
+        assert found <= allowed, f"{what} error {found:.4g} > {allowed:.4g}; {details}"
+        share = max(share, found / max(allowed, 1e-300))
+    return share
 
 
 def relative_l1(out: Tensor, exact: Tensor) -> float:

@@ -4,10 +4,9 @@ import os
 import sys
 
 import pytest
-import torch
 
 from comfyui_spargeattn.kernels import capability
-from comfyui_spargeattn.tests.kernels.harness import ON_GPU
+from comfyui_spargeattn.tests.kernels.harness import ON_GPU, faster_interpreter, poisoned_memory
 
 collect_ignore_glob = [] if importlib.util.find_spec("triton") else ["test_*.py"]
 
@@ -30,27 +29,15 @@ def interpreter(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(prepare, "SPLITS", 2)  # programs run one after another here
     capability.arch_of.cache_clear()
-    yield
+    with faster_interpreter():
+        yield
     capability.arch_of.cache_clear()
 
 
 @pytest.fixture(autouse=True)
-def poison(monkeypatch):
-    """Fill what is allocated without a value with NaN, or with a number no kernel means: reading it shows."""
-    def poisoned(allocate):
-        def allocate_poisoned(*args, **kwargs):
-            x = allocate(*args, **kwargs)
-            if x.dtype == torch.float8_e4m3fn:
-                x.view(torch.uint8).fill_(0x7F)  # NaN
-            elif x.is_floating_point():
-                x.fill_(torch.nan)
-            elif x.dtype != torch.bool:
-                x.fill_(-99)
-            return x
-        return allocate_poisoned
-
-    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
-        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+def poison():
+    with poisoned_memory():
+        yield
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from comfyui_spargeattn.kernels import BlockShape, SpargeParams
+from comfyui_spargeattn.kernels import BlockShape, SpargeParams, block_map
 from comfyui_spargeattn.tests.cases import drifting_qkv
 from comfyui_spargeattn.tests.kernels.harness import DEVICE, DTYPES, ON_GPU, PV_FORMATS, check_call
 
@@ -66,6 +66,7 @@ SWITCHES = {
     "cdf": (dict(cdf_threshold=0.6), {}),
     "topk": (dict(topk=0.3), {}),
     "judge off": (dict(cdf_threshold=0.5, similarity_threshold=-1.0), dict(scale=0.05)),
+    "negative scale": (dict(cdf_threshold=0.6), dict(scale=-0.2)),
     "per head": (PER_HEAD, dict(min_skipped=0.01)),
     "lambda": (dict(cdf_threshold=0.9, pv_threshold=1.0), dict(min_skipped=0.02)),
     "pooled": (dict(topk=0.3), dict(skipped="pooled")),
@@ -76,11 +77,13 @@ SWITCHES = {
     "padding": (dict(cdf_threshold=0.6), dict(key_padding_mask=padding("some"))),
     "padding everything": (dict(topk=0.3), dict(key_padding_mask=padding("everything"), skipped="pooled")),
     "causal padding": (dict(cdf_threshold=0.6), dict(causal=True, key_padding_mask=padding("some"))),
+    "strided padding": (dict(cdf_threshold=0.6), dict(key_padding_mask=padding("some").mT.contiguous().mT)),
     "sinks": (dict(topk=0.2, similarity_threshold=-1.0), dict(sink_keys=[(0, 3), (N - 40, N - 39)])),
     "dense queries": (dict(topk=0.2, similarity_threshold=-1.0), dict(dense_queries=[(70, 71), (N - 1, N)])),
     "order": (dict(topk=0.3), dict(order=orders(1)[0])),
-    "order per head, all at once": (PER_HEAD, dict(order=orders(2), key_padding_mask=padding("some"), skipped="pooled",
-                                                   sink_keys=[(10, 12)], dense_queries=[(5, 6)])),
+    "strided order": (dict(topk=0.3), dict(order=orders(1)[0].long().repeat_interleave(2)[::2])),
+    "order per head, all at once": (PER_HEAD, dict(order=orders(2).mT.contiguous().mT, key_padding_mask=padding("some"),
+                                                   skipped="pooled", sink_keys=[(10, 12)], dense_queries=[(5, 6)])),
 }
 
 
@@ -105,7 +108,8 @@ def test_half_precision_keeps_padding_out():
     check_call(q, k, v, params=CDF, key_padding_mask=mask)
 
 
-VIEWS = ("BNHD", "packed", "sliced", "unaligned", "expanded", "strided channels")
+VIEWS = ("BNHD", "packed", "sliced", "unaligned", "heads unaligned", "batches unaligned", "expanded",
+         "strided channels")
 
 
 @pytest.mark.parametrize("view", VIEWS)
@@ -123,6 +127,12 @@ def test_views(view, small_blocks):
         q, k, v = (torch.nn.functional.pad(x, (3, 2, 5, 7), value=torch.nan)[:, :, 5:-7, 3:-2] for x in (q, k, v))
     elif view == "unaligned":  # starts one element into its storage
         q, k, v = (torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape) for x in (q, k, v))
+    elif view == "heads unaligned":  # every token starts at 16 bytes from the first of its head, but heads do not
+        q, k, v = (torch.nn.functional.pad(x.flatten(2), (0, 4))[..., :-4].unflatten(2, x.shape[2:]) for x in (q, k, v))
+        assert q.stride(1) % 8 and not q.stride(2) % 8
+    elif view == "batches unaligned":
+        q, k, v = (torch.nn.functional.pad(x.flatten(1), (0, 4))[..., :-4].unflatten(1, x.shape[1:]) for x in (q, k, v))
+        assert q.stride(0) % 8 and not q.stride(1) % 8 and not q.stride(2) % 8
     elif view == "expanded":
         q, k, v = (x[:1].expand(2, -1, -1, -1) for x in (q, k, v))
     else:
@@ -144,11 +154,49 @@ def test_block_shapes(shape, dim, monkeypatch):
         assert found.block == BlockShape(*shape)
 
 
+def sampled_less(monkeypatch):
+    """Take the constants of K and V from 64 tokens, of which some later one is none; returns that one."""
+    from comfyui_spargeattn.kernels._triton import prepare
+    monkeypatch.setattr(prepare, "SAMPLE", 64)
+    place = torch.arange(64)
+    taken = set((((place * 2654435769) & 0xFFFFFFFF) * N >> 32).tolist())
+    return next(token for token in range(N // 2, N) if token not in taken)
+
+
+@formats
+@pytest.mark.parametrize("factor", (1e6, 1e10))
+@pytest.mark.parametrize("skipped", ("drop", "pooled"))
+def test_values_beyond_the_sample(skipped, factor, pv_dtype, monkeypatch, small_blocks):
+    """A value that dwarfs all that were sampled keeps its size, wherever a block of it is listed."""
+    outlier = sampled_less(monkeypatch)
+    q, k, v = drifting_qkv(1, 4, N, 64, kv_heads=2, dtype=torch.float32, device=DEVICE)
+    v[:, 1, outlier, ::2] *= factor  # in one head of K alone
+    check_call(q, k, v, params=SpargeParams(topk=0.5), skipped=skipped, pv_dtype=pv_dtype, max_kept=0.9)
+
+
+@pytest.mark.parametrize("kind", ("plain", "everything"))
+def test_block_map_is_what_attention_uses(kind, small_blocks):
+    q, k, v = drifting_qkv(2, 4, N, 64, kv_heads=2, dtype=torch.float16, device=DEVICE)
+    call = dict(params=SpargeParams(cdf_threshold=0.4, similarity_threshold=-1.0), pv_dtype="fp16",
+                sink_keys=[(N - 40, N - 39)])
+    if kind == "everything":
+        call |= dict(params=SpargeParams(**PER_HEAD).to(DEVICE), dense_queries=[(70, 71)], scale=0.3,
+                     key_padding_mask=padding("some"), order=orders(2))
+    used = check_call(q, k, v, max_kept=0.95, **call)
+    shown = block_map(q, k, impl="triton", **call)
+    assert shown.block == used.block and torch.equal(shown.mask(), used.mask())
+    swapped = block_map(q.transpose(1, 2), k.transpose(1, 2), impl="triton", layout="BNHD", **call)
+    assert torch.equal(swapped.mask(), used.mask())
+
+
 @pytest.mark.parametrize("causal", (False, True))
-def test_long_rows_of_the_map(causal, monkeypatch, small_blocks):
+def test_long_rows_of_the_map(causal, monkeypatch):
     """Rows of the map that take several steps of the selecting kernel."""
-    from comfyui_spargeattn.kernels._triton import blockmap
-    q, k, v = drifting_qkv(1, 1, 1100, 64, dtype=torch.float16, device=DEVICE)
+    from comfyui_spargeattn.kernels._triton import blockmap, pipeline
+    from comfyui_spargeattn.kernels._triton.config import AttendConfig
+    n, block_k = (1100, 32) if ON_GPU else (540, 16)
+    monkeypatch.setattr(pipeline, "attend_config", lambda *key: AttendConfig(BlockShape(64, block_k), 4, 2))
+    q, k, v = drifting_qkv(1, 1, n, 64, dtype=torch.float16, device=DEVICE)
     call = dict(params=TOPK, causal=causal, skipped="pooled")
     whole = check_call(q, k, v, **call)
     monkeypatch.setattr(blockmap, "_CHUNK", 32)

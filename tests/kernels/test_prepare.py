@@ -161,9 +161,10 @@ def test_keys_without_values():
     assert torch.equal(alone.similarity, both.similarity)
 
 
-def test_long_sequences_are_sampled():
+def test_long_sequences_are_sampled(monkeypatch):
     """Beyond SAMPLE tokens the constants come from an even sample, without the padding in it."""
     from comfyui_spargeattn.kernels._triton import prepare
+    monkeypatch.setattr(prepare, "SAMPLE", 256)
     n = 2 * prepare.SAMPLE + 77
     _, k, v = drifting_qkv(1, 1, n, 16, device=DEVICE)
     padding = torch.arange(n, device=DEVICE)[None] >= n // 2
@@ -180,8 +181,9 @@ def test_long_sequences_are_sampled():
 
 
 @pytest.mark.parametrize("pv_dtype", PV_FORMATS)
-def test_values_beyond_the_sample_keep_their_size(pv_dtype):
+def test_values_beyond_the_sample_keep_their_size(pv_dtype, monkeypatch):
     from comfyui_spargeattn.kernels._triton import prepare
+    monkeypatch.setattr(prepare, "SAMPLE", 256)
     n = 2 * prepare.SAMPLE
     _, k, v = drifting_qkv(1, 1, n, 16, device=DEVICE)
     place = torch.arange(prepare.SAMPLE, dtype=torch.int64)

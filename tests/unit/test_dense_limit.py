@@ -44,6 +44,13 @@ def test_lengths(n_q, n_k, causal):
     assert_near(out, F.scaled_dot_product_attention(q, k, v, is_causal=causal), atol=1e-12)
 
 
+@pytest.mark.parametrize("causal", (False, True))
+def test_dense_attention_in_chunks_of_rows(causal):
+    q, k, v = random_qkv(1, 1, 2100, 4, n_k=2050, dtype=torch.float64)
+    assert_near(dense_attention(q, k, v, causal=causal), F.scaled_dot_product_attention(q, k, v, is_causal=causal),
+                atol=1e-12)
+
+
 @pytest.mark.parametrize("skipped", ("drop", "pooled"))
 def test_padding(skipped):
     q, k, v = random_qkv(3, 2, 100, 16, n_k=200, dtype=torch.float64)

@@ -2,7 +2,15 @@
 import pytest
 import torch
 
-from comfyui_spargeattn.kernels import BlockMap, BlockShape, block_shape, block_sparse_attention, dense_attention
+from comfyui_spargeattn.kernels import (
+    BlockMap,
+    BlockShape,
+    SpargeParams,
+    block_shape,
+    block_sparse_attention,
+    dense_attention,
+    sparge_attention,
+)
 from comfyui_spargeattn.tests.cases import random_qkv
 
 Q, K, V = random_qkv(2, 4, 300, 16, n_k=200, kv_heads=2)
@@ -30,6 +38,26 @@ def test_refuses(given, error, says):
 def test_all_blocks_are_dense_attention():
     out = block_sparse_attention(Q, K, V, MASK[:1, :1])
     torch.testing.assert_close(out, dense_attention(Q, K, V).float(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("pv_threshold", (0.2, 1.0))
+def test_skips_products_below_the_threshold(pv_threshold):
+    call = dict(scale=0.5, return_stats=True)
+    whole, never = block_sparse_attention(Q, K, V, MASK, **call)
+    out, stats = block_sparse_attention(Q, K, V, MASK, pv_threshold=pv_threshold, **call)
+    params = SpargeParams(topk=1.0, pv_threshold=pv_threshold)
+    expected, expected_stats = sparge_attention(Q, K, V, params=params, **call)
+    assert not never.pv_skipped.any() and stats.pv_skipped.max() > 0.01 and not torch.equal(out, whole)
+    assert torch.equal(out, expected) and torch.equal(stats.pv_skipped, expected_stats.pv_skipped)
+
+
+def test_padding_and_the_diagonal_are_masked_inside_blocks():
+    padding = torch.rand(2, 200, generator=torch.Generator().manual_seed(0)) < 0.3
+    for causal in (False, True):
+        out, stats = block_sparse_attention(Q, K, V, MASK, key_padding_mask=padding, causal=causal, return_stats=True)
+        expected = dense_attention(Q, K, V, key_padding_mask=padding, causal=causal)
+        torch.testing.assert_close(out, expected.float(), rtol=1e-4, atol=1e-5)
+        assert bool((stats.kept == 1).all()), "blocks beyond the diagonal count as visible"
 
 
 def test_compiles():

@@ -1,0 +1,166 @@
+"""What a random call has to come to, whatever it is."""
+from __future__ import annotations
+
+import math
+from contextlib import ExitStack, contextmanager
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from comfyui_spargeattn.kernels import BlockMap, SpargeParams, block_sparse_attention, reference, sparge_attention
+from comfyui_spargeattn.tests.assertions import assert_near
+from comfyui_spargeattn.tests.fuzz.draw import Call, Limits, draw
+from comfyui_spargeattn.tests.kernels.harness import (
+    DEVICE,
+    DTYPES,
+    ON_GPU,
+    PV_FORMATS,
+    check_output,
+    faster_interpreter,
+    hidden_keys,
+    poisoned_memory,
+    recorded_maps,
+)
+from comfyui_spargeattn.tests.loops import BLOCK, all_heads
+
+ON_THE_GPU = Limits(DEVICE, "triton", DTYPES, PV_FORMATS, tokens=2000, rarely=10_000, heads=3)
+INTERPRETED = Limits(DEVICE, "triton", DTYPES, PV_FORMATS, tokens=100, rarely=150, heads=2,
+                     dims=(1, 3, 16, 17, 24, 33, 40, 64, 64, 72, 128))
+EAGER = Limits("cpu", "reference", (torch.float16, torch.bfloat16, torch.float32), ("auto",), tokens=300, rarely=700,
+               heads=2, dims=(1, 3, 8, 17, 64))
+TRITON = ON_THE_GPU if ON_GPU else INTERPRETED
+
+
+@contextmanager
+def small_kernels():
+    """Where there is no GPU, blocks and samples small enough for a hundred tokens to make a call of interest."""
+    if ON_GPU:
+        yield
+        return
+    from comfyui_spargeattn.kernels import BlockShape
+    from comfyui_spargeattn.kernels._triton import pipeline, prepare
+    from comfyui_spargeattn.kernels._triton.config import AttendConfig
+    with ExitStack() as patches:
+        for owner, name, value in ((prepare, "SAMPLE", 64), (prepare, "SPLITS", 2),
+                                   (pipeline, "attend_config", lambda *key: AttendConfig(BlockShape(32, 16), 4, 2))):
+            patches.enter_context(mock.patch.object(owner, name, value))
+        patches.enter_context(faster_interpreter())
+        yield
+
+
+def check(seed: int, limits: Limits) -> float:
+    """The error of a call as a share of what it may be. Raises AssertionError where the call is not as it should be."""
+    if limits.impl == "reference":
+        return check_reference(draw(seed, limits))
+    with small_kernels():
+        return check_kernels(draw(seed, limits))
+
+
+def run(call: Call, **changes) -> tuple[Tensor, object]:
+    """(output, statistics or None) of the public call."""
+    arguments = call.arguments | changes
+    if call.block_map is None:
+        result = sparge_attention(call.q, call.k, call.v, params=call.params, **arguments)
+    else:
+        result = block_sparse_attention(call.q, call.k, call.v, call.block_map,
+                                        pv_threshold=call.params.pv_threshold, **arguments)
+    out, stats = result if arguments["return_stats"] else (result, None)
+    assert out.shape == call.q.shape and out.dtype == call.q.dtype and out.is_contiguous(), "misshapen"
+    return out, stats
+
+
+def check_kernels(call: Call) -> float:
+    """The kernels against the emulation of their arithmetic over the map that the reference predicts."""
+    inputs = [x.clone() for x in (call.q, call.k, call.v)]
+    with poisoned_memory(), recorded_maps() as maps:
+        out, stats = run(call, impl="triton")
+    again, _ = run(call, impl="triton")
+    assert same(out, again), "another result the second time"
+    assert all(same(x, y) for x, y in zip(inputs, (call.q, call.k, call.v))), "an input was written to"
+    q, k, v, out = (as_bhnd(call, x) for x in (call.q, call.k, call.v, out))
+    arguments = plain_arguments(call)
+    if not call.finite:
+        check_not_finite(q, k, v, out, arguments)
+        return 0.0
+    from comfyui_spargeattn.kernels._triton import prepare
+    loose = k.shape[2] > prepare.SAMPLE
+    few = 4 / math.sqrt(out.numel())  # so few numbers that one rounding is much of their error
+    mask = call.block_map.mask() if isinstance(call.block_map, BlockMap) else call.block_map
+    return check_output(q, k, v, out, stats, maps[0], params=call.params, block_mask=mask,
+                        rms_slack=(1.5 if loose else 1.05) + few, max_slack=(3 if loose else 1.5) + 2 * few,
+                        pv_dtype=call.arguments["pv_dtype"], **arguments).ratio
+
+
+def check_reference(call: Call) -> float:
+    """The public call with the reference against the reference with tidy tensors, and that against plain loops."""
+    out, stats = run(call, impl="reference")
+    assert same(out, run(call, impl="reference")[0]), "another result the second time"
+    q, k, v, out = (as_bhnd(call, x).contiguous() for x in (call.q, call.k, call.v, out))
+    arguments = {name: x.contiguous() if isinstance(x, Tensor) else x for name, x in plain_arguments(call).items()}
+    if not call.finite:
+        check_not_finite(q, k, v, out, arguments)
+        return 0.0
+    mask = call.block_map.mask() if isinstance(call.block_map, BlockMap) else call.block_map
+    expected, _, expected_stats = reference.sparge_attention(q, k, v, params=call.params, block_mask=mask, **arguments)
+    scale_of_v = v.float().nan_to_num(0.0, 0.0, 0.0).abs().max()
+    error = (out.double() - expected.double()).abs().max().item()
+    allowed = 1e-5 * scale_of_v.item() + 1e-30
+    assert error <= allowed, f"error {error:.3g} > {allowed:.3g} against tidy tensors"
+    if stats is not None:
+        assert_near(stats.kept, expected_stats.kept, atol=1e-6, what="kept")
+    if call.plain and call.block_map is None and "key_bias" not in arguments:
+        check_loops(q, k, v, call.params, arguments)
+    return error / allowed
+
+
+def check_loops(q: Tensor, k: Tensor, v: Tensor, params: SpargeParams, arguments: dict) -> None:
+    """The first tokens of a call, in float64 and small blocks."""
+    n_q, n_k = min(q.shape[2], 70), min(k.shape[2], 70)
+    if "order" in arguments:
+        n_q = n_k = min(n_q, n_k)
+        order = arguments["order"]
+        kept = order[order < n_k] if order.ndim == 1 else torch.stack([row[row < n_k] for row in order])
+        arguments = arguments | dict(order=kept)
+    arguments = arguments | {name: [(a, b) for a, b in arguments[name] if b <= n]
+                             for name, n in (("sink_keys", n_k), ("dense_queries", n_q)) if name in arguments}
+    if "key_padding_mask" in arguments:
+        arguments = arguments | dict(key_padding_mask=arguments["key_padding_mask"][:, :n_k])
+    q, k, v = q[:, :, :n_q].double(), k[:, :, :n_k].double(), v[:, :, :n_k].double()
+    found, block_map, stats = reference.sparge_attention(q, k, v, params=params, block=BLOCK, **arguments)
+    named = {"padding" if name == "key_padding_mask" else name: value for name, value in arguments.items()}
+    expected, mask, kept, skipped = all_heads(q, k, v, params, **named)
+    assert torch.equal(block_map.mask(), mask), "another map than the loops'"
+    assert_near(found, expected, atol=1e-9, what="against loops")
+    assert_near(stats.kept, kept, atol=1e-6, what="kept")
+    assert_near(stats.pv_skipped, skipped, atol=1e-6, what="pv_skipped")
+
+
+def check_not_finite(q: Tensor, k: Tensor, v: Tensor, out: Tensor, arguments: dict) -> None:
+    """What dense attention would turn into NaN or infinity is neither a number here."""
+    visible = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
+    visible = visible.tril() if arguments["causal"] else visible
+    padding = hidden_keys(arguments)
+    visible = visible if padding is None else visible & ~padding[:, None, None]
+    k, v = (x.double().repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    scores = q.double() @ k.mT * (q.shape[-1] ** -0.5 if arguments["scale"] is None else arguments["scale"])
+    weights = scores.masked_fill(~visible, -math.inf).softmax(-1).where(visible, 0.0)
+    broken = visible.double() @ (~v.isfinite()).double() > 0
+    dense = (weights @ v.where(v.isfinite(), 0.0)).masked_fill(broken, math.nan)
+    hidden = ~dense.isfinite() & out.isfinite()
+    assert not bool(hidden.any()), f"finite: {hidden.sum().item()} numbers that dense attention makes NaN, " \
+                                   f"the first at {hidden.nonzero()[0].tolist()}"
+
+
+def plain_arguments(call: Call) -> dict:
+    """What the reference takes besides q, k, v and the thresholds."""
+    return {name: value for name, value in call.arguments.items() if name not in ("layout", "return_stats", "pv_dtype")}
+
+
+def as_bhnd(call: Call, x: Tensor) -> Tensor:
+    return x if call.arguments["layout"] == "BHND" else x.transpose(1, 2)
+
+
+def same(x: Tensor, y: Tensor) -> bool:
+    """Equal bit for bit, NaN with NaN."""
+    return torch.equal(x.nan_to_num(nan=12345.0), y.nan_to_num(nan=12345.0)) and torch.equal(x.isnan(), y.isnan())
