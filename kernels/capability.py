@@ -75,10 +75,17 @@ def supports_fp8(arch: str) -> bool:
     return arch in ("sm90", "sm100", "sm103") or (triton_version() or OLDEST) >= _FP8_ON_GEFORCE
 
 
+@functools.lru_cache
+def _reason(*facts) -> str | None:
+    """`triton_declines` of Facts, which a call asks for several times."""
+    return triton_declines(Facts(*facts))
+
+
 def select_implementation(q: Tensor) -> tuple[str, str | None]:
     """The implementation that "auto" takes for q (..., D): ("triton", None), or ("reference", the reason why)."""
-    facts = Facts(q.device.type, arch_of(q.device), q.dtype, q.shape[-1], has_triton(), triton_version())
-    reason = triton_declines(facts) or remembered(q)
+    device = q.device
+    reason = _reason(device.type, arch_of(device), q.dtype, q.shape[-1], has_triton(), triton_version())
+    reason = reason or remembered(q)
     if reason is None:
         return "triton", None
     if reason.startswith("Triton "):

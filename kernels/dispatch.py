@@ -23,17 +23,17 @@ _SCHEMA = """attention(Tensor q, Tensor k, Tensor v, *, Tensor? per_head, Tensor
 def run(q: Tensor, k: Tensor, v: Tensor, *, params: SpargeParams, sink_keys: TokenRanges | None,
         dense_queries: TokenRanges | None, **call) -> tuple[Tensor, Tensor, Tensor]:
     """(output, kept, pv_skipped) of a checked `sparge_attention` call; the last two are empty without return_stats."""
+    q, k, v = (x.detach() if x.requires_grad else x for x in (q, k, v))
     call |= dict(thresholds=_plain(params), per_head=pack_thresholds(params, q.device), selection=params.selection,
                  sink_keys=_flat(sink_keys), dense_queries=_flat(dense_queries))
     attention = torch.ops.comfyui_spargeattn.attention if torch.compiler.is_compiling() else _attention
     return attention(q, k, v, **call)
 
 
-@torch.no_grad()
 def run_map(q: Tensor, k: Tensor, *, params: SpargeParams, layout: str, pv_dtype: str, impl: str,
             **call) -> BlockMap:
     """The block map of a checked `block_map` call."""
-    q, k = (_heads_first(x, layout) for x in (q, k))
+    q, k = (_heads_first(x.detach(), layout) for x in (q, k))
 
     def fast() -> BlockMap:
         return _pipeline().predict(q, k, per_head=pack_thresholds(params, q.device), thresholds=_plain(params),
@@ -87,7 +87,6 @@ def pack_thresholds(params: SpargeParams, device: torch.device) -> Tensor | None
                         else torch.full((params.heads,), x, device=device) for x in rows])
 
 
-@torch.no_grad()
 def _attention(q: Tensor, k: Tensor, v: Tensor, per_head: Tensor | None, key_padding_mask: Tensor | None,
                key_bias: Tensor | None, order: Tensor | None, thresholds: list[float], scale: float | None,
                sink_keys: list[int], dense_queries: list[int], causal: bool, return_stats: bool, selection: str,

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..reference import FP8_MAX, ROW_GROUP
 from .blockmap import BlockLists
 from .config import AUTOTUNE_CHOICES, AttendConfig, autotune
-from .launch import descriptor, launch
+from .launch import HAS_DESCRIPTORS, descriptor, launch
 from .prepare import PreparedKeys, PreparedQueries, PreparedValues
 from .primitives import order_rows, padded_dim, rows_of, threshold_of, token_at, token_strides
 
@@ -213,7 +213,8 @@ def attend(queries: PreparedQueries, keys: PreparedKeys, values: PreparedValues,
     skip_pv = pv_threshold < float("inf")
     skips = torch.empty((batch, heads, nq), dtype=torch.int32, device=out.device) if skip_pv and count_skips else None
     k, v, pooled_k, pooled_v = keys.quantised, values.values, keys.pooled, values.pooled
-    if config.tma:
+    tma = config.tma and HAS_DESCRIPTORS
+    if tma:
         rows = batch * kv_heads
         k = descriptor(k, rows * nk * block.k, pitch, [block.k, padded])
         v = (descriptor(v, rows * dim, nk * block.k, [padded, block.k]) if fp8 else
@@ -228,7 +229,7 @@ def attend(queries: PreparedQueries, keys: PreparedKeys, values: PreparedValues,
                  order_rows(order))
     constants = dict(D=dim, DP=padded, PITCH=pitch, BLOCK_Q=block.q, BLOCK_K=block.k, ALIGN=align, FP8=fp8,
                      CAUSAL=causal, SKIP_PV=skip_pv, ROW_GROUP=ROW_GROUP, TAIL_TILE=config.tail_tile,
-                     P_SHIFT=math.log2(FP8_MAX) if fp8 else 0.0, TMA=config.tma)
+                     P_SHIFT=math.log2(FP8_MAX) if fp8 else 0.0, TMA=tma)
     kernel, options = (_autotuned_kernel(), {}) if autotune() else (_attend_kernel, config.options())
     launch(kernel, (nq * batch * heads,), out.device, arguments, constants, options)
     return skips

@@ -1,22 +1,16 @@
 """Device memory of a call: how much its quantised copies take, and groups of heads where that is too much."""
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable
-from typing import TypeVar
-
 import torch
 from torch import Tensor
 
 from ..types import BlockShape
 from .primitives import round_up
 
-# Copies up to this size are made at once without a look at what is free.
-SMALL = 256 << 20
+# Inputs up to this size are taken whole without a look at what is free.
+_SMALL = 256 << 20
 # Of the bytes of q, k and v: what the copies of a group of heads may take where memory is short.
 SHARE = 0.25
-_Part = TypeVar("_Part")
-_log = logging.getLogger(__name__)
 
 
 def copied_bytes(q: Tensor, k: Tensor, fp8: bool, block: BlockShape, pooled: bool) -> int:
@@ -30,31 +24,27 @@ def copied_bytes(q: Tensor, k: Tensor, fp8: bool, block: BlockShape, pooled: boo
     return batch * (heads * a_head_of_q + kv_heads * a_head_of_k)
 
 
+def input_bytes(q: Tensor, k: Tensor) -> int:
+    """Of q, k and v."""
+    return (q.numel() + 2 * k.numel()) * q.itemsize
+
+
 def free_bytes(device: torch.device) -> int:
-    """What can still be allocated on a GPU, without what fragments make unusable."""
+    """What can still be allocated on a GPU, were none of it in fragments."""
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
-def in_groups(attend_heads: Callable[[int, int], _Part], heads: int, copies: int, inputs: int,
-              device: torch.device) -> list[_Part]:
-    """Results of `attend_heads` of all `heads`: at once, or in groups where `copies` bytes are too many.
-
-    inputs: bytes of q, k and v. Raises torch.OutOfMemoryError where there is no memory even for small groups.
-    """
-    small_groups = min(heads, -(-copies // max(1, int(SHARE * inputs))))
-    plenty = copies <= SMALL or device.type != "cuda" or torch.cuda.is_current_stream_capturing()
-    groups = 1 if plenty or copies <= free_bytes(device) // 2 else small_groups
-    try:
-        return _run(attend_heads, heads, groups)
-    except torch.OutOfMemoryError:
-        if groups >= small_groups:
-            raise
-    # Outside the handler: the exception holds the frames, and with them the tensors, of the attempt.
-    _log.info("SpargeAttn: memory is short, a call works on %d groups of heads", small_groups)
-    return _run(attend_heads, heads, small_groups)
+def is_short(q: Tensor, k: Tensor, fp8: bool, block: BlockShape, pooled: bool) -> bool:
+    """Whether the copies of a whole call would take more than half of what is free."""
+    if input_bytes(q, k) <= _SMALL or q.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return False
+    return copied_bytes(q, k, fp8, block, pooled) > free_bytes(q.device) // 2
 
 
-def _run(attend_heads: Callable[[int, int], _Part], heads: int, groups: int) -> list[_Part]:
-    bounds = [heads * i // groups for i in range(groups + 1)]
-    return [attend_heads(first, last) for first, last in zip(bounds, bounds[1:])]
+def groups_of_heads(q: Tensor, k: Tensor, fp8: bool, block: BlockShape, pooled: bool) -> list[tuple[int, int]]:
+    """Ranges of the heads of K whose copies take at most `SHARE` of the inputs; single heads where one takes more."""
+    heads = k.shape[1]
+    count = min(heads, -(-copied_bytes(q, k, fp8, block, pooled) // max(1, int(SHARE * input_bytes(q, k)))))
+    bounds = [heads * i // count for i in range(count + 1)]
+    return list(zip(bounds, bounds[1:]))

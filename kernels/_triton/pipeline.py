@@ -4,7 +4,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -16,8 +15,7 @@ from .attend import attend
 from .blockmap import BlockLists, select_blocks
 from .config import AttendConfig, attend_config
 from .given_map import lists_from_mask
-from .launch import HAS_DESCRIPTORS
-from .memory import copied_bytes, in_groups
+from .memory import groups_of_heads, is_short
 from .prepare import PreparedKeys, PreparedQueries, PreparedValues, prepare_keys, prepare_queries
 from .primitives import padded_dim
 
@@ -43,25 +41,22 @@ def attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor, *, pv_dtype: str, or
     config, fp8 = _configure(q, pv_dtype)
     bias, padding = _bias_and_padding(key_bias, key_padding_mask)
     call |= dict(config=config, fp8=fp8, bias=bias, padding=padding)
-    group = q.shape[1] // k.shape[1]
-
-    def attend_heads(first: int, last: int) -> tuple[Tensor | None, Tensor | None]:
-        """Of heads `first` to `last` of K."""
-        if last - first == k.shape[1]:
+    size = q, k, fp8, config.block, call["skipped"] == "pooled"
+    if not is_short(*size):
+        try:
             return _attention(q, k, v, out, order=order, per_head=per_head, block_mask=block_mask, **call)
+        except torch.OutOfMemoryError:
+            pass  # what the attempt held is free once this handler is left
+    group = q.shape[1] // k.shape[1]
+    parts = []
+    for first, last in groups_of_heads(*size):
         of_keys, of_queries = slice(first, last), slice(first * group, last * group)
-        return _attention(
+        parts.append(_attention(
             q[:, of_queries], k[:, of_keys], v[:, of_keys], out[:, of_queries],
             order=order if order is None or order.ndim == 1 else order[of_keys],
             per_head=None if per_head is None else per_head[:, of_queries].contiguous(),
             block_mask=block_mask if block_mask is None or block_mask.shape[1] == 1 else block_mask[:, of_queries],
-            **call)
-
-    inputs = (q.numel() + 2 * k.numel()) * q.itemsize
-    copies = copied_bytes(q, k, fp8, config.block, call["skipped"] == "pooled")
-    parts = in_groups(attend_heads, k.shape[1], copies, inputs, q.device)
-    if len(parts) == 1:
-        return parts[0]
+            **call))
     return tuple(None if part[0] is None else torch.cat(part, 1) for part in zip(*parts))
 
 
@@ -107,8 +102,7 @@ def _configure(q: Tensor, pv_dtype: str) -> tuple[AttendConfig, bool]:
     fp8 = pv_dtype == "fp8" or (pv_dtype == "auto" and supports_fp8(arch))
     if fp8 and not supports_fp8(arch):
         raise RuntimeError(f"pv_dtype='fp8' needs {FP8_NEEDS}; got {arch}")
-    config = attend_config(arch, padded_dim(q.shape[-1]), fp8)
-    return config if HAS_DESCRIPTORS else replace(config, tma=False), fp8
+    return attend_config(arch, padded_dim(q.shape[-1]), fp8), fp8
 
 
 def _prepare(q: Tensor, k: Tensor, v: Tensor | None, *, config: AttendConfig, fp8: bool, pooled: bool,
