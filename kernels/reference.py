@@ -22,6 +22,18 @@ HIDDEN = -1e4  # a key whose bias is at most this far below a row's largest, in 
 BLOCK = BlockShape(128, 64)
 
 
+def centred_bias(bias: Tensor, padding: Tensor | None, causal: bool) -> tuple[Tensor, Tensor]:
+    """The bias of keys (B, N) in log2 units with 0 as the largest of a row, and bool (B, N), which keys to ignore.
+
+    What all keys of a row share, softmax ignores. A query of causal attention may see none of the largest.
+    """
+    seen = bias if padding is None else bias.masked_fill(padding, -math.inf)
+    largest = seen.amax(1, keepdim=True).clamp(min=torch.finfo(bias.dtype).min)
+    bias = (bias - largest) * LOG2E
+    hidden = bias == -math.inf if causal else bias <= HIDDEN
+    return bias, hidden if padding is None else hidden | padding
+
+
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, causal: bool = False,
                     key_padding_mask: Tensor | None = None, key_bias: Tensor | None = None) -> Tensor:
     """Exact attention in float64, by query chunks: what every other path is measured against.
@@ -65,7 +77,9 @@ def sparge_attention(q: Tensor, k: Tensor, v: Tensor, *, params: SpargeParams = 
     n_q, n_k, heads = q.shape[2], k.shape[2], q.shape[1]
     order_k = None if order is None else order.long().expand(k.shape[1], n_k)
     order_q = None if order is None else order_k.repeat_interleave(heads // k.shape[1], 0)
-    bias, padding = _bias_and_padding(key_bias, key_padding_mask, dtype)
+    bias, padding = None, key_padding_mask
+    if key_bias is not None:
+        bias, padding = centred_bias(key_bias.to(dtype), padding, causal)
     bias, padding = (None if x is None else x[:, None].expand(-1, k.shape[1], -1) for x in (bias, padding))
     if padding is not None:  # a padding token may hold anything, NaN included
         k, v = (x.masked_fill(padding[..., None], 0.0) for x in (k, v))
@@ -282,18 +296,6 @@ def _reorder(x: Tensor | None, order: Tensor | None) -> Tensor | None:
         return x
     index = order[None].reshape(1, *order.shape, *[1] * (x.ndim - 3)).expand(x.shape[0], *order.shape, *x.shape[3:])
     return x.gather(2, index)
-
-
-def _bias_and_padding(bias: Tensor | None, padding: Tensor | None,
-                      dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
-    """(B, N): the bias of keys in log2 units with 0 as the largest of a row, and which keys to ignore."""
-    if bias is None:
-        return None, padding
-    bias = bias.to(dtype)
-    seen = bias if padding is None else bias.masked_fill(padding, -math.inf)
-    bias = (bias - seen.amax(1, keepdim=True)) * LOG2E
-    hidden = bias <= HIDDEN
-    return bias, hidden if padding is None else hidden | padding
 
 
 def _flags(ranges: TokenRanges | None, order: Tensor | None, heads: int, x: Tensor) -> Tensor:

@@ -2,14 +2,13 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from ..capability import FP8_NEEDS, arch_of, supports_fp8
-from ..reference import HIDDEN, LOG2E, ROW_GROUP
+from ..reference import LOG2E, ROW_GROUP, centred_bias
 from ..types import BlockMap, BlockShape, TokenRanges
 from .attend import attend
 from .blockmap import BlockLists, select_blocks
@@ -39,7 +38,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor, *, pv_dtype: str, or
     memory is short.
     """
     config, fp8 = _configure(q, pv_dtype)
-    bias, padding = _bias_and_padding(key_bias, key_padding_mask)
+    bias, padding = _bias_and_padding(key_bias, key_padding_mask, call["causal"])
     call |= dict(config=config, fp8=fp8, bias=bias, padding=padding)
     size = q, k, fp8, config.block, call["skipped"] == "pooled"
     if not is_short(*size):
@@ -84,7 +83,7 @@ def predict(q: Tensor, k: Tensor, *, per_head: Tensor | None, thresholds: list[f
             pv_dtype: str) -> BlockMap:
     """The block map alone."""
     config, _ = _configure(q, pv_dtype)
-    bias, padding = _bias_and_padding(key_bias, key_padding_mask)
+    bias, padding = _bias_and_padding(key_bias, key_padding_mask, causal)
     lists = _prepare(q, k, None, config=config, fp8=False, pooled=False, per_head=per_head, thresholds=thresholds,
                      selection=selection, scale=scale, causal=causal, padding=padding, bias=bias,
                      order=None if order is None else order.contiguous(), sink_keys=sink_keys,
@@ -125,15 +124,13 @@ def _prepare(q: Tensor, k: Tensor, v: Tensor | None, *, config: AttendConfig, fp
     return queries, keys, values, lists
 
 
-def _bias_and_padding(bias: Tensor | None, padding: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+def _bias_and_padding(bias: Tensor | None, padding: Tensor | None,
+                      causal: bool) -> tuple[Tensor | None, Tensor | None]:
     """The bias of keys, float32 (B, N) in log2 units with 0 as a row's largest, and bool (B, N), keys to ignore."""
     if bias is None:
         return None, None if padding is None else padding.contiguous()
-    bias = bias.float()
-    seen = bias if padding is None else bias.masked_fill(padding, -math.inf)
-    bias = (bias - seen.amax(1, keepdim=True)) * LOG2E  # what all keys of a row share, softmax ignores
-    hidden = bias <= HIDDEN
-    return bias.contiguous(), hidden.contiguous() if padding is None else hidden | padding
+    bias, hidden = centred_bias(bias.float(), padding, causal)
+    return bias.contiguous(), hidden.contiguous()
 
 
 def _flags(ranges: TokenRanges | None, x: Tensor) -> Tensor | None:

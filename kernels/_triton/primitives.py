@@ -22,8 +22,8 @@ def round_up(n: int, multiple: int) -> int:
 
 
 def padded_dim(dim: int) -> int:
-    """The power of two, at least 16, that a head_dim fills up to in registers."""
-    return 1 << (max(dim, 16) - 1).bit_length()
+    """The power of two, at least the 32 that INT8 products need, that a head_dim fills up to in registers."""
+    return 1 << (max(dim, 32) - 1).bit_length()
 
 
 def order_rows(order: torch.Tensor | None) -> int:

@@ -175,7 +175,7 @@ def hidden_keys(call: dict) -> Tensor | None:
     padding = call.get("key_padding_mask")
     if call.get("key_bias") is None:
         return padding
-    return reference._bias_and_padding(call["key_bias"], padding, torch.float32)[1]
+    return reference.centred_bias(call["key_bias"].float(), padding, call.get("causal", False))[1]
 
 
 @contextmanager
