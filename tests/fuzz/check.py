@@ -8,7 +8,14 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from comfyui_spargeattn.kernels import BlockMap, SpargeParams, block_sparse_attention, reference, sparge_attention
+from comfyui_spargeattn.kernels import (
+    BlockMap,
+    BlockShape,
+    SpargeParams,
+    block_sparse_attention,
+    reference,
+    sparge_attention,
+)
 from comfyui_spargeattn.tests.assertions import assert_near
 from comfyui_spargeattn.tests.fuzz.draw import Call, Limits, draw
 from comfyui_spargeattn.tests.kernels.harness import (
@@ -38,7 +45,6 @@ def small_kernels():
     if ON_GPU:
         yield
         return
-    from comfyui_spargeattn.kernels import BlockShape
     from comfyui_spargeattn.kernels._triton import pipeline, prepare
     from comfyui_spargeattn.kernels._triton.config import AttendConfig
     with ExitStack() as patches:
@@ -81,7 +87,7 @@ def check_kernels(call: Call) -> float:
     q, k, v, out = (as_bhnd(call, x) for x in (call.q, call.k, call.v, out))
     arguments = plain_arguments(call)
     if not call.finite:
-        check_not_finite(q, k, v, out, arguments)
+        check_not_finite(q, k, v, out, arguments, call.block_map, maps[0].block)
         return 0.0
     from comfyui_spargeattn.kernels._triton import prepare
     loose = k.shape[2] > prepare.SAMPLE
@@ -99,7 +105,7 @@ def check_reference(call: Call) -> float:
     q, k, v, out = (as_bhnd(call, x).contiguous() for x in (call.q, call.k, call.v, out))
     arguments = {name: x.contiguous() if isinstance(x, Tensor) else x for name, x in plain_arguments(call).items()}
     if not call.finite:
-        check_not_finite(q, k, v, out, arguments)
+        check_not_finite(q, k, v, out, arguments, call.block_map, reference.BLOCK)
         return 0.0
     mask = call.block_map.mask() if isinstance(call.block_map, BlockMap) else call.block_map
     expected, _, expected_stats = reference.sparge_attention(q, k, v, params=call.params, block_mask=mask, **arguments)
@@ -136,12 +142,15 @@ def check_loops(q: Tensor, k: Tensor, v: Tensor, params: SpargeParams, arguments
     assert_near(stats.pv_skipped, skipped, atol=1e-6, what="pv_skipped")
 
 
-def check_not_finite(q: Tensor, k: Tensor, v: Tensor, out: Tensor, arguments: dict) -> None:
-    """What dense attention would turn into NaN or infinity is neither a number here."""
+def check_not_finite(q: Tensor, k: Tensor, v: Tensor, out: Tensor, arguments: dict,
+                     block_map: BlockMap | Tensor | None, block: BlockShape) -> None:
+    """What dense attention, over the blocks that a map gives, would turn into NaN or infinity is no number here."""
     visible = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
     visible = visible.tril() if arguments["causal"] else visible
     padding = hidden_keys(arguments)
     visible = visible if padding is None else visible & ~padding[:, None, None]
+    if block_map is not None:
+        visible = visible & given_tokens(block_map, block, arguments.get("order"), q, k)
     k, v = (x.double().repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     scores = q.double() @ k.mT * (q.shape[-1] ** -0.5 if arguments["scale"] is None else arguments["scale"])
     weights = scores.masked_fill(~visible, -math.inf).softmax(-1).where(visible, 0.0)
@@ -150,6 +159,18 @@ def check_not_finite(q: Tensor, k: Tensor, v: Tensor, out: Tensor, arguments: di
     hidden = ~dense.isfinite() & out.isfinite()
     assert not bool(hidden.any()), f"finite: {hidden.sum().item()} numbers that dense attention makes NaN, " \
                                    f"the first at {hidden.nonzero()[0].tolist()}"
+
+
+def given_tokens(block_map: BlockMap | Tensor, block: BlockShape, order: Tensor | None, q: Tensor, k: Tensor) -> Tensor:
+    """bool (B or 1, H, Nq, Nk), which keys a map of blocks lets each query attend."""
+    mask = block_map.mask() if isinstance(block_map, BlockMap) else block_map
+    mask = mask.expand(-1, q.shape[1], -1, -1)
+    mask = mask.repeat_interleave(block.q, 2)[:, :, :q.shape[2]].repeat_interleave(block.k, 3)[..., :k.shape[2]]
+    if order is None:
+        return mask
+    place = order.argsort(-1).expand(k.shape[1], -1).repeat_interleave(q.shape[1] // k.shape[1], 0)
+    heads = torch.arange(q.shape[1], device=q.device)[:, None, None]
+    return mask[:, heads, place[:, :, None], place[:, None, :]]
 
 
 def plain_arguments(call: Call) -> dict:

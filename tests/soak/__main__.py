@@ -15,6 +15,7 @@ from random import Random
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from ..nodes.host import comfy_host, comfy_server  # noqa: E402
+from .growth import WINDOWS  # noqa: E402
 from .run import OPTIONS, Soak, prepare  # noqa: E402
 from .verdict import figures, problems  # noqa: E402
 
@@ -26,6 +27,9 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=60, help="longest time; default 60")
     parser.add_argument("--seed", type=int, default=time.time_ns() % 1_000_000, help="default: by the clock")
     options = parser.parse_args()
+    least = 2 * options.recipes + WINDOWS
+    if options.prompts < least:
+        parser.error(f"--prompts must be at least {least} with {options.recipes} recipes; got {options.prompts}")
     print(f"seed {options.seed}", flush=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # so that the server ends too
     with tempfile.TemporaryDirectory(prefix="soak-") as folder:
