@@ -29,6 +29,7 @@ CURVES = ("row-major", "hilbert", "blocked", "time-major")  # an earlier one win
 _PV_WORK = {"fp16": 1.0, "fp8": 0.7}
 _TAIL_WORK = 0.025
 _JUDGE_OFF = -1.0
+_CHOICES = 32  # that a call may refuse, before its layer stays dense
 _SIMILARITIES = {"cdf": (_JUDGE_OFF, 0.3, 0.5), "topk": (_JUDGE_OFF,)}
 
 
@@ -145,10 +146,11 @@ class LayerSearch:
         levels, kept = (torch.stack(x) for x in zip(*rows))
         found = replace(self, calls=self.calls + 1, levels=levels, kept=kept, unseen_calls=0,
                         unseen=torch.zeros(self.heads))
-        while (choice := found._choose()) is not None:
+        for _ in range(_CHOICES):
+            if (choice := found._choose()) is None:
+                break
             error = measure(choice.setting).error
-            over = ~(error <= self.bounds.l1)
-            if not over.any():
+            if not (over := ~(error <= self.bounds.l1)).any():
                 return found._with_pv(choice, error, measure)
             found = found._refuse(choice, over)
         return found._dense()

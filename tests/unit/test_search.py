@@ -1,7 +1,5 @@
 """The search for thresholds, on layers whose optimum is known because it was planted."""
 import math
-import zlib
-from dataclasses import replace
 
 import pytest
 import torch
@@ -15,43 +13,9 @@ from comfyui_spargeattn.kernels.search import (
     Bounds,
     LayerSearch,
     Measured,
-    Setting,
     bisect,
 )
-
-BOUNDS = Bounds(0.05, 0.06)
-
-
-def planted(needs, *, curves=("row-major",), skipped="drop", pv_dtype="fp16", selection="cdf", floor=0.0,
-            pv_needs=math.inf, kept_of=lambda amount: amount, calls=None):
-    """A layer whose heads hold 0.05 from the amount `needs` (H,) on, in these choices alone; others need every block.
-
-    curves: the good one of each head of K. floor: error with every block. pv_needs: least P·V threshold that holds.
-    """
-    needs = torch.tensor(needs)
-    heads = len(needs)
-
-    def measure(setting: Setting) -> Measured:
-        if calls is not None:
-            calls.append(setting)
-        amount, pv = setting.params.amount, torch.as_tensor(setting.params.pv_threshold)
-        good = torch.tensor([a == b for a, b in zip(setting.curves, curves * (len(setting.curves) // len(curves)))])
-        good = good.repeat_interleave(heads // len(setting.curves))
-        good &= setting.skipped == skipped and setting.params.selection == selection
-        if pv_dtype != setting.pv_dtype:
-            floor_here = 1.0
-        else:
-            floor_here = floor
-        least = torch.where(good, needs, 1.0)
-        error = floor_here + torch.where(amount >= least, 0.04, 0.2) * (amount < 1)
-        error += torch.where(pv >= pv_needs, 0.0, 0.5)
-        return Measured(error, torch.where(amount < 1, kept_of(amount), 1.0))
-
-    return measure
-
-
-def least_amount(selection, need):
-    return min(a for a in AMOUNTS[selection] if a >= need)
+from comfyui_spargeattn.tests.planted import BOUNDS, least_amount, planted
 
 
 @pytest.mark.parametrize("selection", AMOUNTS)
@@ -194,146 +158,11 @@ def test_evaluation_reports_the_error_and_leaves_the_setting():
     assert seen.learn(planted([0.4, 0.9])).unseen_calls == 0
 
 
-def by_rule(error_of, kept_of=lambda setting, amount: amount, shared=lambda setting, error: error):
-    """A measure of two heads and more whose errors `error_of(curve, similarity, amount, head)` may be anything.
-
-    shared: what becomes of the errors (H,) of heads that are measured together.
-    """
-    def measure(setting: Setting) -> Measured:
-        amount, heads = setting.params.amount.tolist(), len(setting.params.amount)
-        curves = [setting.curves[h // (heads // len(setting.curves))] for h in range(heads)]
-        similarity = setting.params.similarity_threshold.tolist()
-        error = torch.tensor([error_of(*x) for x in zip(curves, similarity, amount, range(heads))])
-        return Measured(shared(setting, error), kept_of(setting, setting.params.amount))
-
-    return measure
-
-
-def test_an_order_holds_for_every_head_that_shares_it():
-    """Head 0 gains most along the Hilbert curve, where head 1 exceeds the bound even with every block."""
-    def error_of(curve, similarity, amount, head):
-        if head == 1:
-            return 0.2 if curve == "hilbert" else 0.04 if amount >= 0.7 else 0.3
-        return 0.04 if amount >= (0.32 if curve == "hilbert" else 0.8) else 0.3
-
-    found = LayerSearch.start(2, 1, Bounds(0.05, 0.05)).learn(by_rule(error_of))
-    assert found.setting.curves == ("row-major",) and (found.error <= 0.05).all()
-    assert found.setting.params.amount.tolist() == pytest.approx([least_amount("cdf", x) for x in (0.8, 0.7)])
-
-
-def test_a_layer_stays_dense_where_no_order_holds_for_a_whole_group():
-    """Each head holds in one order alone, another one each."""
-    found = LayerSearch.start(2, 1, Bounds(0.05, 0.05)).learn(by_rule(
-        lambda curve, similarity, amount, head: 0.04 if (curve, head) in (("hilbert", 0), ("blocked", 1)) else 0.2))
-    assert found.setting is None and found.error.tolist() == [0, 0]
-
-
-def test_heads_that_exceed_the_bound_together_keep_every_block():
-    """Alone, each head holds at 0.4; head 1 does not beside heads in other orders, as long as it skips blocks."""
-    def shared(setting, error):
-        if len(set(setting.curves)) > 1 and setting.params.amount[1] < 1:
-            error[1] = 0.2
-        return error
-
-    inner = by_rule(lambda curve, similarity, amount, head:
-                    0.04 if amount >= (0.4 if curve == ("hilbert", "blocked")[head] else 0.9) else 0.3, shared=shared)
-    found = LayerSearch.start(2, 2, Bounds(0.05, 0.05)).learn(inner)
-    assert found.setting.dense_heads.tolist() == [False, True] and (found.error <= 0.05).all()
-    again = found.learn(by_rule(lambda *_: 0.0))
-    assert again.setting.dense_heads.tolist() == [False, True]  # what one call refused stays refused
-
-
-@pytest.mark.parametrize("value", (math.nan, math.inf))
-def test_a_layer_whose_errors_are_not_finite_stays_dense(value):
-    inner = planted([0.4, 0.6])
-
-    def broken(setting):
-        error, kept = inner(setting)
-        return Measured(error.index_fill(0, torch.tensor([1]), value), kept)
-
-    found = LayerSearch.start(2, 2, BOUNDS).learn(broken)
-    assert found.setting is None and found.error.isfinite().all()
-    seen = LayerSearch.start(2, 2, BOUNDS).learn(inner).evaluate(broken)
-    assert seen.setting is None and seen.sparsity.tolist() == [0, 0]
-    assert seen.error.isfinite().all() and seen.unseen.isfinite().all()
-    assert seen.learn(inner).setting is None  # and it stays dense
-
-
 def test_evaluation_keeps_the_largest_error_of_all_its_calls():
     found = LayerSearch.start(2, 2, BOUNDS).learn(planted([0.4, 0.6]))
     for needs in ([0.4, 0.9], [0.9, 0.6], [0.4, 0.6]):
         found = found.evaluate(planted(needs))
     assert found.unseen.tolist() == pytest.approx([0.2, 0.2]) and found.unseen_calls == 3
-
-
-def test_errors_are_the_largest_of_all_settings():
-    found = LayerSearch.start(1, 1, Bounds(0.05, 0.05)).learn(by_rule(lambda c, s, amount, h: 0.05 - 0.01 * amount))
-    before = found.error.item()
-    assert found.learn(by_rule(lambda *_: 0.001)).error.item() == before > 0.01
-
-
-@pytest.mark.parametrize("share, expected", ((0.39, "drop"), (0.35, "pooled")))
-def test_the_pooled_tail_is_worth_it_only_where_it_saves_more_than_it_costs(share, expected):
-    """One that drops keeps 0.4 of the blocks; the tail is work for 0.025 of them."""
-    found = LayerSearch.start(1, 1, BOUNDS).learn(by_rule(
-        lambda curve, similarity, amount, head: 0.04,
-        lambda setting, amount: torch.where(amount < 1, share if setting.skipped == "pooled" else 0.4, 1.0)))
-    assert found.setting.skipped == expected
-
-
-def test_a_head_without_gain_in_its_groups_order_keeps_every_block():
-    """Head 1 would gain along another curve, of which head 0 gains nothing."""
-    needs = {("hilbert", 0): 0.3, ("blocked", 1): 0.5}
-    found = LayerSearch.start(2, 1, Bounds(0.05, 0.05)).learn(by_rule(
-        lambda curve, similarity, amount, head: 0.04 if amount >= needs.get((curve, head), 1.0) else 0.3))
-    assert found.setting.curves == ("hilbert",)
-    assert found.setting.dense_heads.tolist() == [False, True]
-    assert found.sparsity.tolist() == pytest.approx([1 - least_amount("cdf", 0.3), 0])
-
-
-def planted_anyhow(seed, heads, monotone):
-    """A measure whose errors depend on everything that a head has; with `monotone`, less work never helps."""
-    def noise(*key):
-        return zlib.crc32(repr((seed, *key)).encode()) / 2 ** 32
-
-    def measure(setting: Setting) -> Measured:
-        pv = torch.as_tensor(setting.params.pv_threshold).expand(heads).tolist()
-        errors, kept = [], []
-        for h, amount in enumerate(setting.params.amount.tolist()):
-            rule = (setting.params.selection, setting.skipped, setting.pv_dtype,
-                    setting.curves[h // (heads // len(setting.curves))])
-            judge = round(setting.params.similarity_threshold[h].item(), 3) if amount < 1 else 0
-            floor = 0.06 * noise(*rule, h)
-            of_amount = noise(*rule, h, judge, round(amount, 5)) if not monotone else \
-                (1 - amount) * 2 * noise(*rule, h, judge)
-            of_pv = 0 if amount == 1 or pv[h] == math.inf else \
-                noise(*rule, h, "pv", pv[h]) if not monotone else 0.3 * noise(*rule, h, "pv") / pv[h]
-            errors.append(floor + 0.2 * of_amount + of_pv)
-            kept.append(amount * (0.6 + 0.4 * noise(*rule, h, judge, "kept")) if amount < 1 else 1.0)
-        return Measured(torch.tensor(errors), torch.tensor(kept))
-
-    return measure
-
-
-@pytest.mark.parametrize("bounds", (Bounds(0.05, 0.05), Bounds(0.05, 0.07, 0.0)), ids=("blocks", "blocks and products"))
-def test_what_is_found_holds_on_every_call_whatever_the_errors(bounds):
-    """On all calls where less work never helps; on the last one where errors are arbitrary."""
-    sparse = 0
-    for seed in range(6):
-        monotone, heads = seed % 3 > 0, 4
-        found, calls = LayerSearch.start(heads, 2, bounds), []
-        for call in range(3):
-            calls.append(planted_anyhow((seed, call), heads, monotone))
-            found = found.learn(calls[-1])
-            if found.setting is None:
-                continue
-            sparse += 1
-            for measure in calls if monotone else calls[-1:]:
-                assert (measure(found.setting).error <= bounds.l2).all(), seed
-                without = replace(found.setting, params=replace(found.setting.params, pv_threshold=math.inf))
-                assert (measure(without).error <= bounds.l1).all(), seed
-        assert (found.error <= bounds.l2).all()
-    assert sparse > 4
 
 
 def test_bisection_returns_measured_levels_only():
