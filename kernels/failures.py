@@ -25,12 +25,17 @@ def failed(what: str, error: Exception) -> Exception:
     """What to raise where `what` ended in `error` before it ever ran: a FastPathError, but memory that ran out and
     errors of the device itself as such."""
     text = f"{type(error).__name__}: {error}"
-    if isinstance(error, (torch.OutOfMemoryError, FastPathError)) or _is_of_the_device(text):
+    if isinstance(error, (torch.OutOfMemoryError, FastPathError)) or is_of_the_device(error):
         return error
     if "out of memory" in text.lower():  # the driver's, as Triton reports it
         return torch.OutOfMemoryError(text)
     last_line = text.strip().splitlines()[-1].strip() if "\n" in text else text
     return FastPathError(f"{what} failed ({last_line[:200]}); {_remedy(text)}")
+
+
+def is_of_the_device(error: Exception) -> bool:
+    """Whether a kernel broke something, so that nothing on that device can be trusted any more."""
+    return any(sign in str(error).lower() for sign in _OF_THE_DEVICE)
 
 
 def remember(q: Tensor, error: FastPathError) -> None:
@@ -54,10 +59,6 @@ def forget() -> None:
 
 def _kind(q: Tensor) -> tuple:
     return q.device, q.dtype, q.shape[-1]
-
-
-def _is_of_the_device(text: str) -> bool:
-    return any(sign in text.lower() for sign in _OF_THE_DEVICE)
 
 
 def _remedy(text: str) -> str:

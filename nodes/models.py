@@ -212,7 +212,10 @@ _RULES: dict[str, Rule] = {
 def token_layout(tokens: int, transformer_options: dict[str, Any]) -> TokenLayout | str:
     """The layout of an attention call over `tokens` tokens, or why it is not certain."""
     expectation = transformer_options.get(KEY, UNSEEN)
-    return expectation if isinstance(expectation, str) else expectation.layout(tokens, transformer_options)
+    try:
+        return expectation if isinstance(expectation, str) else expectation.layout(tokens, transformer_options)
+    except Exception as problem:  # what a model says of its call may be anything; a hint must not end its run
+        return f"options that the rule for this model does not understand ({problem})"
 
 
 def expect_tokens(executor, x: Tensor, t: Tensor, c_concat: Tensor | None = None, c_crossattn: Tensor | None = None,

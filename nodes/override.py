@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import FastPathError, block_map, sparge_attention
+from ..kernels.failures import is_of_the_device
 from .advice import about_little_skipped
 from .blocks import Block
 from .calling import AttentionCall, UnsupportedCall
@@ -117,8 +118,10 @@ class SpargeOverride:
         how |= {name: how[name][:1] for name in ("key_padding_mask", "key_bias") if name in how}
         try:
             self.run.add_map(row, block_map(call.q[:1], call.k[:1], **how).mask()[0])
-        except (FastPathError, torch.OutOfMemoryError):
-            pass  # the call itself is done; the report goes without this picture
+        except Exception as error:  # the call is done, and a picture in a report is not worth a run
+            if is_of_the_device(error):
+                raise
+            log.warning("SpargeAttn: there is no block map of block %s", row, exc_info=True)
 
     def _give_up(self, dense: Dense) -> Dense:
         """Tell the user, once a run; the log has it from the run."""
