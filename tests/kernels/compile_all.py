@@ -68,8 +68,10 @@ def compile_calls(arch: str, dims, dtypes, thin: bool = False):
     JITFunction.run = compile_instead
     pipeline.arch_of = lambda device: arch
     formats = ("fp16", "fp8") if capability.supports_fp8(arch) else ("fp16",)
-    plain = dict(causal=False, skipped="drop", selection="cdf", thresholds=[0.9, 0.5, float("inf")], order=None)
-    switches = [plain, plain | dict(skipped="pooled", selection="topk"), plain | dict(causal=True),
+    plain = dict(causal=False, skipped="drop", selection="cdf", thresholds=[0.9, 0.5, float("inf")], order=None,
+                 key_padding_mask=None, key_bias=None)
+    switches = [plain, plain | dict(skipped="pooled", selection="topk", key_bias=torch.zeros(1, 256)),
+                plain | dict(causal=True, key_padding_mask=torch.zeros(1, 256, dtype=torch.bool)),
                 plain | dict(thresholds=[0.9, 0.5, 10.0], order=torch.arange(256, dtype=torch.int32))]
     calls = itertools.product(range(len(dims)), dtypes, formats, range(len(switches)))
     for i, dtype, pv_dtype, j in calls:
@@ -77,8 +79,8 @@ def compile_calls(arch: str, dims, dtypes, thin: bool = False):
             continue
         dim, switch = dims[i], switches[j]
         q = torch.zeros(1, 2, 256, dim, dtype=dtype)
-        pipeline.attention(q, q, q, torch.empty_like(q), per_head=None, scale=None, key_padding_mask=None,
-                           sink_keys=[], dense_queries=[], pv_dtype=pv_dtype, return_stats=True, **switch)
+        pipeline.attention(q, q, q, torch.empty_like(q), per_head=None, scale=None, sink_keys=[],
+                           dense_queries=[], pv_dtype=pv_dtype, return_stats=True, **switch)
         call = dict(dim=dim, dtype=str(dtype), pv_dtype=pv_dtype, causal=switch["causal"], skipped=switch["skipped"],
                     skip_pv=switch["thresholds"][2] < 99)
         for name, kernel in compiled:
