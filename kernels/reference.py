@@ -79,7 +79,8 @@ def sparge_attention(q: Tensor, k: Tensor, v: Tensor, *, params: SpargeParams = 
     order_q = None if order is None else order_k.repeat_interleave(heads // k.shape[1], 0)
     bias, padding = None, key_padding_mask
     if key_bias is not None:
-        bias, padding = centred_bias(key_bias.to(dtype), padding, causal)
+        bias, padding = centred_bias(key_bias.float(), padding, causal)
+        bias = bias.to(dtype)
     bias, padding = (None if x is None else x[:, None].expand(-1, k.shape[1], -1) for x in (bias, padding))
     if padding is not None:  # a padding token may hold anything, NaN included
         k, v = (x.masked_fill(padding[..., None], 0.0) for x in (k, v))

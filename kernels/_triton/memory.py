@@ -45,6 +45,7 @@ def is_short(q: Tensor, k: Tensor, fp8: bool, block: BlockShape, pooled: bool) -
 def groups_of_heads(q: Tensor, k: Tensor, fp8: bool, block: BlockShape, pooled: bool) -> list[tuple[int, int]]:
     """Ranges of the heads of K whose copies take at most `SHARE` of the inputs; single heads where one takes more."""
     heads = k.shape[1]
-    count = min(heads, -(-copied_bytes(q, k, fp8, block, pooled) // max(1, int(SHARE * input_bytes(q, k)))))
+    most = int(SHARE * input_bytes(q, k) * heads // copied_bytes(q, k, fp8, block, pooled))
+    count = -(-heads // max(1, most))
     bounds = [heads * i // count for i in range(count + 1)]
     return list(zip(bounds, bounds[1:]))

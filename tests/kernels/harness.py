@@ -116,6 +116,8 @@ def map_bounds(queries: Compressed, keys: Compressed, rules: Visibility, params:
     magnitude = (q.abs() @ k.abs().mT).amax(-1, keepdim=True) * (1e-3 if ON_GPU else 2e-6)  # TF32 there
     magnitude = magnitude + (q.abs() * offset).sum(-1, keepdim=True) * 1e-6
     rounding = magnitude * abs(factor) + 2e-7  # the last: float32's in exponentials near one
+    if hasattr(keys, "mean_bias"):
+        rounding = rounding + keys.mean_bias.double().abs().amax(-1)[..., None, None] * 1e-6
     scores = scores.masked_fill(~judged, -torch.inf)
     if params.selection == "cdf":
         mass = (scores - scores.amax(-1, keepdim=True).clamp(min=-1e300)).exp2()
@@ -253,8 +255,8 @@ def check_output(q: Tensor, k: Tensor, v: Tensor, out: Tensor, stats: SpargeStat
     # A row whose group the λ test may skip or not has two right results.
     undecided_rows = torch.cat([x.any(-1) for x in near], 2).repeat_interleave(reference.ROW_GROUP, 2)
     decided = ~undecided_rows[:, :, :out.shape[2], None]
-    out, emulated = (x.where(decided, exact.to(x.dtype)) for x in (out, emulated))
-    ratio = assert_within_budget(out, emulated, exact, rms_slack=rms_slack, max_slack=max_slack, floor=floor)
+    compared = (x.where(decided, exact.to(x.dtype)) for x in (out, emulated))
+    ratio = assert_within_budget(*compared, exact, rms_slack=rms_slack, max_slack=max_slack, floor=floor)
     if tight:
         assert rms(out - emulated) <= 0.5 * rms(emulated - exact) + rms(exact) * torch.finfo(out.dtype).eps
     if stats is not None:

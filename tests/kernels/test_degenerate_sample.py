@@ -40,10 +40,11 @@ def test_only_unsampled_keys_are_left(size, pv_dtype, small_blocks):
 
 
 @pytest.mark.parametrize("pv_dtype", PV_FORMATS)
-@pytest.mark.parametrize("outlier", (1.0, 300.0), ids=str)
+@pytest.mark.parametrize("large", (False, True))
 @pytest.mark.parametrize("constant", (0.0, 0.5), ids=str)
-def test_a_constant_channel_with_one_outlier(constant, outlier, pv_dtype, small_blocks):
+def test_a_constant_channel_with_one_outlier(constant, large, pv_dtype, small_blocks):
     """The channel is right, and so are the others in the outlier's block."""
+    outlier = {"fp16": 300.0, "fp8": 10.0}[pv_dtype] if large else 1.0  # float8 has less range to spare
     assert OUTLIER not in sampled().tolist()
     q, k, v = drifting_qkv(1, 1, N, 64, dtype=torch.float16, device=DEVICE)
     v[..., 7] = constant
