@@ -32,6 +32,7 @@ CASES = {
     "pooled": (CDF, dict(skipped="pooled")),
     "pooled lambda topk": (SpargeParams(topk=0.4, pv_threshold=1.0), dict(skipped="pooled")),
     "causal": (UNJUDGED, dict(causal=True)),
+    "causal, more keys than queries": (UNJUDGED, dict(causal=True, n_q=50)),
     "causal pooled": (TOPK, dict(causal=True, skipped="pooled")),
     "causal lambda": (SKIPPING, dict(causal=True)),
     "padding": (CDF, dict(padding=PADDING)),
@@ -46,9 +47,12 @@ CASES = {
 
 @pytest.mark.parametrize("params, call", CASES.values(), ids=CASES.keys())
 def test_equals_loops(params, call):
-    n_q = N_K if "order" in call else N_Q
+    call = dict(call)
+    n_q = call.pop("n_q", N_K if "order" in call else N_Q)
     q, k, v = drifting_qkv(2, 4, n_q, 8, n_k=N_K, kv_heads=2, dtype=torch.float64)
-    q[:, :, 32:64] += torch.randn(2, 4, 32, 8, generator=torch.Generator().manual_seed(3)) * 2  # a dissimilar block
+    k += 3.0  # to be subtracted before keys are found alike
+    noise = torch.randn(2, 4, 32, 8, generator=torch.Generator().manual_seed(3)) * 2
+    q[:, :, 32:64] += noise[:, :, :n_q - 32]  # a dissimilar block
     k[:, :, 16:24] += torch.randn(2, 2, 8, 8, generator=torch.Generator().manual_seed(4)) * 4
     expected, mask, kept, skipped = all_heads(q, k, v, params, **call)
     call = {"key_padding_mask" if name == "padding" else name: value for name, value in call.items()}
