@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from comfyui_spargeattn.kernels import BlockShape, SpargeParams
-from comfyui_spargeattn.kernels.reference import sparge_attention
+from comfyui_spargeattn.kernels.reference import compress, sparge_attention
 from comfyui_spargeattn.tests.assertions import assert_near
 from comfyui_spargeattn.tests.cases import drifting_qkv
 from comfyui_spargeattn.tests.loops import BLOCK, all_heads
@@ -73,3 +73,10 @@ def test_topk_rounds_up_no_further(topk, dtype):
     q, k, v = drifting_qkv(1, 1, 40, 8, n_k=200, dtype=dtype)
     _, block_map, _ = sparge_attention(q, k, v, params=SpargeParams(topk=topk), block=BlockShape(32, 8))
     assert bool((block_map.counts == round(topk * 25)).all())
+
+
+def test_padding_has_no_part_in_what_keys_share():
+    x = torch.randn(2, 4, N_K, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(6)) + 3.0
+    padding = PADDING[:, None].expand(-1, 4, -1)
+    keys = compress(x, 8, flags=torch.zeros(4, N_K, dtype=torch.bool), padding=padding, centre=True)
+    assert_near(keys.tokens.sum((2, 3)), torch.zeros(2, 4, 8), atol=1e-10)
