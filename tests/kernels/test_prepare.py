@@ -167,6 +167,7 @@ def test_long_sequences_are_sampled(monkeypatch):
     monkeypatch.setattr(prepare, "SAMPLE", 256)
     n = 2 * prepare.SAMPLE + 77
     _, k, v = drifting_qkv(1, 1, n, 16, device=DEVICE)
+    v += 1.0
     padding = torch.arange(n, device=DEVICE)[None] >= n // 2
     for mask in (None, padding):
         keys, values, sampled = prepared_keys(k, v, fp8=False, pooled=False, order=None, padding=mask)

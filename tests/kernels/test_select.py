@@ -106,8 +106,8 @@ def test_per_head_and_padding(selection, chunk, resident, monkeypatch):
     from comfyui_spargeattn.kernels._triton import blockmap
     monkeypatch.setattr(blockmap, "_CHUNK", chunk)
     monkeypatch.setattr(blockmap, "_RESIDENT", resident)
-    queries, keys = prepared(200, 1500, padded=True, spread=2.0)
-    check(queries, keys, n_q=200, n_k=1500, selection=selection, causal=False, amounts=[0.3, 1.0, 0.8, 0.5],
+    queries, keys = prepared(1000, 1500, padded=True, spread=2.0)
+    check(queries, keys, n_q=1000, n_k=1500, selection=selection, causal=False, amounts=[0.3, 1.0, 0.8, 0.5],
           thetas=[0.3, 0.3, 0.8, -1.0])
 
 

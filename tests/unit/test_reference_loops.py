@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from comfyui_spargeattn.kernels import BlockShape, SpargeParams
-from comfyui_spargeattn.kernels.reference import sparge_attention
+from comfyui_spargeattn.kernels.reference import compress, sparge_attention
 from comfyui_spargeattn.tests.assertions import assert_near
 from comfyui_spargeattn.tests.cases import drifting_qkv
 from comfyui_spargeattn.tests.loops import BLOCK, all_heads
@@ -32,6 +32,7 @@ CASES = {
     "pooled": (CDF, dict(skipped="pooled")),
     "pooled lambda topk": (SpargeParams(topk=0.4, pv_threshold=1.0), dict(skipped="pooled")),
     "causal": (UNJUDGED, dict(causal=True)),
+    "causal, more keys than queries": (UNJUDGED, dict(causal=True, n_q=50)),
     "causal pooled": (TOPK, dict(causal=True, skipped="pooled")),
     "causal lambda": (SKIPPING, dict(causal=True)),
     "padding": (CDF, dict(padding=PADDING)),
@@ -46,9 +47,12 @@ CASES = {
 
 @pytest.mark.parametrize("params, call", CASES.values(), ids=CASES.keys())
 def test_equals_loops(params, call):
-    n_q = N_K if "order" in call else N_Q
+    call = dict(call)
+    n_q = call.pop("n_q", N_K if "order" in call else N_Q)
     q, k, v = drifting_qkv(2, 4, n_q, 8, n_k=N_K, kv_heads=2, dtype=torch.float64)
-    q[:, :, 32:64] += torch.randn(2, 4, 32, 8, generator=torch.Generator().manual_seed(3)) * 2  # a dissimilar block
+    k += 3.0  # to be subtracted before keys are found alike
+    noise = torch.randn(2, 4, 32, 8, generator=torch.Generator().manual_seed(3)) * 2
+    q[:, :, 32:64] += noise[:, :, :n_q - 32]  # a dissimilar block
     k[:, :, 16:24] += torch.randn(2, 2, 8, 8, generator=torch.Generator().manual_seed(4)) * 4
     expected, mask, kept, skipped = all_heads(q, k, v, params, **call)
     call = {"key_padding_mask" if name == "padding" else name: value for name, value in call.items()}
@@ -69,3 +73,10 @@ def test_topk_rounds_up_no_further(topk, dtype):
     q, k, v = drifting_qkv(1, 1, 40, 8, n_k=200, dtype=dtype)
     _, block_map, _ = sparge_attention(q, k, v, params=SpargeParams(topk=topk), block=BlockShape(32, 8))
     assert bool((block_map.counts == round(topk * 25)).all())
+
+
+def test_padding_has_no_part_in_what_keys_share():
+    x = torch.randn(2, 4, N_K, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(6)) + 3.0
+    padding = PADDING[:, None].expand(-1, 4, -1)
+    keys = compress(x, 8, flags=torch.zeros(4, N_K, dtype=torch.bool), padding=padding, centre=True)
+    assert_near(keys.tokens.sum((2, 3)), torch.zeros(2, 4, 8), atol=1e-10)
