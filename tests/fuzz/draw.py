@@ -189,7 +189,7 @@ def _scale(rng, q: Tensor, k: Tensor) -> float | None:
     largest = (q.norm(dim=-1).max() * (k - k.mean(2, keepdim=True)).norm(dim=-1).max()).item()
     if largest * q.shape[-1] ** -0.5 < 200 and rng.random() < 0.5:
         return None
-    return rng.choice((-1, 1, 1, 1, 1)) * 10 ** rng.uniform(0, 2) / max(largest, 1e-30)
+    return rng.choice((-1, 1, 1, 1, 1)) * 10 ** rng.uniform(0, 2) / max(largest, 1e-9)
 
 
 def _restride(rng, x: Tensor, aligned: bool, padded: bool) -> Tensor:
