@@ -239,7 +239,7 @@ def attend(queries: Compressed, keys: Compressed, value: Tensor, mask: Tensor, r
         top = running[..., -1:]
         tail = None
         if skipped == "pooled":
-            tail = _tail_scores(q[:, :, i], keys, mask[:, :, i], rules.visible[:, :, i])
+            tail = _tail_scores(q[:, :, i], keys, mask[:, :, i], rules.visible[:, :, i], quantise is not None)
             top = torch.maximum(top, tail.amax(-1, keepdim=True))
         p = (x - top).exp2()
         total = p.sum(-1, keepdim=True)
@@ -265,10 +265,10 @@ def _skipped_groups(local: Tensor, running: Tensor, limit: Tensor) -> Tensor:
     return below < -limit
 
 
-def _tail_scores(q: Tensor, keys: Compressed, kept: Tensor, visible: Tensor) -> Tensor:
+def _tail_scores(q: Tensor, keys: Compressed, kept: Tensor, visible: Tensor, rounded: bool) -> Tensor:
     """Scores (B, H, b_q, nk) of the pooled tail: each skipped block as one key, counted once per valid token."""
-    counts = keys.valid.sum(-1).clamp(min=1).to(q.dtype)
-    scores = q @ keys.mean.mT + (counts.log2() + keys.mean_bias)[:, :, None]
+    weight = keys.valid.sum(-1).clamp(min=1).to(q.dtype).log2() + keys.mean_bias
+    scores = q @ keys.mean.mT + (_to_fp16(weight) if rounded else weight)[:, :, None]
     return scores.masked_fill(~(visible & ~kept)[:, :, None], -math.inf)
 
 

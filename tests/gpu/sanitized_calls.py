@@ -1,6 +1,7 @@
 """Small calls of every kind, to run under compute-sanitizer: `compute-sanitizer python sanitized_calls.py`."""
 import inspect
 import math
+import sys
 
 import torch
 
@@ -49,7 +50,8 @@ def call_variant(n_q, n_k, dim, dtype, heads, kv_heads, call, pv_dtype):
         return
     call["params"] = call["params"].to("cuda")
     of_the_map = {name: x for name, x in call.items() if name not in ("skipped", "return_stats", "layout")}
-    block_map(q, k, **of_the_map)
+    if "--without-maps" not in sys.argv:
+        block_map(q, k, **of_the_map)
     if call.get("layout") == "BNHD":
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     sparge_attention(q, k, v, **call)

@@ -241,7 +241,7 @@ def check_output(q: Tensor, k: Tensor, v: Tensor, out: Tensor, stats: SpargeStat
     unskipped = SpargeParams(**dict(params.items()) | dict(pv_threshold=float("inf")))
     with keys_less(constant):
         exact, _, asked = reference_with(mask, q.double(), k.double(), v.double(), params=unskipped, **call)
-        with undecided_groups() as near:
+        with undecided_groups(_one_rounding(q, k, constant, call.get("scale"))) as near:
             emulated, expected, _ = reference_with(mask, q.float(), k.float(), v.float(), params=params,
                                                    quantise=pv_dtype, **call)
     if block_mask is None:
@@ -251,13 +251,14 @@ def check_output(q: Tensor, k: Tensor, v: Tensor, out: Tensor, stats: SpargeStat
         assert torch.equal(mask, (block_mask & asked[2].visible).expand_as(mask)), "not the map that was given"
     # The emulation scales V by its largest value, which it then represents exactly; a sample may miss that one.
     floor = exact.abs().max().item() * (2.0 ** -5 if pv_dtype == "fp8" else 2.0 ** -12) if sampled else 0.0
+    floor += 1e-18  # the kernels take no channel of V to vary by less than 1e-12
     assert bool(out.isfinite().all()), "not finite"
     # A row whose group the λ test may skip or not has two right results.
     undecided_rows = torch.cat([x.any(-1) for x in near], 2).repeat_interleave(reference.ROW_GROUP, 2)
     decided = ~undecided_rows[:, :, :out.shape[2], None]
     compared = (x.where(decided, exact.to(x.dtype)) for x in (out, emulated))
     ratio = assert_within_budget(*compared, exact, rms_slack=rms_slack, max_slack=max_slack, floor=floor)
-    if tight:
+    if tight and not (sampled and pv_dtype == "fp8"):  # their scales of V differ, and with them what float8 rounds
         assert rms(out - emulated) <= 0.5 * rms(emulated - exact) + rms(exact) * torch.finfo(out.dtype).eps
     if stats is not None:
         torch.testing.assert_close(stats.kept, expected.kept, rtol=0, atol=1e-6)
@@ -268,19 +269,25 @@ def check_output(q: Tensor, k: Tensor, v: Tensor, out: Tensor, stats: SpargeStat
     return Checked(found, undecided, ratio)
 
 
+def _one_rounding(q: Tensor, k: Tensor, constant: Tensor, scale: float | None) -> float:
+    """What one number of q and one of k rounded the other way to INT8 move a score by, in log2 units."""
+    largest = (q.float().abs().amax() * (k.double() - constant).abs().amax()).item()
+    return max(_UNDECIDED, 2 / 127 * largest * abs(q.shape[-1] ** -0.5 if scale is None else scale) * LOG2E)
+
+
 def rms(x: Tensor) -> float:
     return x.double().square().mean().sqrt().item()
 
 
 @contextmanager
-def undecided_groups():
+def undecided_groups(margin: float = _UNDECIDED):
     """Per query block, which row groups lie so near the λ test's limit in which blocks that rounding decides: bool
     (B, H, groups, nk)."""
     found, original = [], reference._skipped_groups
 
     def record(local, running, limit):
         below = (local - running).unflatten(2, (-1, reference.ROW_GROUP)).amax(3)
-        found.append((below + limit).abs() < _UNDECIDED)
+        found.append((below + limit).abs() < margin)
         return original(local, running, limit)
 
     with mock.patch.object(reference, "_skipped_groups", record):

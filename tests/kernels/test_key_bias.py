@@ -46,7 +46,7 @@ def test_every_block(bias, pv_dtype, small_blocks):
     out = sparge_attention(q, k, v, params=ALL, key_bias=bias, pv_dtype=pv_dtype, impl="triton")
     assert relative_l1(out, dense_attention(q, k, v, key_bias=bias)) < LIMITS[pv_dtype]
     exact, _, _ = reference.sparge_attention(q.double(), k.double(), v.double(), params=ALL, key_bias=bias)
-    assert relative_l1(exact, dense_attention(q, k, v, key_bias=bias)) < 1e-12
+    assert relative_l1(exact, dense_attention(q, k, v, key_bias=bias)) < 1e-6  # biases are float32
 
 
 @pytest.mark.parametrize("call", [

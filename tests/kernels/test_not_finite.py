@@ -78,4 +78,5 @@ def test_large_and_finite_stays_finite(small_blocks):
     for which in (0, 1):  # squares of the row are beyond float32
         tensors = drifting_qkv(1, 1, 200, 16, dtype=torch.float32, device=DEVICE)
         tensors[which][0, 0, 150] = 1e20
-        assert bool(sparge_attention(*tensors, impl="triton", pv_dtype="fp16").isfinite().all())
+        out = sparge_attention(*tensors, scale=1e-20, impl="triton", pv_dtype="fp16")
+        assert bool(out.isfinite().all())
