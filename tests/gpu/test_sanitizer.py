@@ -17,8 +17,8 @@ TOOL = shutil.which("compute-sanitizer", path=f"{os.environ.get('PATH', '')}{os.
 def run(*command, arguments=()):
     # Every tensor an allocation of its own, so that reading past its end, or before it was written, is seen.
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    result = subprocess.run([*command, sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True, timeout=600,
-                            check=False, env=environment)
+    result = subprocess.run([*command, sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True,
+                            timeout=600, check=False, env=environment)
     assert result.returncode == 0, (result.stdout + result.stderr)[-6000:]
     assert "every call finished" in result.stdout
     return result.stdout
