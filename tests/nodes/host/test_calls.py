@@ -1,10 +1,10 @@
 """ComfyUI's attention calling convention, called as its models call it, from inside a sampling run."""
+import random
 from concurrent.futures import ThreadPoolExecutor
 
 import checkpoints
 import pytest
 import torch
-from hypothesis import given, settings, strategies
 from sampling import apply, condition, probed, relative_l1, sample
 
 TOKENS = 640
@@ -214,11 +214,11 @@ def test_any_shape(in_sampling):
     """Whatever the shapes and flags: the answer is that of dense attention, in its shape and dtype."""
 
     def body(attention, options, probe):
-        @settings(max_examples=40, deadline=None, database=None)
-        @given(batch=strategies.integers(1, 2), kv_heads=strategies.integers(1, 3), groups=strategies.integers(1, 3),
-               tokens=strategies.integers(512, 700), head_dim=strategies.sampled_from((8, 40, 64, 72, 96, 128, 160)),
-               split=strategies.booleans(), skip_output_reshape=strategies.booleans())
-        def property_(batch, kv_heads, groups, tokens, head_dim, split, skip_output_reshape):
+        rng = random.Random(0)
+        for _ in range(40):
+            batch, kv_heads, groups = rng.randint(1, 2), rng.randint(1, 3), rng.randint(1, 3)
+            tokens, head_dim = rng.randint(512, 700), rng.choice((8, 40, 64, 72, 96, 128, 160))
+            split, skip_output_reshape = rng.random() < 0.5, rng.random() < 0.5
             heads = kv_heads * groups
             qkv = tensors(batch, heads, kv_heads, tokens, head_dim, split=split)
             flags = {"skip_reshape": split, "skip_output_reshape": skip_output_reshape, "enable_gqa": groups > 1}
@@ -227,7 +227,6 @@ def test_any_shape(in_sampling):
             assert actual.shape == expected.shape and actual.dtype == expected.dtype
             assert relative_l1(actual, expected) <= BOUND
 
-        property_()
         return len(probe.calls)
 
     assert in_sampling(body) == 0
