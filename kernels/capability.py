@@ -23,10 +23,6 @@ _AMD_FAMILIES = ("gfx94", "gfx95", "gfx11", "gfx12")
 _log = logging.getLogger(__name__)
 
 
-class FastPathError(RuntimeError):
-    """The fast kernels can't be imported, compiled or launched; the text is cause and remedy."""
-
-
 @dataclass(frozen=True)
 class Facts:
     """What a decision needs to know of a call.

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import reference
 from .capability import select_implementation
-from .failures import FastPathError, failed, remember
+from .failures import FastPathError, raise_failed, remember
 from .types import BlockMap, BlockShape, SpargeParams, TokenRanges
 
 _NAMESPACE = "comfyui_spargeattn"
@@ -74,7 +74,7 @@ def _pipeline():
     try:
         from ._triton import pipeline
     except Exception as error:
-        raise failed("importing Triton", error) from error
+        raise_failed("importing Triton", error)
     return pipeline
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -21,16 +22,16 @@ class FastPathError(RuntimeError):
     """The fast kernels can't be imported, compiled or launched; the text is the cause and what to do."""
 
 
-def failed(what: str, error: Exception) -> Exception:
-    """What to raise where `what` ended in `error` before it ever ran: a FastPathError, but memory that ran out and
-    errors of the device itself as such."""
+def raise_failed(what: str, error: Exception) -> NoReturn:
+    """Raise FastPathError where `what` ended in `error` before it ever ran; memory that ran out and errors of the device
+    itself are raised as such. To be called where `error` is handled."""
     text = f"{type(error).__name__}: {error}"
     if isinstance(error, (torch.OutOfMemoryError, FastPathError)) or is_of_the_device(error):
-        return error
+        raise error
     if "out of memory" in text.lower():  # the driver's, as Triton reports it
-        return torch.OutOfMemoryError(text)
-    last_line = text.strip().splitlines()[-1].strip() if "\n" in text else text
-    return FastPathError(f"{what} failed ({last_line[:200]}); {_remedy(text)}")
+        raise torch.OutOfMemoryError(text) from error
+    last_line = text.strip().splitlines()[-1].strip()
+    raise FastPathError(f"{what} failed ({last_line[:200]}); {_remedy(text)}") from error
 
 
 def is_of_the_device(error: Exception) -> bool:

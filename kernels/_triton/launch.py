@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..failures import failed
+from ..failures import raise_failed
 from ..triton_package import triton_version
 
 try:
@@ -91,7 +91,7 @@ def launch(kernel, grid: tuple[int, ...], device: torch.device, arguments: tuple
         try:
             compiled = kernel[grid](*arguments, **constants, **options)
         except Exception as error:  # compilers and drivers fail in many ways
-            raise failed(f"kernel {_name_of(kernel)}", error) from error
+            raise_failed(f"kernel {_name_of(kernel)}", error)
         # Nothing is kept from the interpreter, and from versions whose compiled kernels take other arguments.
         if hasattr(compiled, "function") and _RELAUNCHES:
             _compiled[key] = compiled

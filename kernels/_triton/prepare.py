@@ -111,6 +111,7 @@ def _quantise_queries(x, order, flags, quantised, scales, means, similarity, fac
     places = slot * BLOCK + tl.arange(0, BLOCK)
     tl.store(quantised + places[:, None] * pitch * STORE + cols, to_int8(q * inverse[:, None]),
              mask=(cols < PITCH)[None, :])
+    # A scale of NaN makes a row NaN, as dense attention would: here all rows of the block, which costs nothing to tell.
     unit = tl.where(finite, tl.maximum(tl.abs(factor), 1e-18) / 127.0, float("nan"))
     tl.store(scales + places, largest * unit)
 
