@@ -23,8 +23,8 @@ class FastPathError(RuntimeError):
 
 
 def raise_failed(what: str, error: Exception) -> NoReturn:
-    """Raise FastPathError where `what` ended in `error` before it ever ran; memory that ran out and errors of the device
-    itself are raised as such. To be called where `error` is handled."""
+    """Raise FastPathError where `what` ended in `error` before it ever ran; memory that ran out and errors of the
+    device itself are raised as such. To be called where `error` is handled."""
     text = f"{type(error).__name__}: {error}"
     if isinstance(error, (torch.OutOfMemoryError, FastPathError)) or is_of_the_device(error):
         raise error
