@@ -142,6 +142,24 @@ def test_declined_calls_go_on_as_they_came():
     assert len(handed_on) == 1
 
 
+def test_every_declined_call_goes_on():
+    """Also the second, and one after the earlier override has failed."""
+    seen = []
+
+    def previous(func, *args, **kwargs):
+        seen.append(args)
+        if len(seen) == 2:
+            raise ValueError("an error of its own")
+        return func(*args, **kwargs)
+
+    options = {SLOT: SpargeOverride(SETTINGS, previous)}
+    attend(options, tokens=16)
+    with pytest.raises(ValueError, match="of its own"):
+        attend(options, tokens=16)
+    attend(options, tokens=16)
+    assert len(seen) == 3
+
+
 def test_unknown_call_goes_on():
     assert len(attend({SLOT: SpargeOverride(SETTINGS)}, is_causal=True)) == 1
 

@@ -192,6 +192,12 @@ def test_window_of_a_schedule_that_rises_is_read_each_time():
     assert follow(SigmaWindow(0.3, 1.0), sigmas) == ([sigma <= 0.7 + 1e-6 for sigma in sigmas], 10)
 
 
+def test_window_of_a_schedule_that_falls_and_rises():
+    """A sampler that restarts from more noise leaves the window again."""
+    sigmas = [1.0, 0.6, 0.4, 0.9, 0.5, 0.1]
+    assert follow(SigmaWindow(0.3, 1.0), sigmas)[0] == [False, True, True, False, True, True]
+
+
 def test_window_outside_a_run():
     assert SigmaWindow(0.0, 1.0).inside
     for bounded in (SigmaWindow(0.1, 1.0), SigmaWindow(0.0, 0.9)):
