@@ -7,6 +7,8 @@ import sys
 import folder_paths
 from comfy_execution.utils import get_executing_context
 
+from .run_state import log
+
 # Windows opens paths of up to 260 characters, of which Triton's own names take about 150.
 _LONGEST_ON_WINDOWS = 100
 
@@ -22,7 +24,10 @@ def show_on_node(text: str) -> None:
     module = sys.modules.get("server")  # absent where ComfyUI's nodes run without its server
     context, server = get_executing_context(), module and getattr(module.PromptServer, "instance", None)
     if context is not None and server is not None and server.client_id is not None:
-        server.send_progress_text(text, context.node_id, server.client_id)
+        try:
+            server.send_progress_text(text, context.node_id, server.client_id)
+        except Exception:  # a connection may break in any way, and a line on a node is not worth a run
+            log.debug("SpargeAttn: a line could not be shown", exc_info=True)
 
 
 def keep_compiled_kernels() -> None:
