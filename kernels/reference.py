@@ -46,17 +46,21 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = No
     k, v = (_expand_groups(x.double(), q.shape[1]) for x in (k, v))
     out = torch.empty(*q.shape[:-1], v.shape[-1], dtype=torch.float64, device=q.device)
     keys = torch.arange(k.shape[2], device=q.device)
+    hidden = torch.zeros(len(q), 1, 1, k.shape[2], dtype=torch.bool, device=q.device)
+    if key_padding_mask is not None:
+        hidden = hidden | key_padding_mask[:, None, None]
+    if key_bias is not None:
+        hidden = hidden | (key_bias == -math.inf)[:, None, None]
     for start in range(0, q.shape[2], 1024):
         scores = q[:, :, start:start + 1024].double() @ k.mT * scale
         if key_bias is not None:
             scores = scores + key_bias[:, None, None].double()
+        unseen = hidden
         if causal:
             rows = torch.arange(start, start + scores.shape[2], device=q.device)
-            scores = scores.masked_fill(keys > rows[:, None], -math.inf)
-        if key_padding_mask is not None:
-            scores = scores.masked_fill(key_padding_mask[:, None, None], -math.inf)
-        nothing = (scores == -math.inf).all(-1, keepdim=True)
-        out[:, :, start:start + 1024] = scores.softmax(-1).masked_fill(nothing, 0.0) @ v
+            unseen = hidden | (keys > rows[:, None])
+        weights = scores.masked_fill(unseen, -math.inf).softmax(-1)
+        out[:, :, start:start + 1024] = weights.masked_fill(unseen.all(-1, keepdim=True), 0.0) @ v
     return out
 
 
