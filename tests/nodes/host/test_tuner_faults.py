@@ -258,7 +258,7 @@ def prompt(**widgets):
     ({"l1": 0.9}, {("tune", "l1")}), ({"min_tokens": -1}, {("tune", "min_tokens")}),
     ({"filename": "CON"}, {("save", "filename")}), ({"filename": ""}, {("save", "filename")}),
     ({"filename": "日" * 100}, {("save", "filename")}), ({"filename": "../x"}, {("save", "filename")}),
-    ({"filename": "x", "if_exists": "ask"}, {("save", "if_exists")})), ids=lambda value: ascii(value)[:40])
+    ({"filename": "x", "if_exists": "ask"}, {("save", "if_exists")})))
 def test_mistakes_are_shown_where_they_are_before_anything_runs(comfy_nodes, widgets, wrong):
     import execution
 
