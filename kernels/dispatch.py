@@ -24,10 +24,9 @@ def run(q: Tensor, k: Tensor, v: Tensor, *, params: SpargeParams, sink_keys: Tok
         dense_queries: TokenRanges | None, **call) -> tuple[Tensor, Tensor, Tensor]:
     """(output, kept, pv_skipped) of a checked `sparge_attention` call; the last two are empty without return_stats."""
     q, k, v = (x.detach() if x.requires_grad else x for x in (q, k, v))
-    call |= dict(thresholds=_plain(params), per_head=pack_thresholds(params, q.device), selection=params.selection,
-                 sink_keys=_flat(sink_keys), dense_queries=_flat(dense_queries))
     attention = torch.ops.comfyui_spargeattn.attention if torch.compiler.is_compiling() else _attention
-    return attention(q, k, v, **call)
+    return attention(q, k, v, thresholds=_plain(params), per_head=pack_thresholds(params, q.device),
+                     selection=params.selection, sink_keys=_flat(sink_keys), dense_queries=_flat(dense_queries), **call)
 
 
 def run_map(q: Tensor, k: Tensor, *, params: SpargeParams, layout: str, pv_dtype: str, impl: str,

@@ -94,7 +94,8 @@ class SpargeParams:
     def heads(self) -> int | None:
         """Number of heads the thresholds are given for, None where all are plain numbers."""
         values = self.amount, self.similarity_threshold, self.pv_threshold
-        return next((len(value) for value in values if isinstance(value, Tensor)), None)
+        lengths = [len(value) for value in values if isinstance(value, Tensor)]
+        return lengths[0] if lengths else None
 
     def to(self, device: torch.device | str) -> SpargeParams:
         """The same parameters with their tensors on `device`."""

@@ -116,7 +116,7 @@ def _attend_kernel(q, q_scale, k, k_scale, v, v_scale, v_centre, v_steps, k_vali
             k_step = next_step
             next_step = tl.load(k_scale + tl.load(indices + entry + 1, mask=entry + 1 < n_kept, other=0))
             k_tile = _load_tile(k, (kv_row * nk + j) * BLOCK_K, 0, PITCH, BLOCK_K, DP, TMA)
-            s_int = tl.dot(q_tile, k_tile.T)  # [BLOCK_Q, BLOCK_K]
+            s_int = tl.dot(q_tile, tl.trans(k_tile))  # [BLOCK_Q, BLOCK_K]
             s = s_int.to(tl.float32)
             alpha = q_step * k_step
             if MASKED:
@@ -155,7 +155,7 @@ def _attend_kernel(q, q_scale, k, k_scale, v, v_scale, v_centre, v_steps, k_vali
                     p = tl.reshape(p, [BLOCK_Q, BLOCK_K // 16, 2, 4, 2])
                     p = tl.reshape(tl.permute(p, [0, 1, 3, 2, 4]), [BLOCK_Q, BLOCK_K])
                     # Not accumulated inside the product: FP8 tensor cores keep 14 bits of a sum, and truncate.
-                    product = tl.dot(p.to(tl.float8e4nv), v_tile.T, max_num_imprecise_acc=BLOCK_K)
+                    product = tl.dot(p.to(tl.float8e4nv), tl.trans(v_tile), max_num_imprecise_acc=BLOCK_K)
                     acc += product * v_step if MASKED else product
                 else:
                     v_tile = _load_tile(v, (kv_row * nk + j) * BLOCK_K, 0, PITCH, BLOCK_K, DP, TMA)
@@ -170,7 +170,7 @@ def _attend_kernel(q, q_scale, k, k_scale, v, v_scale, v_centre, v_steps, k_vali
             k_tile = _load_tail(pooled_k, kv_row, nk, start, PITCH, TAIL_TILE, DP, TMA)
             k_step = tl.load(pooled_scale + kv_row.to(tl.int64) * nk + j, mask=inside, other=0.0).to(tl.float32)
             weight = tl.load(tail_weight + slot * nk + j, mask=inside, other=float("-inf")).to(tl.float32)
-            s = tl.dot(q_tile, k_tile.T).to(tl.float32) * k_step[None, :] * q_step[:, None] + weight[None, :]
+            s = tl.dot(q_tile, tl.trans(k_tile)).to(tl.float32) * k_step[None, :] * q_step[:, None] + weight[None, :]
             one = tl.full([BLOCK_Q], 1.0, tl.float32)
             p, decay, total, top, local = _softmax_step(total, top, s, tl.max(s, 1), one, P_SHIFT)
             v_tile = _load_tail(pooled_v, kv_row, nk, start, PITCH, TAIL_TILE, DP, TMA)

@@ -12,7 +12,7 @@ HEAD_DIMS = (40, 64, 72, 80, 88, 96, 120, 128, 160, 256)
 LENGTHS = (1, 63, 64, 65, 127, 129, 1000)
 CDF = SpargeParams(cdf_threshold=0.7, similarity_threshold=0.3)
 TOPK = SpargeParams(topk=0.4, similarity_threshold=0.3)
-N = 1500 if ON_GPU else 300  # several blocks each way
+N = 1500 if ON_GPU else 200  # several blocks each way
 formats = pytest.mark.parametrize("pv_dtype", PV_FORMATS)
 
 

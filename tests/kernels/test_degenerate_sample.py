@@ -8,7 +8,7 @@ from comfyui_spargeattn.tests.assertions import relative_l1
 from comfyui_spargeattn.tests.cases import drifting_qkv
 from comfyui_spargeattn.tests.kernels.harness import DEVICE, PV_FORMATS
 
-N, SAMPLE, OUTLIER = 1300, 64, 1201
+N, SAMPLE, OUTLIER = 400, 64, 301
 LIMITS = {"fp16": 0.02, "fp8": 0.06}
 ALL = SpargeParams(topk=1.0)
 
@@ -60,5 +60,5 @@ def test_a_constant_channel_with_one_outlier(constant, large, pv_dtype, small_bl
 def test_every_channel_is_constant_but_for_outliers(pv_dtype, small_blocks):
     q, k, v = drifting_qkv(1, 1, N, 64, dtype=torch.float16, device=DEVICE)
     v[:] = 0.25
-    v[0, 0, OUTLIER], v[0, 0, 700] = 40.0, 2e-3
+    v[0, 0, OUTLIER], v[0, 0, 200] = 40.0, 2e-3
     assert relative_l1(attend(q, k, v, pv_dtype), dense_attention(q, k, v)) < LIMITS[pv_dtype]

@@ -57,8 +57,8 @@ def test_new_length():
 def test_fake_matches_real(layout, return_stats):
     q = drifting_qkv(2, 4, 70, 16)[0]
     q = q if layout == "BHND" else q.transpose(1, 2)
-    call = dict(per_head=None, key_padding_mask=None, order=None, thresholds=[0.9, 0.5, 8.0], scale=None, sink_keys=[],
-                dense_queries=[], causal=False, return_stats=return_stats, selection="cdf", layout=layout,
-                pv_dtype="auto", skipped="drop", impl="reference")
+    call = dict(per_head=None, key_padding_mask=None, key_bias=None, order=None, thresholds=[0.9, 0.5, 8.0],
+                scale=None, sink_keys=[], dense_queries=[], causal=False, return_stats=return_stats, selection="cdf",
+                layout=layout, pv_dtype="auto", skipped="drop", impl="reference")
     torch.library.opcheck(torch.ops.comfyui_spargeattn.attention.default, (q, q, q), call,
                           test_utils=("test_schema", "test_faketensor"))
