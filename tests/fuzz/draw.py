@@ -1,7 +1,6 @@
 """A random call from a seed: shapes, strides, values and switches."""
 from __future__ import annotations
 
-import inspect
 import math
 import random
 from dataclasses import dataclass
@@ -9,10 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from comfyui_spargeattn.kernels import BlockMap, SpargeParams, block_shape, sparge_attention
+from comfyui_spargeattn.kernels import BlockMap, SpargeParams, block_shape
 
 KINDS = 60
-_HAS_BIAS = "key_bias" in inspect.signature(sparge_attention).parameters
 _DIMS = (1, 3, 8, 16, 17, 24, 33, 40, 48, 64, 64, 64, 72, 80, 88, 96, 100, 120, 128, 128, 128, 129, 160, 192, 255, 256)
 
 
@@ -110,7 +108,7 @@ def draw(seed: int, limits: Limits) -> Call:
         arguments["pv_dtype"] = kind.pv_dtype
     if kind.padding:
         arguments["key_padding_mask"] = _spread(rng, padding)
-    if kind.bias and _HAS_BIAS:
+    if kind.bias:
         arguments["key_bias"] = _spread(rng, _bias(rng, generator, batch, n_k, limits.device))
     if kind.order:
         arguments["order"] = _spread(rng, _order(rng, generator, kv_heads, n_k, limits.device).to(kind.order))

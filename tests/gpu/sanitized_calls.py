@@ -1,5 +1,4 @@
 """Small calls of every kind, to run under compute-sanitizer: `compute-sanitizer python sanitized_calls.py`."""
-import inspect
 import math
 import sys
 
@@ -25,11 +24,10 @@ VARIANTS = [
     (200, 200, 33, F32, 2, 2, dict(params=CDF, layout="BNHD", key_padding_mask=True)),
     (129, 300, 128, F16, 2, 2, dict(block_map=True, key_padding_mask=True)),
     (200, 200, 64, BF16, 2, 1, dict(block_map=True, causal=True, skipped="pooled", pv_threshold=2.0)),
+    (129, 300, 64, F16, 2, 1, dict(params=CDF, key_bias=True)),
+    (200, 200, 128, BF16, 2, 2, dict(params=TOPK, key_bias=True, key_padding_mask=True, skipped="pooled")),
+    (200, 200, 64, F16, 2, 2, dict(block_map=True, key_bias=True)),
 ]
-if "key_bias" in inspect.signature(sparge_attention).parameters:
-    VARIANTS += [(129, 300, 64, F16, 2, 1, dict(params=CDF, key_bias=True)),
-                 (200, 200, 128, BF16, 2, 2, dict(params=TOPK, key_bias=True, key_padding_mask=True, skipped="pooled")),
-                 (200, 200, 64, F16, 2, 2, dict(block_map=True, key_bias=True))]
 
 
 def call_variant(n_q, n_k, dim, dtype, heads, kv_heads, call, pv_dtype):

@@ -110,14 +110,12 @@ def map_bounds(queries: Compressed, keys: Compressed, rules: Visibility, params:
 
     factor = scale * LOG2E
     q, k = queries.mean.double(), keys.mean.double()
-    scores = q @ k.mT * factor
-    if hasattr(keys, "mean_bias"):
-        scores = scores + keys.mean_bias.double()[:, :, None]
+    bias = keys.mean_bias.double()[:, :, None]
+    scores = q @ k.mT * factor + bias
     magnitude = (q.abs() @ k.abs().mT).amax(-1, keepdim=True) * (1e-3 if ON_GPU else 2e-6)  # TF32 there
     magnitude = magnitude + (q.abs() * offset).sum(-1, keepdim=True) * 1e-6
     rounding = magnitude * abs(factor) + 2e-7  # the last: float32's in exponentials near one
-    if hasattr(keys, "mean_bias"):
-        rounding = rounding + keys.mean_bias.double().abs().amax(-1)[..., None, None] * 1e-6
+    rounding = rounding + bias.abs().amax(-1, keepdim=True) * 1e-6
     scores = scores.masked_fill(~judged, -torch.inf)
     if params.selection == "cdf":
         mass = (scores - scores.amax(-1, keepdim=True).clamp(min=-1e300)).exp2()

@@ -1,4 +1,7 @@
 """Sampling runs of a test family through ComfyUI's own sampler, and what is asked of them."""
+from contextlib import contextmanager
+
+import pytest
 import torch
 from checkpoints import MIN_TOKENS
 
@@ -86,3 +89,22 @@ def apply(comfy_nodes, model, **widgets):
     values = {**widget_defaults(node), "selection": CONSERVATIVE, "start_percent": 0.0, "end_percent": 1.0,
               "min_tokens": MIN_TOKENS, "dense_blocks": "", **widgets}
     return node.execute(model=model, **values).result[0]
+
+
+@contextmanager
+def interrupted_at(share):
+    """A user interrupts what runs inside once its progress bar is beyond `share`; it has to end by that."""
+    import comfy.model_management
+    import comfy.utils
+
+    def stop(value, total, preview, node_id=None):
+        if value > share * total:
+            comfy.model_management.interrupt_current_processing()
+
+    comfy.utils.set_progress_bar_global_hook(stop)
+    try:
+        with pytest.raises(comfy.model_management.InterruptProcessingException):
+            yield
+    finally:
+        comfy.utils.set_progress_bar_global_hook(None)
+        comfy.model_management.interrupt_current_processing(False)

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import checkpoints
 import pytest
 import torch
-from sampling import MIN_TOKENS, condition, sample, widget_defaults
+from sampling import MIN_TOKENS, condition, interrupted_at, sample, widget_defaults
 
 FAMILY = checkpoints.FAMILIES["wan"]
 BOUNDS = {"l1": 0.3, "l2": 0.35}
@@ -109,20 +109,8 @@ def test_a_failure_keeps_what_was_found(pack, model, monkeypatch, stage, at, lay
 
 
 def test_a_stopped_evaluation_keeps_the_whole_search(pack, model):
-    import comfy.model_management
-    import comfy.utils
-
-    def stop(value, total, preview, node_id=None):
-        if value > 0.7 * total:
-            comfy.model_management.interrupt_current_processing()
-
-    comfy.utils.set_progress_bar_global_hook(stop)
-    try:
-        with pytest.raises(comfy.model_management.InterruptProcessingException):
-            tune(pack, model)
-    finally:
-        comfy.utils.set_progress_bar_global_hook(None)
-        comfy.model_management.interrupt_current_processing(False)
+    with interrupted_at(0.7):
+        tune(pack, model)
     kept = pack.params_file.load(*unfinished(pack))
     assert [layer.search.calls for layer in kept.layers.values()] == [1] * FAMILY.calls
 

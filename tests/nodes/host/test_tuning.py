@@ -8,7 +8,7 @@ import checkpoints
 import comfy_host
 import pytest
 import torch
-from sampling import MIN_TOKENS, apply, condition, widget_defaults
+from sampling import MIN_TOKENS, apply, condition, interrupted_at, widget_defaults
 
 TESTS = comfy_host.REPOSITORY / "tests"
 CHECKPOINT = TESTS / "demo/wan_shapes.safetensors"
@@ -224,20 +224,8 @@ def test_going_on_needs_the_same_bounds_and_model(comfy_nodes, tuned, model, oth
 
 
 def test_a_stopped_search_keeps_what_it_found(comfy_nodes, model, positive, tuned):
-    import comfy.model_management
-    import comfy.utils
-
-    def stop(value, total, preview, node_id=None):
-        if value > 0.6 * total:
-            comfy.model_management.interrupt_current_processing()
-
-    comfy.utils.set_progress_bar_global_hook(stop)
-    try:
-        with pytest.raises(comfy.model_management.InterruptProcessingException):
-            tune(comfy_nodes, model, positive, SHAPE)
-    finally:
-        comfy.utils.set_progress_bar_global_hook(None)
-        comfy.model_management.interrupt_current_processing(False)
+    with interrupted_at(0.6):
+        tune(comfy_nodes, model, positive, SHAPE)
     kept = load(comfy_nodes, max(folder().glob("unfinished_*"), key=lambda path: path.stat().st_mtime_ns).name)
     calls = [layer.search.calls for layer in kept.layers.values()]
     assert 1 <= len(calls) < len(LAYERS) and set(calls) == {1}
