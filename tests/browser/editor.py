@@ -3,7 +3,7 @@ import json
 import shutil
 from contextlib import contextmanager
 
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import TimeoutError, sync_playwright
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 PATIENCE = 60_000  # milliseconds
@@ -88,14 +88,22 @@ class Editor:
                             ("Comfy.Graph.CanvasMenu", False), ("LiteGraph.Canvas.MinFontSizeForLOD", 0)):
             self.setting(name, value)
 
-    def search(self, words):
-        """Type into the node search, which a double click on the canvas opens; returns the text of the page then."""
+    def search(self, words, wanted):
+        """Titles that the node search lists for `words`, best first, once all of `wanted` are among them."""
+        box = self.page.get_by_role("combobox", name="Add a node...")
         canvas = self.page.locator("#graph-canvas").bounding_box()
-        self.page.mouse.dblclick(canvas["x"] + canvas["width"] / 2, canvas["y"] + canvas["height"] / 2)
-        self.page.wait_for_timeout(600)
-        self.page.keyboard.type(words)
-        self.page.wait_for_timeout(1200)
-        return self.page.locator("body").inner_text()
+        for _ in range(10):  # a busy editor may miss a double click
+            self.page.mouse.dblclick(canvas["x"] + canvas["width"] / 2, canvas["y"] + canvas["height"] / 2)
+            self.page.wait_for_timeout(1000)
+            if box.is_visible():
+                break
+        box.fill(words)
+        titles = "[...document.querySelectorAll('[role=option]')].map(option => option.innerText.split('\\n')[0])"
+        try:
+            self.page.wait_for_function(f"wanted => wanted.every(title => {titles}.includes(title))", arg=wanted)
+        except TimeoutError:
+            pass  # what is there now tells a caller more
+        return self.run(f"() => {titles}")
 
     def place(self, node):
         """Put one selected node on an empty canvas; returns its title and the (name, label) of its widgets."""
