@@ -13,12 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .formats import FP8_MAX, HIDDEN, INT8_MAX, LOG2E, ROW_GROUP
 from .types import BlockMap, BlockShape, SpargeParams, SpargeStats, TokenRanges
 
-LOG2E = math.log2(math.e)
-ROW_GROUP = 16  # rows of one tensor-core instruction: the finest group of rows that can skip together
-FP8_MAX = 448.0  # largest finite float8_e4m3fn
-HIDDEN = -1e4  # a key whose bias is at most this far below a row's largest, in log2 units, is as good as padding
 BLOCK = BlockShape(128, 64)
 
 
@@ -278,7 +275,7 @@ def _tail_scores(q: Tensor, keys: Compressed, kept: Tensor, visible: Tensor, rou
 
 def _int8(x: Tensor, dims: tuple[int, ...]) -> Tensor:
     """Symmetric INT8 rounding with one scale over `dims`."""
-    step = x.abs().amax(dims, keepdim=True).clamp(min=1e-12) / 127
+    step = x.abs().amax(dims, keepdim=True).clamp(min=1e-12) / INT8_MAX
     return (x / step + 0.5).floor() * step
 
 

@@ -1,11 +1,11 @@
 """What ComfyUI asks for when it loads the pack."""
 from comfy_api.latest import ComfyExtension, io
 
-from .apply import ApplySpargeAttn
+from .apply_node import ApplySpargeAttn
 from .host import keep_compiled_kernels
 from .params_nodes import SpargeAttnLoadParams, SpargeAttnSaveParams, register_folder
-from .report import SpargeAttnReport
-from .tune import SpargeAttnTune
+from .report_node import SpargeAttnReport
+from .tune_node import SpargeAttnTune
 
 
 class SpargeAttnExtension(ComfyExtension):

@@ -14,17 +14,17 @@ from torch import Tensor
 
 from ..kernels import FastPathError, block_map, sparge_attention
 from ..kernels.failures import is_of_the_device
-from .advice import about_little_skipped
-from .blocks import Block
-from .calling import AttentionCall, UnsupportedCall
-from .compilation import announced
-from .layers import LayerNames, handed_on
-from .policy import Dense, Settings, SparsePlan, plan_call
-from .run_state import RunState, log
-from .run_summary import RunSummary
-from .sigma_window import SigmaWindow
-from .stopwatch import Stopwatch
-from .tuned import free_device_tensors
+from .call.arguments import AttentionCall, UnsupportedCall
+from .call.layer_names import LayerNames, handed_on
+from .call.plan import Dense, Settings, SparsePlan, plan_call
+from .call.transformer_blocks import Block
+from .report.advice import about_little_skipped
+from .run.compile_notice import announced
+from .run.sigma_window import SigmaWindow
+from .run.state import RunState, log
+from .run.stopwatch import Stopwatch
+from .run.summary import RunSummary
+from .tuned.params import free_device_tensors
 
 SLOT = "optimized_attention_override"  # ComfyUI's key in transformer_options; one slot, no chain
 CALLBACK_KEY = "spargeattn"  # of this pack's callbacks and wrappers on a model

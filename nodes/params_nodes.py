@@ -8,12 +8,12 @@ from pathlib import Path
 import folder_paths
 from comfy_api.latest import io
 
-from . import params_file
-from .apply import SPARGE_PARAMS
-from .menu import CATEGORY, SEARCH_ALIASES
-from .params_file import ParamsFileError
-from .run_state import log
-from .tuned import TunedParams
+from .apply_node import SPARGE_PARAMS
+from .run.state import log
+from .schema import CATEGORY, SEARCH_ALIASES
+from .tuned import params_file
+from .tuned.params import TunedParams
+from .tuned.params_file import ParamsFileError
 
 FOLDER = "sparge_params"  # under ComfyUI's models; extra_model_paths.yaml may name more
 

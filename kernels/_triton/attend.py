@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference import FP8_MAX, ROW_GROUP
+from ..formats import FP8_MAX, ROW_GROUP
 from .blockmap import BlockLists
 from .config import AUTOTUNE_CHOICES, AttendConfig, autotune
 from .launch import HAS_DESCRIPTORS, descriptor, launch

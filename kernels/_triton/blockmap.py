@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, float16, float32, int32
 
-from ..reference import LOG2E
+from ..formats import LOG2E
 from ..types import BlockMap, BlockShape
 from .launch import Region, allocate, launch
 from .prepare import PreparedKeys, PreparedQueries, PreparedValues

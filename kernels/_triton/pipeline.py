@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ..capability import FP8_NEEDS, arch_of, supports_fp8
-from ..reference import LOG2E, ROW_GROUP, centred_bias
+from ..formats import LOG2E, ROW_GROUP
+from ..reference import centred_bias
 from ..types import BlockMap, BlockShape, TokenRanges
 from .attend import attend
 from .blockmap import BlockLists, select_blocks

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference import FP8_MAX
+from ..formats import FP8_MAX
 from ..types import BlockShape
 from .config import prepare_warps, store_bytes
 from .launch import Region, allocate, launch

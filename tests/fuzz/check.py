@@ -18,7 +18,7 @@ from comfyui_spargeattn.kernels import (
 )
 from comfyui_spargeattn.tests.assertions import assert_near
 from comfyui_spargeattn.tests.fuzz.draw import Call, Limits, draw
-from comfyui_spargeattn.tests.kernels.harness import (
+from comfyui_spargeattn.tests.kernels._triton.harness import (
     DEVICE,
     DTYPES,
     ON_GPU,
@@ -29,7 +29,7 @@ from comfyui_spargeattn.tests.kernels.harness import (
     poisoned_memory,
     recorded_maps,
 )
-from comfyui_spargeattn.tests.loops import BLOCK, all_heads
+from comfyui_spargeattn.tests.kernels.loops import BLOCK, all_heads
 
 ON_THE_GPU = Limits(DEVICE, "triton", DTYPES, PV_FORMATS, tokens=2000, rarely=10_000, heads=3)
 INTERPRETED = Limits(DEVICE, "triton", DTYPES, PV_FORMATS, tokens=100, rarely=150, heads=2,

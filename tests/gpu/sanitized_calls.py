@@ -6,7 +6,7 @@ import torch
 
 from comfyui_spargeattn.kernels import SpargeParams, block_map, block_shape, block_sparse_attention, sparge_attention
 from comfyui_spargeattn.tests.cases import drifting_qkv
-from comfyui_spargeattn.tests.kernels.harness import PV_FORMATS
+from comfyui_spargeattn.tests.kernels._triton.harness import PV_FORMATS
 
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 TOPK, CDF = SpargeParams(topk=0.5), SpargeParams(cdf_threshold=0.7, similarity_threshold=0.3)

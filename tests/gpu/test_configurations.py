@@ -1,4 +1,4 @@
-"""Every launch configuration of this GPU with every switch, in bf16; tests/kernels has the other dtypes and dims."""
+"""Every launch configuration of this GPU with every switch, in bf16; tests/kernels/_triton has other dtypes, dims."""
 import math
 
 import pytest
@@ -7,7 +7,7 @@ import torch
 from comfyui_spargeattn.kernels import SpargeParams, dense_attention, sparge_attention
 from comfyui_spargeattn.tests.cases import drifting_qkv, video_qkv
 from comfyui_spargeattn.tests.gpu.device import needs_gpu, relative_l1
-from comfyui_spargeattn.tests.kernels.harness import PV_FORMATS, check_call
+from comfyui_spargeattn.tests.kernels._triton.harness import PV_FORMATS, check_call
 
 pytestmark = needs_gpu
 N = 1500

@@ -5,7 +5,7 @@ import torch
 from comfyui_spargeattn.kernels import BlockMap, SpargeParams, sparge_attention
 from comfyui_spargeattn.tests.cases import drifting_qkv, video_qkv
 from comfyui_spargeattn.tests.gpu.device import needs_gpu, relative_l1
-from comfyui_spargeattn.tests.kernels.harness import PV_FORMATS, check_call, recorded_maps
+from comfyui_spargeattn.tests.kernels._triton.harness import PV_FORMATS, check_call, recorded_maps
 
 pytestmark = needs_gpu
 # Relative L1 of INT8 Q·Kᵀ and of the format of P·V alone, against float64 with the same block map.

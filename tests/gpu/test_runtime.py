@@ -5,7 +5,7 @@ import torch
 from comfyui_spargeattn.kernels import SpargeParams, block_shape, block_sparse_attention, sparge_attention
 from comfyui_spargeattn.tests.cases import drifting_qkv
 from comfyui_spargeattn.tests.gpu.device import needs_gpu
-from comfyui_spargeattn.tests.kernels.harness import PV_FORMATS, recorded_maps
+from comfyui_spargeattn.tests.kernels._triton.harness import PV_FORMATS, recorded_maps
 
 pytestmark = needs_gpu
 BF16 = torch.bfloat16

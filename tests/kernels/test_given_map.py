@@ -1,104 +1,71 @@
-"""Attention over a map that the caller gives, against the reference over the same map."""
-import math
-
+"""`block_sparse_attention` in the reference: what it refuses, and that it compiles."""
 import pytest
 import torch
 
-from comfyui_spargeattn.kernels import BlockMap, SpargeParams, block_shape, block_sparse_attention
+from comfyui_spargeattn.kernels import (
+    BlockMap,
+    BlockShape,
+    SpargeParams,
+    block_shape,
+    block_sparse_attention,
+    dense_attention,
+    sparge_attention,
+)
 from comfyui_spargeattn.tests.cases import random_qkv
-from comfyui_spargeattn.tests.kernels.harness import DEVICE, PV_FORMATS, check_output, recorded_maps
 
-pytestmark = pytest.mark.usefixtures("small_blocks")
-
-
-def padding(batch, n_k):
-    """The first half of the keys and the very last are padding, in the last batch alone."""
-    mask = torch.zeros(batch, n_k, dtype=torch.bool, device=DEVICE)
-    mask[-1, :n_k // 2] = mask[-1, -1] = True
-    return mask
-
-
-# name: (inputs, shape of the map's leading dimensions, the call)
-CASES = {
-    "plain": (dict(batch=2, heads=2, n_q=256, dim=32), (2, 2), {}),
-    "ragged, one map for all": (dict(batch=2, heads=4, n_q=201, n_k=333, kv_heads=2, dim=40), (1, 1), {}),
-    "causal": (dict(batch=1, heads=2, n_q=300, dim=32), (1, 2), dict(causal=True)),
-    "causal, fewer keys": (dict(batch=1, heads=2, n_q=300, n_k=150, dim=32), (1, 2), dict(causal=True)),
-    "padding": (dict(batch=2, heads=2, n_q=130, n_k=290, kv_heads=1, dim=32), (2, 1), dict(key_padding_mask=True)),
-    "pooled": (dict(batch=2, heads=2, n_q=256, dim=32), (2, 2), dict(skipped="pooled", key_padding_mask=True)),
-    "pooled, causal": (dict(batch=1, heads=2, n_q=230, dim=32), (1, 2), dict(skipped="pooled", causal=True)),
-    "order": (dict(batch=1, heads=2, n_q=260, dim=32), (1, 2), dict(order=True)),
-    "order, not contiguous": (dict(batch=1, heads=2, n_q=260, dim=32), (1, 2), dict(order="strided")),
-    "BNHD": (dict(batch=1, heads=2, n_q=140, n_k=200, dim=32), (1, 2), dict(layout="BNHD")),
-    "lambda": (dict(batch=1, heads=2, n_q=260, dim=32), (1, 2), dict(pv_threshold=0.2, scale=0.5)),
-    "map with columns apart": (dict(batch=1, heads=2, n_q=200, dim=32), (1, 2), dict(strides="columns apart")),
-    "map transposed": (dict(batch=1, heads=2, n_q=200, dim=32), (1, 2), dict(strides="transposed")),
+Q, K, V = random_qkv(2, 4, 300, 16, n_k=200, kv_heads=2)
+MASK = torch.ones(2, 4, 3, 4, dtype=torch.bool)
+REFUSED = {
+    "a list": ([[True]], TypeError, ["BlockMap", "tensor", "list"]),
+    "float": (MASK.float(), TypeError, ["bool", "float32"]),
+    "3-D": (MASK[0], ValueError, ["(2 or 1, 4 or 1, nq, nk)", "(4, 3, 4)"]),
+    "another batch": (MASK[[0, 0, 0]], ValueError, ["2 or 1", "(3, 4, 3, 4)"]),
+    "key heads": (MASK[:, :2], ValueError, ["4 or 1", "(2, 2, 3, 4)"]),
+    "another device": (MASK.to("meta"), ValueError, ["cpu", "meta"]),
+    "too few blocks": (MASK[..., :3], ValueError, ["(3, 4)", "(2, 4, 3, 3)"]),
+    "another block": (BlockMap.from_mask(MASK, BlockShape(64, 64)), ValueError, ["q=128", "q=64"]),
 }
 
 
-@pytest.mark.parametrize("pv_dtype", PV_FORMATS)
-@pytest.mark.parametrize("name", CASES)
-def test_agrees_with_the_reference(name, pv_dtype):
-    shape, leading, call = CASES[name]
-    call = dict(call)
-    q, k, v = random_qkv(**shape, dtype=torch.float16, device=DEVICE)
-    if "key_padding_mask" in call:
-        call["key_padding_mask"] = padding(q.shape[0], k.shape[2])
-    if "order" in call:
-        order = torch.randperm(k.shape[2], generator=torch.Generator().manual_seed(1)).to(DEVICE)
-        call["order"] = order.repeat_interleave(2)[::2] if call["order"] == "strided" else order
-    block = block_shape(q, pv_dtype=pv_dtype, impl="triton")
-    nq, nk = block.counts(q.shape[2], k.shape[2])
-    mask = torch.rand(*leading, nq, nk, generator=torch.Generator().manual_seed(2)).to(DEVICE) < 0.5
-    mask[..., nq // 2, :] = False  # a row without any block
-    mask[..., -1, -1] = True
-    strides = call.pop("strides", None)
-    if strides == "columns apart":
-        mask = torch.stack([mask, ~mask], -1)[..., 0]
-    elif strides == "transposed":
-        mask = mask.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)
-
-    layout = call.pop("layout", "BHND")
-    inputs = (q, k, v) if layout == "BHND" else [x.transpose(1, 2) for x in (q, k, v)]
-    with recorded_maps() as maps:
-        out, stats = block_sparse_attention(*inputs, mask, layout=layout, pv_dtype=pv_dtype, impl="triton",
-                                            return_stats=True, **call)
-    out = out if layout == "BHND" else out.transpose(1, 2)
-    call.setdefault("params", SpargeParams(topk=1.0, pv_threshold=call.pop("pv_threshold", math.inf)))
-    check_output(q, k, v, out, stats, maps[0], block_mask=mask, pv_dtype=pv_dtype,
-                 tight=call["params"].pv_threshold < math.inf, **call)
-    assert maps[0].block == block and (stats.pv_skipped.max() > 0.02) == (call["params"].pv_threshold < math.inf)
-    if "skipped" not in call and "order" not in call:
-        rows = slice(nq // 2 * block.q, (nq // 2 + 1) * block.q)
-        assert not out[:, :, rows].any() and out.any()
+@pytest.mark.parametrize("given, error, says", REFUSED.values(), ids=REFUSED.keys())
+def test_refuses(given, error, says):
+    with pytest.raises(error) as caught:
+        block_sparse_attention(Q, K, V, given)
+    for part in ["block_map", *says]:
+        assert part in str(caught.value)
 
 
-@pytest.mark.parametrize("pv_dtype", PV_FORMATS)
-def test_values_beyond_the_sample(pv_dtype, monkeypatch):
-    """A block whose values have a step of their own is multiplied by it, in the heads that have it."""
-    from comfyui_spargeattn.kernels._triton import prepare
-    monkeypatch.setattr(prepare, "SAMPLE", 64)
-    q, k, v = random_qkv(1, 4, 130, 32, n_k=300, kv_heads=2, device=DEVICE)
-    v[:, 0, 165, ::2] *= 1e6  # its neighbours are sampled, it is not
-    block = block_shape(q, pv_dtype=pv_dtype, impl="triton")
-    mask = torch.ones(1, 1, *block.counts(130, 300), dtype=torch.bool, device=DEVICE)
-    with recorded_maps() as maps:
-        out = block_sparse_attention(q, k, v, mask, pv_dtype=pv_dtype, impl="triton")
-    check_output(q, k, v, out, None, maps[0], block_mask=mask, params=SpargeParams(topk=1.0), pv_dtype=pv_dtype)
-    assert out[:, :2].abs().max() > 1e3 > out[:, 2:].abs().max()
+def test_all_blocks_are_dense_attention():
+    out = block_sparse_attention(Q, K, V, MASK[:1, :1])
+    torch.testing.assert_close(out, dense_attention(Q, K, V).float(), rtol=1e-4, atol=1e-5)
 
 
-def test_takes_a_block_map():
-    q, k, v = random_qkv(1, 2, 200, 32, dtype=torch.float16, device=DEVICE)
-    block = block_shape(q, pv_dtype="fp16", impl="triton")
-    mask = torch.rand(1, 2, *block.counts(200, 200), generator=torch.Generator().manual_seed(0)).to(DEVICE) < 0.5
-    call = dict(pv_dtype="fp16", impl="triton")
-    given = block_sparse_attention(q, k, v, BlockMap.from_mask(mask, block), **call)
-    assert torch.equal(given, block_sparse_attention(q, k, v, mask, **call))
+@pytest.mark.parametrize("pv_threshold", (0.2, 1.0))
+def test_skips_products_below_the_threshold(pv_threshold):
+    call = dict(scale=0.5, return_stats=True)
+    whole, never = block_sparse_attention(Q, K, V, MASK, **call)
+    out, stats = block_sparse_attention(Q, K, V, MASK, pv_threshold=pv_threshold, **call)
+    params = SpargeParams(topk=1.0, pv_threshold=pv_threshold)
+    expected, expected_stats = sparge_attention(Q, K, V, params=params, **call)
+    assert not never.pv_skipped.any() and stats.pv_skipped.max() > 0.01 and not torch.equal(out, whole)
+    assert torch.equal(out, expected) and torch.equal(stats.pv_skipped, expected_stats.pv_skipped)
 
 
-def test_an_empty_map_gives_zeros():
-    q, k, v = random_qkv(1, 2, 200, 32, dtype=torch.float16, device=DEVICE)
-    blocks = block_shape(q, pv_dtype="fp16", impl="triton").counts(200, 200)
-    mask = torch.zeros(1, 1, *blocks, dtype=torch.bool, device=DEVICE)
-    assert not block_sparse_attention(q, k, v, mask, pv_dtype="fp16", impl="triton").any()
+def test_padding_and_the_diagonal_are_masked_inside_blocks():
+    padding = torch.rand(2, 200, generator=torch.Generator().manual_seed(0)) < 0.3
+    for causal in (False, True):
+        out, stats = block_sparse_attention(Q, K, V, MASK, key_padding_mask=padding, causal=causal, return_stats=True)
+        expected = dense_attention(Q, K, V, key_padding_mask=padding, causal=causal)
+        torch.testing.assert_close(out, expected.float(), rtol=1e-4, atol=1e-5)
+        assert bool((stats.kept == 1).all()), "blocks beyond the diagonal count as visible"
+
+
+def test_compiles():
+    given = BlockMap.from_mask(MASK.tril(), block_shape(Q))
+
+    def run(q, k, v, mask):
+        return block_sparse_attention(q, k, v, given) + block_sparse_attention(q, k, v, mask)
+
+    torch.compiler.reset()
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")(Q, K, V, MASK)
+    assert torch.equal(compiled, run(Q, K, V, MASK))

@@ -39,7 +39,7 @@ class Pack:
     """Modules of the pack as ComfyUI loaded it, under whatever name."""
 
     def __init__(self, node):
-        self.root = node.__module__.removesuffix(".nodes.apply")
+        self.root = node.__module__.removesuffix(".nodes.apply_node")
 
     def __call__(self, name):
         return importlib.import_module(f"{self.root}.{name}")
@@ -100,7 +100,7 @@ def dense_peak(run):
 
 def recorded_calls(pack, model, grid, steps, words, seed):
     """q, k, v and layout of the self-attention calls of the middle step, by layer."""
-    calling, layers, models = pack("nodes.calling"), pack("nodes.layers"), pack("nodes.models")
+    calling, layers, models = map(pack, ("nodes.call.arguments", "nodes.call.layer_names", "nodes.call.model_rules"))
     from comfy.patcher_extension import WrappersMP
 
     recorder, names, found, step = model.clone(), layers.LayerNames(), {}, [-1]
@@ -108,7 +108,7 @@ def recorded_calls(pack, model, grid, steps, words, seed):
 
     def override(func, *args, **kwargs):
         call = calling.AttentionCall.parse(args, kwargs)
-        name = names.name(call, pack("nodes.blocks").Block.of(call.transformer_options))
+        name = names.name(call, pack("nodes.call.transformer_blocks").Block.of(call.transformer_options))
         if name is not None and step[0] == from_here:
             where = models.token_layout(call.queries, call.transformer_options)
             found[name] = (call.q.clone(), call.k.clone(), call.v.clone(), call.layout, where)
@@ -169,7 +169,7 @@ def launches(pack):
 
     import torch.nn.functional as F
 
-    kernels, tuned_module = pack("kernels"), pack("nodes.tuned")
+    kernels, tuned_module = pack("kernels"), pack("nodes.tuned.params")
 
     def dense(name, q, k, v, layout, tokens):
         q, k, v = (x if layout == "BHND" else x.transpose(1, 2) for x in (q, k, v))

@@ -42,3 +42,9 @@ def start(base, **options):
 
     asyncio.run(nodes.init_external_custom_nodes())
     return nodes
+
+
+def pack_module(comfy_nodes, name):
+    """A module of the pack that ComfyUI loaded, such as "nodes.override"."""
+    root = comfy_nodes.NODE_CLASS_MAPPINGS["ApplySpargeAttn"].__module__.removesuffix(".nodes.apply_node")
+    return sys.modules[f"{root}.{name}"]

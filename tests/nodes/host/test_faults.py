@@ -5,29 +5,30 @@ Hints, reports and statistics never end a run.
 """
 import gc
 import logging
-import sys
 from dataclasses import replace
 
 import checkpoints
+import comfy_host
 import pytest
 import torch
-from sampling import SPARSE, apply, node_class, sample
+from sampling import SPARSE, apply, sample
 
 FAMILY = replace(checkpoints.FAMILIES["wan"], latent=(1, 16, 2, 32, 32))  # 512 tokens
 STEPS = 2
 SLOT = "optimized_attention_override"
 # (module, class or None, function) of this pack.
-CALL = {"arguments": ("calling", "AttentionCall", "parse"), "plan": ("override", None, "plan_call"),
-        "attention": ("override", None, "sparge_attention"), "result": ("calling", "AttentionCall", "give_back")}
-HOOKS = {"on_pre_run": ("run_state", "RunState", "begin"), "on_prepare_state": ("run_state", "RunState", "next_step")}
-BOOKS = {"expected tokens": ("models", None, "expectation"), "token layout": ("models", "Expectation", "layout"),
-         "block map": ("override", None, "block_map"), "picture of a map": ("block_pictures", None, "shrink"),
-         "pictures": ("block_pictures", "BlockPictures", "fetch"), "statistics": ("run_summary", "RunSummary", "of")}
+CALL = {"arguments": ("call.arguments", "AttentionCall", "parse"), "plan": ("override", None, "plan_call"),
+        "attention": ("override", None, "sparge_attention"), "result": ("call.arguments", "AttentionCall", "give_back")}
+HOOKS = {"on_pre_run": ("run.state", "RunState", "begin"), "on_prepare_state": ("run.state", "RunState", "next_step")}
+BOOKS = {"expected tokens": ("call.model_rules", None, "expectation"),
+         "token layout": ("call.model_rules", "Expectation", "layout"),
+         "block map": ("override", None, "block_map"), "picture of a map": ("run.block_maps", None, "shrink"),
+         "pictures": ("run.block_maps", "BlockPictures", "fetch"), "statistics": ("run.summary", "RunSummary", "of")}
 ILLEGAL_ACCESS = "CUDA error: an illegal memory access was encountered"
 
 
 def module(comfy_nodes, name):
-    return sys.modules[f"{node_class(comfy_nodes).__module__.rpartition('.')[0]}.{name}"]
+    return comfy_host.pack_module(comfy_nodes, f"nodes.{name}")
 
 
 @pytest.fixture(scope="module")

@@ -5,15 +5,15 @@ the patches changed whose number has it. Tokens that change in the right items a
 change are text, references or padding. Neither the pack's rules nor the model's position ids take part.
 """
 import math
-import sys
 from dataclasses import dataclass, replace
 
 import checkpoints
+import comfy_host
 import pytest
 import torch
 from bare_models import BARE, Evaluation, batched
 from checkpoints import FAMILIES, MIN_TOKENS
-from sampling import CONSERVATIVE, SPARSE, apply, condition, node_class, relative_l1, sample
+from sampling import CONSERVATIVE, SPARSE, apply, condition, relative_l1, sample
 
 SLOT = "optimized_attention_override"
 PATCHES = {"ltxv": (1, 1, 1), "hunyuan_video_1.5": (1, 1, 1)}  # (1, 2, 2) elsewhere
@@ -33,22 +33,19 @@ class Recorded:
 class Recorder:
     """An override that asks the pack for the layout of every long self-attention call, and computes it densely."""
 
-    def __init__(self, package):
-        self.package, self.calls = package, []
+    def __init__(self, comfy_nodes):
+        self.arguments, self.rules = (comfy_host.pack_module(comfy_nodes, f"nodes.call.{name}")
+                                      for name in ("arguments", "model_rules"))
+        self.calls = []
 
     def __call__(self, func, *args, **kwargs):
-        call = sys.modules[f"{self.package}.calling"].AttentionCall.parse(args, kwargs)
+        call = self.arguments.AttentionCall.parse(args, kwargs)
         if call.queries == call.keys >= MIN_TOKENS:
-            layout = sys.modules[f"{self.package}.models"].token_layout(call.queries, call.transformer_options)
+            layout = self.rules.token_layout(call.queries, call.transformer_options)
             q = call.q if call.layout == "BNHD" else call.q.transpose(1, 2)
             order = None if isinstance(layout, str) else layout.order("hilbert", q.device)
             self.calls.append(Recorded(q.flatten(2).float(), layout, order))
         return func(*args, **kwargs)
-
-
-def package_of(comfy_nodes):
-    """The name under which ComfyUI imported the pack's nodes."""
-    return node_class(comfy_nodes).__module__.rpartition(".")[0]
 
 
 def patch_grid(shape, patch):
@@ -127,7 +124,7 @@ def record(comfy_nodes, model, family, patch, extra=None, **kwargs):
     import comfy.sample
 
     patched = apply(comfy_nodes, model)
-    recorder = Recorder(package_of(comfy_nodes))
+    recorder = Recorder(comfy_nodes)
     patched.model_options["transformer_options"][SLOT] = recorder
     noise = numbered(family.latent, patch)
     positive = kwargs.pop("positive", None) or condition(family)
@@ -187,7 +184,7 @@ def test_levels_of_a_unet(comfy_nodes, load):
 
     family, model = FAMILIES["sdxl"], load("sdxl")
     patched = apply(comfy_nodes, model)
-    recorder = Recorder(package_of(comfy_nodes))
+    recorder = Recorder(comfy_nodes)
     patched.model_options["transformer_options"][SLOT] = recorder
     noise = torch.randn(1, 4, 56, 40, generator=torch.Generator().manual_seed(0)).repeat(5, 1, 1, 1)
     pixels = [(8, 8), (8, 32), (48, 8), (24, 20)]
@@ -208,13 +205,12 @@ def test_levels_of_a_unet(comfy_nodes, load):
 @pytest.mark.parametrize("name", BARE)
 def test_grid_of_bare_models(comfy_nodes, name):
     bare = BARE[name]
-    package = package_of(comfy_nodes)
-    recorder, latent = Recorder(package), numbered(bare.latent, bare.patch)
+    recorder, latent = Recorder(comfy_nodes), numbered(bare.latent, bare.patch)
     batch = len(latent)
     text = torch.randn(1, bare.text, 64, generator=torch.Generator().manual_seed(1)).expand(batch, -1, -1)
     conds = {key: batched(value, batch) for key, value in (bare.conds or {}).items()}
     with torch.no_grad():
-        sys.modules[f"{package}.models"].expect_tokens(
+        comfy_host.pack_module(comfy_nodes, "nodes.call.model_rules").expect_tokens(
             Evaluation(bare.build()), latent, torch.full((batch,), 0.5), None, text, None, {SLOT: recorder}, **conds)
     assert recorder.calls
     check_all(recorder.calls, patch_grid(bare.latent, bare.patch))
@@ -252,8 +248,8 @@ def test_order_decides_what_is_skipped(comfy_nodes, load, caplog, name):
 def test_a_wrong_grid_costs_sparsity_alone(comfy_nodes, load, monkeypatch, name, wrong):
     """The thresholds still hold what they promise; only other blocks are alike."""
     family, model = FAMILIES[name], load(name)
-    layout = sys.modules[f"{package_of(comfy_nodes)}.models"].TokenLayout
-    policy = sys.modules[f"{package_of(comfy_nodes)}.policy"]
+    layout = comfy_host.pack_module(comfy_nodes, "nodes.call.model_rules").TokenLayout
+    plan = comfy_host.pack_module(comfy_nodes, "nodes.call.plan")
     asked = []
 
     def token_layout(tokens, options):
@@ -261,14 +257,14 @@ def test_a_wrong_grid_costs_sparsity_alone(comfy_nodes, load, monkeypatch, name,
         return layout(wrong, before=0, after=tokens - math.prod(wrong))
 
     dense = sample(model, family)
-    monkeypatch.setattr(policy, "token_layout", token_layout)
+    monkeypatch.setattr(plan, "token_layout", token_layout)
     wrongly_ordered = sample(apply(comfy_nodes, model, selection=CONSERVATIVE, hilbert="on"), family)
     assert asked
     assert relative_l1(wrongly_ordered, dense) <= (1e-4 if not torch.cuda.is_available() else 0.1)
 
 
 def test_an_unknown_model_keeps_its_order_and_says_so_once(comfy_nodes, load, monkeypatch, caplog):
-    models = sys.modules[f"{package_of(comfy_nodes)}.models"]
+    models = comfy_host.pack_module(comfy_nodes, "nodes.call.model_rules")
     monkeypatch.delitem(models._RULES, "WanModel")
     _, log = run_log(comfy_nodes, caplog, load("wan"), FAMILIES["wan"], hilbert="on")
     assert log.count("no hilbert order: nothing is known about the token order of the model class WanModel") == 1

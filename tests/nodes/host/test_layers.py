@@ -1,12 +1,12 @@
 """Tuned layers keep their thresholds, whatever else is on the model: read off the arguments of the kernels."""
-import sys
 from dataclasses import replace
 from types import MappingProxyType, SimpleNamespace
 
 import checkpoints
+import comfy_host
 import pytest
 import torch
-from sampling import SPARSE, apply, condition, node_class, sample, widget_defaults
+from sampling import SPARSE, apply, condition, sample, widget_defaults
 
 FAMILY = checkpoints.FAMILIES["sd3.5"]  # its blocks have no numbers; the first attends twice, the second once
 HEADS, HEAD_DIM = 2, 64
@@ -21,18 +21,17 @@ def sd3(comfy_nodes, tmp_path_factory):
 
 
 def module(comfy_nodes, name):
-    package = node_class(comfy_nodes).__module__.rpartition(".")[0]
-    return sys.modules[f"{package}.{name}"]
+    return comfy_host.pack_module(comfy_nodes, f"nodes.{name}")
 
 
 @pytest.fixture
 def params(comfy_nodes, sd3):
     """Another share of blocks for each layer."""
-    search = sys.modules[node_class(comfy_nodes).__module__.rpartition(".nodes.")[0] + ".kernels.search"]
-    tuned = module(comfy_nodes, "tuned")
+    search = module(comfy_nodes, "tuned.search")
+    tuned = module(comfy_nodes, "tuned.params")
 
     def layer(topk):
-        setting = search.Setting(module(comfy_nodes, "apply").SpargeParams(topk=torch.full((HEADS,), topk)),
+        setting = search.Setting(module(comfy_nodes, "apply_node").SpargeParams(topk=torch.full((HEADS,), topk)),
                                  ("row-major",) * HEADS, "drop", "fp16")
         return tuned.TunedLayer(replace(search.LayerSearch.start(HEADS, HEADS), setting=setting), HEAD_DIM)
 
@@ -115,7 +114,7 @@ def test_search_beside_skip_layer_guidance(comfy_nodes, sd3):
 @pytest.mark.parametrize("mask, name", ((torch.zeros(2, 1, 1, 128), "key_bias"),
                                         (torch.ones(1, 128, dtype=torch.bool), "key_padding_mask")))
 def test_search_takes_the_mask_of_the_call(comfy_nodes, sd3, params, monkeypatch, mask, name):
-    tuning, seen = module(comfy_nodes, "tuning"), []
+    tuning, seen = module(comfy_nodes, "tuner"), []
 
     def recorded(q, k, v, **kwargs):
         seen.append(kwargs)
@@ -123,7 +122,7 @@ def test_search_takes_the_mask_of_the_call(comfy_nodes, sd3, params, monkeypatch
 
     monkeypatch.setattr(tuning, "sparge_attention", recorded)
     q = torch.randn(2, 128, HEADS * HEAD_DIM)
-    call = module(comfy_nodes, "calling").AttentionCall.parse((q, q, q, HEADS, mask), {"scale": 0.3})
+    call = module(comfy_nodes, "call.arguments").AttentionCall.parse((q, q, q, HEADS, mask), {"scale": 0.3})
     tuning.CallMeasure(call, "unknown", q)(params.layers["#1"].search.setting)
     [given] = seen
     assert given[name].shape == (2, 128) and given["scale"] == 0.3 and given["impl"] == "reference"

@@ -22,11 +22,11 @@ class Injected(RuntimeError):
 @pytest.fixture(scope="module")
 def pack(comfy_nodes):
     """The pack's modules by name."""
-    package = comfy_nodes.NODE_CLASS_MAPPINGS["SpargeAttnTune"].__module__.removesuffix("nodes.tune")
+    package = comfy_nodes.NODE_CLASS_MAPPINGS["SpargeAttnTune"].__module__.removesuffix("nodes.tune_node")
     return SimpleNamespace(nodes=comfy_nodes.NODE_CLASS_MAPPINGS, **{
         name.rsplit(".", 1)[1]: sys.modules[package + name] for name in (
-            "kernels.search", "nodes.calling", "nodes.params_file", "nodes.params_nodes", "nodes.policy", "nodes.tuned",
-            "nodes.tuning", "nodes.tuning_picture")})
+            "nodes.tuned.search", "nodes.tuned.params", "nodes.tuned.params_file", "nodes.call.arguments",
+            "nodes.call.plan", "nodes.params_nodes", "nodes.tuner", "nodes.report.tuned_page")})
 
 
 @pytest.fixture(autouse=True)
@@ -95,7 +95,7 @@ def test_a_failure_keeps_what_was_found(pack, model, monkeypatch, stage, at, lay
     before = sample(model, FAMILY)
     with monkeypatch.context() as patch:
         if stage == "measure":
-            patch.setattr(pack.tuning.CallMeasure, "__call__", failing(pack.tuning.CallMeasure.__call__, at))
+            patch.setattr(pack.tuner.CallMeasure, "__call__", failing(pack.tuner.CallMeasure.__call__, at))
         elif stage != "dense":
             patch.setattr(pack.search.LayerSearch, stage, failing(getattr(pack.search.LayerSearch, stage), at))
         with pytest.raises(Injected, match="injected"):
@@ -129,7 +129,7 @@ def test_a_save_that_fails_does_not_hide_what_stopped_the_search(pack, model, mo
 
 
 def test_a_picture_that_fails_leaves_the_search(pack, model, monkeypatch, caplog):
-    monkeypatch.setattr(pack.tuning_picture, "draw_tuned", failing(None, None, OSError))
+    monkeypatch.setattr(pack.tuned_page, "draw_tuned", failing(None, None, OSError))
     params, latent, report = tune(pack, model)
     assert len(params.layers) == FAMILY.calls and latent["samples"].isfinite().all()
     assert report.ndim == 4 and report.shape[-1] == 3
@@ -140,16 +140,16 @@ def test_a_picture_that_fails_leaves_the_search(pack, model, monkeypatch, caplog
                                              ("FastPathError", "fast kernels failed")))
 def test_calls_that_cannot_be_measured_are_not_tuned(pack, model, monkeypatch, caplog, problem, reason):
     """The first of the two layers; the evaluation knows nothing of it."""
-    problem = getattr(pack.tuning, problem) if isinstance(problem, str) else problem
+    problem = getattr(pack.tuner, problem) if isinstance(problem, str) else problem
     dense = sample(model, FAMILY)
     with monkeypatch.context() as patch, caplog.at_level("INFO"):
-        patch.setattr(pack.tuning.CallMeasure, "__call__", failing(pack.tuning.CallMeasure.__call__, 7, problem))
+        patch.setattr(pack.tuner.CallMeasure, "__call__", failing(pack.tuner.CallMeasure.__call__, 7, problem))
         params, latent, _ = tune(pack, model, sampled_steps=1)
     assert len(params.layers) == FAMILY.calls - 1
     assert sum(reason in message for message in caplog.messages) == 1
     assert pack.params_file.load(pack.params_file.save(params, pack.params_nodes.params_folder(), "rest")).layers
     assert torch.equal(sample(model, FAMILY), dense)
-    for owner, name in ((pack.tuning.CallMeasure, "__call__"), (pack.tuning.CallMeasure, "__init__")):
+    for owner, name in ((pack.tuner.CallMeasure, "__call__"), (pack.tuner.CallMeasure, "__init__")):
         with monkeypatch.context() as patch, pytest.raises(ValueError, match=reason):
             patch.setattr(owner, name, failing(None, None, problem))
             tune(pack, model)
@@ -158,8 +158,8 @@ def test_calls_that_cannot_be_measured_are_not_tuned(pack, model, monkeypatch, c
 
 def test_what_was_found_before_stays_where_calls_cannot_be_measured(pack, model, monkeypatch):
     before = tune(pack, model, evaluate=False)[0]
-    monkeypatch.setattr(pack.tuning.CallMeasure, "__call__",
-                        failing(pack.tuning.CallMeasure.__call__, 7, torch.OutOfMemoryError))
+    monkeypatch.setattr(pack.tuner.CallMeasure, "__call__",
+                        failing(pack.tuner.CallMeasure.__call__, 7, torch.OutOfMemoryError))
     after = tune(pack, model, evaluate=False, params=before)[0]
     assert [layer.search.calls for layer in after.layers.values()] == [1, 2]
 
@@ -188,23 +188,23 @@ def planted(pack, need, entered=None, go_on=None):
 def search(pack, tuner, layer, measure):
     """Let the tuner search one call of two heads."""
     q = torch.zeros(1, 2, 4, 64)
-    call = pack.calling.AttentionCall(q, q, q, "BHND")
+    call = pack.arguments.AttentionCall(q, q, q, "BHND")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pack.tuning, "CallMeasure", lambda *_: measure)
+        patch.setattr(pack.tuner, "CallMeasure", lambda *_: measure)
         tuner._search(layer, call, SimpleNamespace(layout="no grid"), q)
 
 
 def test_threads_build_on_each_others_results(pack):
     """Two at once on one layer, from the same beginning; a third on another layer waits for neither."""
     def tuner():
-        return pack.tuning.Tuner(pack.tuned.TunedParams(pack.tuned.Architecture("Model", {}),
-                                                        pack.search.Bounds(0.05, 0.05)), pack.policy.Settings(None), 1)
+        return pack.tuner.Tuner(pack.params.TunedParams(pack.params.Architecture("Model", {}),
+                                                        pack.search.Bounds(0.05, 0.05)), pack.plan.Settings(None), 1)
 
     shared, events = tuner(), [threading.Event() for _ in range(3)]
     go_on = events[2]
     measures = [planted(pack, need, event, go_on) for need, event in zip((0.3, 0.6), events)]
     q = torch.zeros(1, 2, 4, 64)
-    call, plan = pack.calling.AttentionCall(q, q, q, "BHND"), SimpleNamespace(layout="no grid")
+    call, plan = pack.arguments.AttentionCall(q, q, q, "BHND"), SimpleNamespace(layout="no grid")
     threads = [threading.Thread(target=shared._learn_from, args=("a", call, plan, measure)) for measure in measures]
     for thread in threads:
         thread.start()

@@ -1,0 +1,172 @@
+"""The node Apply SpargeAttn."""
+from __future__ import annotations
+
+import math
+
+from comfy.patcher_extension import CallbacksMP, WrappersMP
+from comfy_api.latest import io
+
+from ..kernels import SpargeParams
+from .call.model_rules import expect_tokens
+from .call.plan import CURVES, Settings
+from .call.transformer_blocks import BlockList
+from .host import running_prompt, show_on_node
+from .override import CALLBACK_KEY, SLOT, SpargeOverride, describe
+from .run.state import log
+from .schema import CATEGORY, SEARCH_ALIASES
+from .tuned.params import Architecture, TunedParams
+
+SPARGE_PARAMS = io.Custom("SPARGE_PARAMS")
+PV_THRESHOLD_OFF = 50.0
+
+
+def _similarity_threshold() -> io.Float.Input:
+    return io.Float.Input(
+        "similarity_threshold", default=0.5, min=-1.0, max=1.0, step=0.01, display_mode=io.NumberDisplay.slider,
+        tooltip="Blocks of tokens that are less alike than this (mean cosine similarity) are always computed, because "
+                "their average does not describe them. Higher is closer to dense attention; 0 and below switch the "
+                "test off, which is fast and can damage the picture. Called θ in the paper, simthreshd1 in its code. "
+                "It belongs to cdf; topk does not use it and has it for the sake of saved workflows.")
+
+
+class ApplySpargeAttn(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ApplySpargeAttn",
+            display_name="Apply SpargeAttn",
+            category=CATEGORY,
+            description="Makes the model's attention sparse and quantised, without training: blocks of the attention "
+                        "map that would hardly contribute are predicted and skipped. Put it between the model loader "
+                        "and the sampler, after other nodes that change attention. The longer the sequence (video, "
+                        "large images), the more it gains. What happened is written to the log after each run.",
+            search_aliases=[*SEARCH_ALIASES],
+            inputs=[
+                io.Model.Input("model", tooltip="The diffusion model. Only the output is patched."),
+                io.DynamicCombo.Input(
+                    "selection",
+                    options=[
+                        io.DynamicCombo.Option("cdf", [
+                            io.Float.Input(
+                                "cdf_threshold", default=0.99, min=0.01, max=1.0, step=0.001,
+                                display_mode=io.NumberDisplay.slider,
+                                tooltip="Blocks are kept until they hold this share of the predicted attention. "
+                                        "Higher is closer to dense attention, lower is faster; try 0.9 to 0.99. "
+                                        "Called τ in the paper, cdfthreshd in its code."),
+                            _similarity_threshold(),
+                        ]),
+                        io.DynamicCombo.Option("topk", [
+                            io.Float.Input(
+                                "keep_percent", default=50.0, min=0.1, max=100.0, step=0.1,
+                                display_mode=io.NumberDisplay.slider,
+                                tooltip="Keeps this share of the blocks, in percent, whatever their similarity; text "
+                                        "blocks (sinks) come on top where the tokens are reordered. Speed is the same "
+                                        "for every prompt, quality is not; try 30 to 60."),
+                            _similarity_threshold(),
+                        ]),
+                    ],
+                    tooltip="How blocks are selected. cdf: as many as are needed to hold a share of the attention, "
+                            "more where attention is spread out (the paper's rule). topk: the same share of them for "
+                            "every prompt, whatever their similarity."),
+                io.Float.Input(
+                    "pv_threshold", default=PV_THRESHOLD_OFF, min=1.0, max=PV_THRESHOLD_OFF, step=0.5,
+                    display_mode=io.NumberDisplay.slider,
+                    tooltip="Inside a kept block, groups of rows whose probabilities are all below 2^-x of the largest "
+                            "one seen so far skip the product with V. Lower is faster; try 10 to 20. 50 is off. "
+                            "Called -λ in the paper, pvthreshd in its code."),
+                io.Float.Input(
+                    "start_percent", default=0.2, min=0.0, max=1.0, step=0.01, display_mode=io.NumberDisplay.slider,
+                    tooltip="Sampling before this point uses dense attention. The first steps lay out the picture and "
+                            "suffer most from sparse attention; 0 makes all steps sparse."),
+                io.Float.Input(
+                    "end_percent", default=1.0, min=0.0, max=1.0, step=0.01, display_mode=io.NumberDisplay.slider,
+                    tooltip="Sampling after this point uses dense attention. Not below start_percent."),
+                io.Combo.Input(
+                    "skipped_blocks", options=["drop", "pooled"], default="drop", advanced=True,
+                    tooltip="drop: skipped blocks do not count (the paper). pooled: each still counts with one average "
+                            "key and value, which helps where few blocks are kept and attention is spread out."),
+                io.Combo.Input(
+                    "pv_precision", options=["auto", "fp8", "fp16"], default="auto", advanced=True,
+                    tooltip="Number format of the product with V. auto is fp8 where the GPU has it (RTX 40, H100 and "
+                            "newer) and fp16 elsewhere. The product of Q and K is INT8."),
+                io.String.Input(
+                    "dense_blocks", default="", placeholder="0, 1, 47-49", advanced=True,
+                    tooltip="Transformer blocks that keep dense attention, such as 0, 1, 47-49. Where a model has "
+                            "several kinds of blocks, double:0 or single:0-3 names one kind (input, middle, output for "
+                            "SD 1.5 and SDXL) and a bare number means that block of each kind. The log names those "
+                            "that the model does not have."),
+                io.Int.Input(
+                    "min_tokens", default=2048, min=0, max=1 << 20, step=256, advanced=True,
+                    tooltip="Attention over fewer tokens than this stays dense: there is nothing to gain."),
+                io.Boolean.Input(
+                    "verbose", default=False, advanced=True,
+                    tooltip="Also write the sparsity of every block and step to the log."),
+                io.Combo.Input(  # optional, so that prompts saved without it still run
+                    "hilbert", options=list(CURVES), default="auto", optional=True,
+                    tooltip="on: tokens are grouped into blocks along a Hilbert curve through the picture or clip, so "
+                            "that those of a block are neighbours in space and time and more alike. off: the model's "
+                            "own order. auto is off: where it was measured no order is the best at every threshold, "
+                            "and Tune SpargeAttn chooses one for each head. Where a model's grid is not certain, the "
+                            "order stays as it is."),
+                SPARGE_PARAMS.Input(
+                    "params", optional=True,
+                    tooltip="Tuned parameters of this model. Layers they know use them, each head its own; the "
+                            "thresholds, skipped_blocks, pv_precision and hilbert serve the layers they don't know. "
+                            "The window of steps, dense_blocks and min_tokens stay in force."),
+            ],
+            outputs=[io.Model.Output(tooltip="The patched model; the input stays as it was.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, dense_blocks: str | None = None, *, selection: dict | None = None) -> bool | str:
+        """Refuse a bad list before anything runs.
+
+        ComfyUI shows an error at every positional argument, so that there is one; and it passes a DynamicCombo always.
+        """
+        try:
+            BlockList.parse(dense_blocks or "")
+        except ValueError as problem:
+            return str(problem)
+        return True
+
+    @classmethod
+    def execute(cls, model, selection: dict, pv_threshold: float, start_percent: float, end_percent: float,
+                skipped_blocks: str, pv_precision: str, dense_blocks: str, min_tokens: int,
+                verbose: bool, hilbert: str = "auto", params: TunedParams | None = None) -> io.NodeOutput:
+        if start_percent > end_percent:
+            raise ValueError(f"start_percent must be at most end_percent; got {start_percent:g} and {end_percent:g}")
+        settings = Settings(_params(selection, pv_threshold), start_percent, end_percent,
+                            BlockList.parse(dense_blocks), min_tokens, skipped_blocks, pv_precision, verbose,
+                            hilbert, _fitting(params, model))
+        patched = model.clone()
+        options = patched.model_options["transformer_options"]
+        previous = options.get(SLOT)
+        if previous is not None:
+            log.info("SpargeAttn: calls that stay dense go on to %s, found on the model", describe(previous))
+        override = options[SLOT] = SpargeOverride(settings, previous, show_on_node)
+        override.run.running_prompt = running_prompt
+        for event, callback in ((CallbacksMP.ON_PRE_RUN, override.on_pre_run),
+                                (CallbacksMP.ON_PREPARE_STATE, override.on_prepare_state),
+                                (CallbacksMP.ON_CLEANUP, override.on_cleanup)):
+            patched.add_callback_with_key(event, CALLBACK_KEY, callback)
+        patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, CALLBACK_KEY, expect_tokens)
+        patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, CALLBACK_KEY, override.names.count)
+        return io.NodeOutput(patched)
+
+
+def _fitting(params: TunedParams | None, model) -> TunedParams | None:
+    """The parameters, None where they don't fit the model and the user prefers the widgets to an error."""
+    problem = None if params is None else params.architecture.mismatch(Architecture.of(model))
+    if not problem:
+        return params
+    if not params.lenient:
+        raise ValueError(f"params must be tuned for this model: {problem}")
+    log.warning("SpargeAttn: the tuned parameters are not used: %s", problem)
+    return None
+
+
+def _params(selection: dict, pv_threshold: float) -> SpargeParams:
+    amount = {"topk": selection["keep_percent"] / 100} if selection["selection"] == "topk" else \
+        {"cdf_threshold": selection["cdf_threshold"]}
+    return SpargeParams(**amount, similarity_threshold=selection["similarity_threshold"],
+                        pv_threshold=math.inf if pv_threshold >= PV_THRESHOLD_OFF else pv_threshold)

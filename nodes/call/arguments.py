@@ -1,0 +1,135 @@
+"""ComfyUI's attention calling convention, turned into the kernels' and back.
+
+ComfyUI calls `override(func, q, k, v, heads, mask=None, attn_precision=None, skip_reshape=False,
+skip_output_reshape=False, **kwargs)`, with `heads` and what follows positional or by keyword. Tensors are
+(B, L, H·D), or (B, H, L, D) with `skip_reshape`; some models pass a (B, L, H, D) tensor among (B, L, H·D) ones. The
+result is (B, L, H·D), or (B, H, L, D) with `skip_output_reshape`.
+"""
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...kernels.capability import DTYPES
+
+_POSITIONAL = ("q", "k", "v", "heads", "mask", "attn_precision", "skip_reshape", "skip_output_reshape")
+_KEYWORDS = {*_POSITIONAL, "scale", "enable_gqa", "low_precision_attention", "transformer_options",
+             "_inside_attn_wrapper"}
+
+
+class UnsupportedCall(ValueError):
+    """The arguments of a call are not of the form described above; dense attention has to deal with them."""
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """One attention call; q, k and v are 4-D views of the caller's tensors.
+
+    layout: "BNHD" or "BHND", of q, k, v and of the kernel's result. It is the layout that the caller wants its result
+        in, whatever its inputs had, so that `give_back` never copies.
+    mask: as the caller passed it. scale: None for head_dim ** -0.5.
+    low_precision: False where the model refuses quantised attention.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    layout: str
+    mask: Tensor | None = None
+    scale: float | None = None
+    enable_gqa: bool = False
+    low_precision: bool = True
+    transformer_options: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, args: tuple, kwargs: dict[str, Any]) -> AttentionCall:
+        """Read the arguments that follow `func`. Raises UnsupportedCall where they are not understood."""
+        if len(args) > len(_POSITIONAL):
+            raise UnsupportedCall(f"{len(args)} positional arguments")
+        given = dict(zip(_POSITIONAL, args)) | kwargs
+        # An argument that a newer ComfyUI invented may change what attention means, unless it is switched off.
+        unknown = sorted(name for name in given.keys() - _KEYWORDS if given[name] is not None
+                         and given[name] is not False)
+        if unknown:
+            raise UnsupportedCall(f"unknown argument '{unknown[0]}'")
+        try:
+            q, k, v, heads = (given[name] for name in ("q", "k", "v", "heads"))
+        except KeyError as missing:
+            raise UnsupportedCall(f"no argument {missing}") from None
+        mask = given.get("mask")
+        for name in ("q", "k", "v") if mask is None else ("q", "k", "v", "mask"):
+            if not isinstance(given[name], Tensor):
+                raise UnsupportedCall(f"{name} is a {type(given[name]).__name__}")
+        if not isinstance(heads, int) or heads < 1:
+            raise UnsupportedCall(f"heads is {heads!r}")
+        if q.ndim not in (3, 4):
+            raise UnsupportedCall(f"a {q.ndim}-D tensor")
+        skip_reshape = bool(given.get("skip_reshape"))
+        layout = "BHND" if given.get("skip_output_reshape") else "BNHD"
+        head_dim = q.shape[-1] if skip_reshape else q.shape[-1] // heads
+        return cls(*(_split_heads(x, head_dim, skip_reshape, layout) for x in (q, k, v)), layout,
+                   mask=mask, scale=given.get("scale"), enable_gqa=bool(given.get("enable_gqa")),
+                   low_precision=given.get("low_precision_attention") is not False,
+                   transformer_options=given.get("transformer_options") or {})
+
+    @property
+    def batch(self) -> int:
+        return self.q.shape[0]
+
+    @property
+    def queries(self) -> int:
+        return self.q.shape[self._token_axis]
+
+    @property
+    def keys(self) -> int:
+        return self.k.shape[self._token_axis]
+
+    @property
+    def heads(self) -> tuple[int, int]:
+        """Heads of q, and of k and v."""
+        return self.q.shape[3 - self._token_axis], self.k.shape[3 - self._token_axis]
+
+    @property
+    def _token_axis(self) -> int:
+        return 2 if self.layout == "BHND" else 1
+
+    @functools.cached_property
+    def key_mask(self) -> dict[str, Tensor] | None:
+        """The mask as `sparge_attention` takes it: {"key_padding_mask": …} or {"key_bias": …}, each (B, keys).
+
+        Empty without a mask, None for one that depends on more than the key. Decided from dtype and shape alone:
+        values are out of reach without waiting for the device, so that a floating mask is a bias whatever it holds.
+        """
+        mask = self.mask
+        if mask is None:
+            return {}
+        if not 2 <= mask.ndim <= 4:
+            return None
+        # ComfyUI reads fewer than four dimensions as (Nq, Nk) and (B, Nq, Nk).
+        batch, heads = {2: (1, 1), 3: (mask.shape[0], 1), 4: mask.shape[:2]}[mask.ndim]
+        rows, keys = mask.shape[-2:]
+        if heads != 1 or rows != 1 or keys != self.keys or batch not in (1, self.batch):
+            return None
+        by_key = mask.reshape(batch, keys).expand(self.batch, keys)
+        if mask.dtype == torch.bool:
+            return {"key_padding_mask": ~by_key}  # ComfyUI's are True where a key takes part
+        return {"key_bias": by_key} if mask.dtype in DTYPES else None
+
+    def give_back(self, out: Tensor) -> Tensor:
+        """The kernel's result, in `layout`, as the caller wants it."""
+        return out if self.layout == "BHND" else out.reshape(*out.shape[:2], -1)
+
+
+def _split_heads(x: Tensor, head_dim: int, skip_reshape: bool, layout: str) -> Tensor:
+    """A 4-D view of x in `layout`."""
+    if x.ndim == 3 and not skip_reshape:
+        if head_dim == 0 or x.shape[-1] % head_dim:
+            raise UnsupportedCall(f"{x.shape[-1]} channels do not split into heads of {head_dim}")
+        x = x.unflatten(-1, (x.shape[-1] // head_dim, head_dim))  # always a view
+    elif x.ndim != 4:
+        raise UnsupportedCall(f"a {x.ndim}-D tensor")
+    return x if layout == ("BHND" if skip_reshape else "BNHD") else x.transpose(1, 2)

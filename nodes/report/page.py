@@ -1,0 +1,200 @@
+"""Reports as pictures, drawn with Pillow, which every ComfyUI has.
+
+A preview in the editor is about 400 pixels wide, half of this: letters are large, and the picture brings its own
+background, so that it reads the same in dark and light themes.
+"""
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain, pairwise, repeat
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from ..call.transformer_blocks import Block
+
+WIDTH = 768
+_MARGIN = 24
+_INNER = WIDTH - 2 * _MARGIN
+_LABELS = 110  # width of the names of a heat map's rows
+_MAP = 340  # side of the block map
+# The font that Pillow brings has no other glyphs than these.
+_GLYPHS = str.maketrans({"×": "x", "–": "-", "θ": "theta", "τ": "tau", "λ": "lambda"})
+SPARSE = "sparse"  # the label of the calls that went sparse
+Color = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Theme:
+    """scale: from nothing skipped to everything. dense: of calls that stayed dense, one a reason."""
+
+    background: Color
+    text: Color
+    faint: Color
+    alarm: Color
+    scale: tuple[Color, ...]
+    dense: tuple[Color, ...] = ((130, 134, 142), (178, 122, 72), (152, 104, 160), (86, 128, 168), (168, 90, 90))
+
+
+THEMES = {
+    "dark": Theme((24, 26, 31), (232, 234, 238), (150, 154, 163), (255, 122, 104),
+                  ((38, 42, 74), (33, 95, 128), (36, 158, 137), (140, 214, 78), (253, 231, 37))),
+    "light": Theme((250, 250, 252), (28, 30, 36), (104, 108, 118), (196, 46, 28),
+                   ((225, 238, 222), (165, 215, 178), (72, 172, 160), (24, 110, 145), (34, 42, 94))),
+}
+
+
+@dataclass(frozen=True)
+class Panels:
+    """What the picture shows.
+
+    cells: {(row, step): sparsity, None for dense}. calls: [(label, count)], the sparse ones first. block_map: uint8
+    (rows, columns), 255 attended. map_title: of the block map, or why there is none. settings: lines of text.
+    """
+
+    headline: str
+    notes: Sequence[str]
+    failed: bool
+    cells: dict[tuple[Block, int], float | None]
+    calls: Sequence[tuple[str, int]]
+    block_map: Tensor | None
+    map_title: str
+    settings: Sequence[str]
+
+    def text(self) -> str:
+        calls = [f"{count} calls {label}" for label, count in self.calls]
+        return "\n".join([self.headline, *self.notes, *calls, *self.settings])
+
+
+def draw_report(panels: Panels, theme: Theme) -> Image.Image:
+    """RGB, `WIDTH` wide and as tall as it needs to be."""
+    page = Page(theme)
+    page.text(panels.headline, 34, theme.alarm if panels.failed else theme.text)
+    for note in panels.notes:
+        page.text(note, 22, theme.alarm if panels.failed else theme.faint)
+    if panels.cells:
+        page.title("Attention skipped, by block (down) and step (across)")
+        page.heat_map(panels.cells)
+    if panels.calls:
+        page.title("Attention calls")
+        page.bar(panels.calls)
+    if panels.map_title:
+        page.title(panels.map_title)
+    if panels.block_map is not None:
+        page.block_map(panels.block_map)
+    if panels.settings:
+        page.title("Settings")
+        for line in panels.settings:
+            page.text(line, 20, theme.faint)
+    return page.finish()
+
+
+class Page:
+    """A picture `WIDTH` wide that is filled from the top down."""
+
+    def __init__(self, theme: Theme):
+        self.theme = theme
+        self.image = Image.new("RGB", (WIDTH, 4096), theme.background)
+        self.draw = ImageDraw.Draw(self.image)
+        self.y = _MARGIN
+
+    def finish(self) -> Image.Image:
+        return self.image.crop((0, 0, WIDTH, min(self.y + _MARGIN, self.image.height)))
+
+    def text(self, text: str, size: int, color: Color, left: int = _MARGIN) -> None:
+        for line in self._wrap(text.translate(_GLYPHS), size, WIDTH - _MARGIN - left):
+            self.draw.text((left, self.y), line, font=_font(size), fill=color)
+            self.y += round(size * 1.3)
+
+    def title(self, text: str) -> None:
+        self.y += 18
+        self.text(text, 24, self.theme.text)
+        self.y += 4
+
+    def heat_map(self, cells: Mapping[tuple[Hashable, int], float | None], height: int = 480,
+                 ends: tuple[str, str] = ("0%", "100%")) -> None:
+        """cells: {(row, column): share from 0 to 1, None for dense}, rows in order. ends: what 0 and 1 are."""
+        rows = list(dict.fromkeys(row for row, _ in cells))
+        first, last = min(column for _, column in cells), max(column for _, column in cells)
+        wide = (_INNER - _LABELS) / (last - first + 1)
+        tall = max(3.0, min(26.0, height / len(rows)))
+        tops = {row: self.y + tall * index for index, row in enumerate(rows)}
+        gap = 1 if min(wide, tall) >= 6 else 0
+        for (row, column), share in cells.items():
+            left, top = _MARGIN + _LABELS + wide * (column - first), tops[row]
+            color = self.theme.dense[0] if share is None else self._shade(share)
+            self.draw.rectangle((left, top, left + wide - 1 - gap, top + tall - 1 - gap), fill=color)
+        for row in rows[::max(1, round(24 / tall))]:
+            self._small(str(row), _MARGIN, tops[row] - 2)
+        self.y = round(self.y + tall * len(rows)) + 6
+        for column in range(first, last + 1, max(1, round(60 / wide))):
+            self._small(str(column), _MARGIN + _LABELS + wide * (column - first), self.y)
+        self.y += 32
+        self._scale(*ends)
+
+    def _scale(self, low: str, high: str) -> None:
+        left, width = _MARGIN + _LABELS, 260
+        for x in range(width):
+            self.draw.line((left + x, self.y + 2, left + x, self.y + 20), fill=self._shade(x / width))
+        self._small(low, left - 34, self.y)
+        self._small(high, left + width + 8, self.y)
+        self.draw.rectangle((left + 380, self.y + 2, left + 398, self.y + 20), fill=self.theme.dense[0])
+        self._small("stayed dense", left + 406, self.y)
+        self.y += 30
+
+    def bar(self, calls: Sequence[tuple[str, int]]) -> None:
+        dense = chain(self.theme.dense, repeat(self.theme.dense[-1]))
+        colors = [self.theme.scale[2] if label == SPARSE else next(dense) for label, _ in calls]
+        total, left = sum(count for _, count in calls), float(_MARGIN)
+        for (_, count), color in zip(calls, colors):
+            right = left + _INNER * count / total
+            self.draw.rectangle((left, self.y, right, self.y + 28), fill=color)
+            left = right
+        self.y += 38
+        for (label, count), color in zip(calls, colors):
+            self.draw.rectangle((_MARGIN, self.y + 4, _MARGIN + 16, self.y + 20), fill=color)
+            self.text(f"{count} ({count / total:.0%})  {label}", 20, self.theme.faint, left=_MARGIN + 28)
+
+    def block_map(self, pixels: Tensor) -> None:
+        rows, columns = pixels.shape
+        palette = [self._shade(1 - value / 255) for value in range(256)]
+        image = Image.new("RGB", (columns, rows))
+        image.putdata([palette[value] for value in pixels.flatten().tolist()])
+        image = image.resize((_MAP, _MAP), Image.Resampling.NEAREST)
+        self.image.paste(image, (_MARGIN, self.y))
+        bottom = self.y + _MAP
+        for line in ("down: blocks of queries", "across: blocks of keys", "", "colour: share skipped, as above"):
+            self.text(line or " ", 20, self.theme.faint, left=_MARGIN * 2 + _MAP)
+        self.y = bottom + 8
+
+    def _small(self, text: str, x: float, y: float) -> None:
+        self.draw.text((round(x), round(y)), text.translate(_GLYPHS), font=_font(19), fill=self.theme.faint)
+
+    def _shade(self, share: float) -> Color:
+        """The color of a share from 0 to 1 on the theme's scale."""
+        pairs = list(pairwise(self.theme.scale))
+        at = min(max(share, 0.0), 1.0) * len(pairs)
+        index = min(int(at), len(pairs) - 1)
+        return tuple(round(a + (b - a) * (at - index)) for a, b in zip(*pairs[index]))
+
+    def _wrap(self, text: str, size: int, width: int) -> list[str]:
+        lines = [""]
+        for word in text.split(" "):
+            longer = f"{lines[-1]} {word}" if lines[-1] else word
+            if lines[-1] and _font(size).getlength(longer) > width:
+                lines.append(word)
+            else:
+                lines[-1] = longer
+        return lines
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.load_default(size)
+
+
+def as_image(picture: Image.Image) -> Tensor:
+    """ComfyUI's IMAGE of one picture: float32 (1, H, W, 3) in 0 … 1."""
+    return torch.from_numpy(np.array(picture)).float().div(255).unsqueeze(0)

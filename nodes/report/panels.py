@@ -1,0 +1,141 @@
+"""A run in words, for the picture of a report and for its text."""
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable
+
+import torch
+
+from ..call.plan import Settings
+from ..call.transformer_blocks import Block, BlockList
+from ..run.summary import RunSummary
+from .advice import about_dense_calls, about_little_skipped
+from .page import SPARSE, Panels
+
+
+def failed_report(headline: str, *notes: str) -> Panels:
+    return Panels(headline, notes, True, {}, (), None, "", ())
+
+
+def run_report(summary: RunSummary | None, settings: Settings, block: Block | None, head: int, step: int,
+               prompt: str | None = None) -> Panels:
+    """block, head, step: of the block map; None and 0 for the first that was kept. prompt: that asks for the report."""
+    if summary is None:
+        return failed_report("This model has not been sampled yet",
+                             "Connect the model to the sampler, and the sampler's output to this node.")
+    headline, *notes = _outcome(summary, settings)
+    if summary.prompt != prompt:
+        notes.insert(0, f"This model was not sampled in this prompt. What follows is its last run, which ended on "
+                        f"{time.strftime('%Y-%m-%d at %H:%M', time.localtime(summary.ended))}.")
+    calls = ([(SPARSE, summary.sparse)] if summary.sparse else []) + [
+        (f"dense: {reason}" + (f" ({summary.details[reason]})" if reason in summary.details else ""), count)
+        for reason, count in summary.dense.items()]
+    pixels, title = _block_map(summary, settings, block, head, step)
+    return Panels(headline, notes, not summary.sparse, summary.cells, calls, pixels, title,
+                  _settings(settings, summary))
+
+
+def _outcome(summary: RunSummary, settings: Settings) -> list[str]:
+    """The headline and the notes below it."""
+    if summary.unread:
+        return [_sentence(summary.unread), *about_dense_calls(summary)]
+    if summary.steps == 0:
+        return ["The sampler took no step", "Nothing was left to sample: look at its steps, start_at_step, denoise."]
+    if not summary.sparse:
+        return ["Nothing was accelerated in this run", *filter(None, [summary.problem]), *about_dense_calls(summary)]
+    notes = [about_little_skipped(summary, settings), *about_dense_calls(summary), *_speed(summary)]
+    if summary.pv_skipped:
+        notes.append(f"{summary.pv_skipped:.1%} of the remaining products with V skipped by pv_threshold.")
+    return [f"{summary.sparsity:.1%} of the attention skipped" if summary.sparsity else "None of the attention skipped",
+            *filter(None, notes)]
+
+
+def _speed(summary: RunSummary) -> list[str]:
+    if summary.reference:
+        return ["Computed on the CPU, where sparse attention shows what it skips and saves no time."]
+    compared = [times for times in summary.times if times.dense is not None]
+    if compared:
+        sparse = sum(times.calls * times.sparse for times in compared) / 1000
+        dense = sparse + summary.saved
+        change = f"{dense / sparse:.2f} × faster" if sparse <= dense else f"{sparse / dense:.2f} × slower"
+        return [f"Sparse calls took {sparse:.3g} s in place of {dense:.3g} s: {change}. The run took "
+                f"{summary.seconds:.3g} s."]
+    if summary.times:
+        return [f"The run took {summary.seconds:.3g} s. No call of the same length stayed dense, so there is no time "
+                f"to compare with; with start_percent above 0 there is."]
+    return []
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _block_map(summary: RunSummary, settings: Settings, block: Block | None, head: int,
+               step: int) -> tuple[torch.Tensor | None, str]:
+    """Pixels and title of the block map; without pixels the title says why."""
+    kept = summary.maps
+    if kept is None or not summary.sparse:
+        return None, ""
+    if not kept.maps:
+        return None, f"No block map: {_missing_step(summary, step)}"
+    found = next(filter(block.names, kept.maps), None) if block else next(iter(kept.maps))
+    if found is None:
+        return None, f"No block map of block {block}: {_missing_block(summary, settings, block)}"
+    heads = kept.maps[found]
+    if head >= len(heads):
+        return None, f"No block map of head {head}: the model has heads 0 to {len(heads) - 1}"
+    title = f"Block map: block {found}, head {head}, step {kept.step}"
+    return heads[head], title + ("" if step in (0, kept.step) else f" ({_missing_step(summary, step)})")
+
+
+def _missing_step(summary: RunSummary, step: int) -> str:
+    if step == 0:
+        return "none was kept"
+    if step > summary.steps:
+        return f"the run had {summary.steps} steps, no step {step}"
+    return f"step {step} will be kept in the next run" if step in summary.by_step else f"step {step} was not sparse"
+
+
+def _missing_block(summary: RunSummary, settings: Settings, block: Block) -> str:
+    cells = [share for (row, _), share in summary.cells.items() if block.names(row)]
+    if any(share is not None for share in cells):
+        return "it will be kept in the next run"
+    if cells:
+        return "it stayed dense"
+    return f"the blocks with at least {settings.min_tokens} tokens are {_listed(row for row, _ in summary.cells)}"
+
+
+def _listed(blocks: Iterable[Block]) -> str:
+    """Such as "double:0-18, single:0-37"."""
+    ranges: list[tuple[str, int, int]] = []
+    for block in sorted(set(blocks)):
+        kind, first, last = ranges[-1] if ranges else ("", 0, -2)
+        if (kind, last + 1) == (block.kind, block.index):
+            ranges[-1] = kind, first, block.index
+        else:
+            ranges.append((block.kind, block.index, block.index))
+    return str(BlockList(tuple(ranges)))
+
+
+def _settings(settings: Settings, summary: RunSummary) -> list[str]:
+    judged = settings.params.selection == "cdf"
+    lines = [", ".join(f"{name} {_value(value)}" for name, value in settings.params.items()
+                       if judged or name != "similarity_threshold"),
+             f"start_percent {settings.start_percent:g}, end_percent {settings.end_percent:g}, min_tokens "
+             f"{settings.min_tokens}, skipped_blocks {settings.skipped}, pv_precision {settings.pv_dtype}, hilbert "
+             f"{settings.hilbert}"]
+    if settings.tuned is not None:
+        lines.insert(0, f"tuned: {settings.tuned}; the other layers use:")
+    if settings.dense_blocks:
+        lines.append(f"dense_blocks {settings.dense_blocks}")
+    lines += [f"{count} calls over tokens in {order}" for order, count in summary.tokens.items()]
+    if torch.cuda.is_available():
+        lines.append(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
+    return lines
+
+
+def _value(value: float | torch.Tensor) -> str:
+    if isinstance(value, torch.Tensor):
+        return "one a head"
+    return "off" if value == math.inf else f"{value:g}"

@@ -1,0 +1,140 @@
+"""One sampling run of a patched model: where it is, and what became of its attention calls."""
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+
+from torch import Tensor
+
+from ...kernels import SpargeStats
+from ..call.arguments import AttentionCall
+from ..call.plan import Dense
+from ..call.transformer_blocks import Block
+from .block_maps import BlockPictures, MapRequest
+from .sigma_window import SigmaWindow
+from .stopwatch import Stopwatch
+from .summary import CallRecord, RunSummary
+
+log = logging.getLogger("comfyui_spargeattn")
+
+
+class RunState:
+    """What a run collects; several threads may add to it. It holds tensors only between `begin` and `end`."""
+
+    def __init__(self, window: SigmaWindow):
+        self.window = window
+        self.summary: RunSummary | None = None  # of the last run that ended
+        self.map_request = MapRequest()  # for the next run
+        self.running_prompt: Callable[[], str | None] = lambda: None  # ComfyUI's id of the prompt that it executes
+        self._lock = threading.Lock()
+        self._clear()
+
+    def _clear(self) -> None:
+        self.running = False
+        self.steps = 0
+        self._timestep: Tensor | None = None
+        self._calls: list[CallRecord] = []
+        self._calls_of_step = 0
+        self._dense: Counter[str] = Counter()
+        self._details: dict[str, str] = {}
+        self._maps = BlockPictures(self.map_request)
+        self._started = time.perf_counter()
+        self._handled: BaseException | None = None  # what the code around the run was handling when it began
+        self._prompt: str | None = None
+        self._said: set[str] = set()
+        self.window.reset()
+
+    def begin(self) -> None:
+        with self._lock:
+            self._clear()
+            self._handled = sys.exc_info()[1]
+            self._prompt = self.running_prompt()
+            self.running = True
+
+    def next_step(self, timestep: Tensor, percent_to_sigma: Callable[[float], float], schedule: Tensor | None) -> None:
+        """Announce an evaluation of the model; the same `timestep` tensor again is still the same evaluation.
+
+        timestep: noise levels (B,). percent_to_sigma: of the model's sampling. schedule: noise levels of the run.
+        """
+        if timestep is self._timestep:
+            return
+        if self.steps == 0:
+            self._maps.steps = 0 if schedule is None else len(schedule) - 1
+            if self.window.bounded:
+                # Reading the schedule waits for the device once a run, when nothing is queued yet.
+                self.window.begin(percent_to_sigma, [] if schedule is None else schedule.tolist())
+        self.window.advance(lambda: timestep.flatten()[0].item())
+        self._timestep = timestep
+        self.steps += 1
+        self._calls_of_step = 0
+
+    def add_call(self, call: AttentionCall, block: Block | None, watch: Stopwatch, stats: SpargeStats | None = None,
+                 tokens: str = "") -> Block | None:
+        """Record a self-attention call of at least min_tokens, dense where it has no `stats`.
+
+        Returns the row of the heat map it belongs to where the run wants its block map too.
+        """
+        with self._lock:
+            if not self.running:
+                return None
+            row = block or Block("call", self._calls_of_step)
+            self._calls_of_step += 1
+            shape = call.q.dtype, call.batch, *call.heads, call.keys, call.q.shape[-1], call.mask is None
+            work = call.batch * call.heads[0] * call.queries * call.keys
+            self._calls.append(CallRecord(self.steps, row, block is not None, shape, work, watch, stats, tokens))
+            return row if stats is not None and self._maps.wants(self.steps, row) else None
+
+    def add_map(self, row: Block, mask: Tensor) -> None:
+        """mask: bool (H, nq, nk)."""
+        with self._lock:
+            if self.running:
+                self._maps.add(row, mask)
+
+    def add_dense(self, dense: Dense) -> None:
+        with self._lock:
+            if not self.running:
+                return
+            self._dense[dense.reason] += 1
+            if dense.detail:
+                self._details.setdefault(dense.reason, dense.detail)
+        self.say_once(dense.reason, f"dense attention: {dense}")
+
+    def say_once(self, key: str, message: str) -> None:
+        """Log a message, the first of its key in this run."""
+        with self._lock:
+            if not self.running or key in self._said:
+                return
+            self._said.add(key)
+        log.info("SpargeAttn: %s", message)
+
+    def end(self) -> RunSummary | None:
+        """Close the run, drop its tensors and return its summary; None where no run is open.
+
+        Raises what reading the statistics raises, when the run is closed and its summary has the counts.
+        """
+        with self._lock:
+            if not self.running:
+                return None
+            error = sys.exc_info()[1]
+            interrupted = error is not None and error is not self._handled
+            self.summary = None
+            try:
+                # First what is known on the host: it stands where the device can't be read.
+                self.summary = self._summarise("the run was interrupted" if interrupted else
+                                               "the numbers of this run could not be read, the log says why")
+                # Where an error or an interruption ends the run, the device may be in no state to be read.
+                if not interrupted:
+                    self.summary = self._summarise()
+            finally:
+                self._clear()
+            return self.summary
+
+    def _summarise(self, unread: str = "") -> RunSummary:
+        summary = RunSummary.of(self.steps, self._dense, self._calls, unread)
+        return replace(summary, details=self._details, seconds=time.perf_counter() - self._started,
+                       maps=None if unread else self._maps.fetch(), prompt=self._prompt, ended=time.time())

@@ -1,0 +1,175 @@
+"""What happened in a sampling run, as plain numbers and as text."""
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from statistics import fmean, median
+
+import torch
+from torch import Tensor
+
+from ...kernels import SpargeStats
+from ..call.transformer_blocks import Block
+from .block_maps import BlockPictures
+from .stopwatch import Stopwatch
+
+LITTLE = 0.05  # a run that skips less of its attention than this has gained next to nothing by it
+
+
+@dataclass(frozen=True)
+class CallRecord:
+    """A self-attention call of at least min_tokens; its statistics may still be on their way to the device.
+
+    row: its block, or its place in the step, as the block `call:n`, where the model does not number its blocks.
+    stats: None where it stayed dense. tokens: their order and grid in words, empty where the grid is not known.
+    shape: what its time depends on. work: products of a query and a key that dense attention takes.
+    """
+
+    step: int
+    row: Block
+    numbered: bool
+    shape: tuple
+    work: int
+    time: Stopwatch
+    stats: SpargeStats | None = None
+    tokens: str = ""
+
+
+@dataclass(frozen=True)
+class CallTimes:
+    """Sparse calls of one shape: how many, and the median milliseconds of one.
+
+    dense: median of the calls of this shape that stayed dense in the same run, None where there was none.
+    """
+
+    calls: int
+    sparse: float
+    dense: float | None
+
+    @property
+    def saved(self) -> float:
+        """Milliseconds."""
+        return 0.0 if self.dense is None else self.calls * (self.dense - self.sparse)
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """Counts and means of a run.
+
+    steps: evaluations of the model by the sampler. sparse: calls that went sparse. dense: calls that did not, by
+    reason. sparsity, pv_skipped: mean share of skipped block pairs, and of skipped P·V products among the others, over
+    the sparse calls; None where none was read. skipped: share of the products Q·K and P·V of all self-attention of at
+    least min_tokens, dense calls included; None likewise. by_block, by_step: mean sparsity of each; steps count from 1,
+    and a model that does not number its blocks has an empty `by_block`. tokens: sparse calls by the order and grid of
+    their tokens, those whose grid is known. details: an example for each reason in `dense` that has one. cells: mean
+    sparsity of each row (as in `CallRecord`) and step, None where all its calls stayed dense. times: one for each shape
+    of a timed sparse call. reference: it was computed on a CPU, where nothing is gained. seconds: from the start of the
+    run to its end, which was at `ended`, in seconds of `time.time`. prompt: ComfyUI's id of the prompt that it was part
+    of. problem: why nothing was sparse, empty where something was. unread: why sparsity and what else takes the device
+    is not known, empty where it was read.
+    """
+
+    steps: int
+    sparse: int
+    dense: dict[str, int]
+    sparsity: float | None = None
+    pv_skipped: float | None = None
+    skipped: float | None = None
+    by_block: dict[Block, float] = field(default_factory=dict)
+    by_step: dict[int, float] = field(default_factory=dict)
+    tokens: dict[str, int] = field(default_factory=dict)
+    details: dict[str, str] = field(default_factory=dict)
+    cells: dict[tuple[Block, int], float | None] = field(default_factory=dict)
+    times: tuple[CallTimes, ...] = ()
+    reference: bool = False
+    seconds: float = 0.0
+    ended: float = 0.0
+    prompt: str | None = None
+    maps: BlockPictures | None = None
+    problem: str = ""
+    unread: str = ""
+
+    @classmethod
+    def of(cls, steps: int, dense: Counter[str], calls: Sequence[CallRecord], unread: str = "") -> RunSummary:
+        """Summarise. Without a reason in `unread` this fetches the statistics, which waits for the device."""
+        dense = dict(dense.most_common())
+        sparse = [call for call in calls if call.stats is not None]
+        tokens = dict(Counter(call.tokens for call in sparse if call.tokens).most_common())
+        known = cls(steps, len(sparse), dense, tokens=tokens, unread=unread,
+                    reference=any(call.time.device.type == "cpu" for call in sparse))
+        if unread or not sparse:
+            return known
+        kept = _read([call.stats.kept.mean() for call in sparse])
+        pv_skipped = _read([call.stats.pv_skipped.mean() for call in sparse])
+        sparsity = [1 - x for x in kept]
+        cells = {(call.row, call.step): None for call in calls}
+        cells |= _means(((call.row, call.step), x) for call, x in zip(sparse, sparsity))
+        # P·V is half of the products, and is skipped wholly with a block pair.
+        skipped = sum(call.work * (1 - share * (1 - pv / 2)) for call, share, pv in zip(sparse, kept, pv_skipped))
+        return replace(known, sparsity=fmean(sparsity), pv_skipped=fmean(pv_skipped),
+                       skipped=skipped / sum(call.work for call in calls),
+                       by_block=_means((call.row, x) for call, x in zip(sparse, sparsity) if call.numbered),
+                       by_step=_means((call.step, x) for call, x in zip(sparse, sparsity)),
+                       cells=dict(sorted(cells.items())), times=_times(calls))
+
+    @property
+    def skipped_little(self) -> bool:
+        """Whether the sparse calls of this run skipped so little of its attention that a user should know."""
+        return self.skipped is not None and self.skipped < LITTLE
+
+    @property
+    def mostly_dense(self) -> bool:
+        """Whether it skipped little because most of its attention stayed dense."""
+        return self.skipped_little and self.sparsity >= 2 * LITTLE
+
+    @property
+    def saved(self) -> float | None:
+        """Seconds that the sparse calls took less than dense ones of the same shape in this run; None if unknown."""
+        known = [times.saved for times in self.times if times.dense is not None]
+        return sum(known) / 1000 if known else None
+
+    def __str__(self) -> str:
+        text = f"{self.sparse} attention calls sparse"
+        if self.sparsity is not None:
+            text += f" (mean sparsity {self.sparsity:.1%}"
+            text += f", P·V skipped {self.pv_skipped:.1%})" if self.pv_skipped else ")"
+        text += f", {sum(self.dense.values())} dense"
+        if self.dense:
+            text += ": " + ", ".join(f"{count} {reason}" for reason, count in self.dense.items())
+        if self.tokens:
+            text += "; tokens: " + ", ".join(f"{count} in {order}" for order, count in self.tokens.items())
+        return text
+
+    def table(self) -> str:
+        """Sparsity of every block and step, for a log."""
+        rows = [("block", self.by_block), ("step", self.by_step)]
+        return "\n".join(f"sparsity by {name}: " + ", ".join(f"{key} {value:.1%}" for key, value in values.items())
+                         for name, values in rows if values)
+
+
+def _times(calls: Sequence[CallRecord]) -> tuple[CallTimes, ...]:
+    """Medians, because the first call of a shape may include the compilation of its kernels."""
+    groups = defaultdict(lambda: ([], []))
+    for call in calls:
+        milliseconds = call.time.milliseconds()
+        if milliseconds is not None:
+            groups[call.shape][call.stats is None].append(milliseconds)
+    return tuple(CallTimes(len(sparse), median(sparse), median(dense) if dense else None)
+                 for sparse, dense in groups.values() if sparse)
+
+
+def _means(pairs: Iterable[tuple]) -> dict:
+    groups = defaultdict(list)
+    for key, value in pairs:
+        groups[key].append(value)
+    return {key: fmean(groups[key]) for key in sorted(groups)}
+
+
+def _read(values: Sequence[Tensor]) -> list[float]:
+    """Host numbers of 0-D tensors, with one transfer a device."""
+    numbers = {}
+    for device in {value.device for value in values}:
+        here = [i for i, value in enumerate(values) if value.device == device]
+        numbers |= zip(here, torch.stack([values[i] for i in here]).tolist())
+    return [numbers[i] for i in range(len(values))]

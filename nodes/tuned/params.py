@@ -1,0 +1,173 @@
+"""Tuned parameters of a model: what travels between nodes as SPARGE_PARAMS, and how a call uses it."""
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from ...hilbert import free_device_orders
+from ...hilbert.permutation import OrderCache
+from ...kernels import SpargeParams
+from ..call.arguments import AttentionCall
+from ..call.model_rules import TokenLayout
+from .search import Bounds, LayerSearch, Setting
+
+_PLAIN = bool, int, float, str, type(None)
+_orders = OrderCache(capacity=1 << 24)  # 64 MiB of orders that differ from head to head
+_on_device: WeakKeyDictionary[Setting, dict[torch.device, SpargeParams]] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What must agree for parameters to fit a model: its class, and what ComfyUI detected in its weights."""
+
+    family: str
+    config: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, patcher) -> Architecture:
+        """Of a ModelPatcher."""
+        model = patcher.model
+        diffusion_model = getattr(model.diffusion_model, "_orig_mod", model.diffusion_model)  # torch.compile wraps
+        config = getattr(getattr(model, "model_config", None), "unet_config", None) or {}
+        return cls(type(diffusion_model).__name__, {key: plain(value) for key, value in sorted(config.items())
+                                                    if is_plain(value)})
+
+    def mismatch(self, model: Architecture) -> str | None:
+        """What differs in `model`, None where nothing does."""
+        if self.family != model.family:
+            return f"they were tuned for {self.family:.80}, this model is {model.family}"
+        for key in sorted(self.config.keys() | model.config.keys()):
+            mine, its = self.config.get(key), model.config.get(key)
+            if mine != its:
+                return f"they were tuned for a {self.family} with {key} {mine!s:.80}, this model has {its!s:.80}"
+        return None
+
+
+@dataclass(frozen=True)
+class TunedLayer:
+    """search: what was found. head_dim: of its calls. tokens: descriptions of the sequences it was tuned on."""
+
+    search: LayerSearch
+    head_dim: int
+    tokens: tuple[str, ...] = ()
+
+    def with_tokens(self, text: str) -> TunedLayer:
+        return self if text in self.tokens else replace(self, tokens=(*self.tokens, text))
+
+
+@dataclass(frozen=True)
+class TunedParams:
+    """SPARGE_PARAMS.
+
+    layers: by the names of `layers.layer_name`. versions: of the software and hardware that tuned. continues: False for
+    a file whose search had other candidates than this version's: it serves, and can't be tuned further. lenient: the
+    user prefers the widgets to an error where the parameters don't fit the model.
+    """
+
+    architecture: Architecture
+    bounds: Bounds
+    layers: Mapping[str, TunedLayer] = field(default_factory=lambda: MappingProxyType({}))
+    versions: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    continues: bool = True
+    lenient: bool = False
+
+    def with_layer(self, name: str, layer: TunedLayer) -> TunedParams:
+        return replace(self, layers=MappingProxyType({**self.layers, name: layer}))
+
+    @property
+    def sparsity(self) -> float:
+        """Mean over all heads."""
+        return _mean([layer.search.sparsity for layer in self.layers.values()])
+
+    @property
+    def error(self) -> tuple[float, float]:
+        """(mean, largest) L1 of the heads of sparse layers on the calls they were tuned on."""
+        return self._errors("error")
+
+    @property
+    def unseen_error(self) -> tuple[float, float] | None:
+        """The same on calls they were not tuned on, None where there were none."""
+        return self._errors("unseen") if any(x.search.unseen_calls for x in self.layers.values()) else None
+
+    def _errors(self, name: str) -> tuple[float, float]:
+        values = [getattr(layer.search, name) for layer in self.layers.values() if layer.search.setting is not None]
+        return _mean(values), max((value.max().item() for value in values), default=0.0)
+
+    def __str__(self) -> str:
+        sparse = sum(layer.search.setting is not None for layer in self.layers.values())
+        text = (f"{sparse} of {len(self.layers)} layers sparse, mean sparsity {self.sparsity:.1%}, L1 of a head "
+                "{:.4f} (largest {:.4f})".format(*self.error))
+        if self.unseen_error is not None:
+            text += ", with another seed {:.4f} (largest {:.4f})".format(*self.unseen_error)
+        return text
+
+
+def setting_for(params: TunedParams, layer: str | None, call: AttentionCall) -> Setting | None | str:
+    """What was tuned for a call: a setting, None for dense attention, or why there is nothing for it.
+
+    Raises ValueError where the layer has other heads than the call, unless the parameters are lenient.
+    """
+    tuned = params.layers.get(layer) if layer else None
+    if tuned is None:
+        return f"nothing was tuned for layer {layer}"
+    mine = tuned.search.heads, tuned.search.kv_heads, tuned.head_dim
+    its = *call.heads, call.q.shape[-1]
+    if mine == its:
+        return tuned.search.setting
+    problem = "layer {} was tuned for {} heads of q, {} of k and head_dim {}".format(layer, *mine)
+    problem += ", this call has {}, {} and {}".format(*its)
+    if not params.lenient:
+        raise ValueError(f"params must fit the model: {problem}")
+    return problem
+
+
+def params_on(setting: Setting, device: torch.device) -> SpargeParams:
+    """The thresholds on `device`; copied once, because a copy waits for the device."""
+    copies = _on_device.setdefault(setting, {})
+    if device not in copies:
+        copies[device] = setting.params.to(device)
+    return copies[device]
+
+
+def order_of(curves: tuple[str, ...], layout: TokenLayout | str, device: torch.device) -> Tensor | None | bool:
+    """The order of a call, as in `sparge_attention`: one for all heads, or one row a head of K.
+
+    None keeps the model's order. False where the layout is not known and a curve needs it.
+    """
+    if set(curves) == {"row-major"} and (isinstance(layout, str) or not layout.others):
+        return None
+    if isinstance(layout, str):
+        return False
+    if len(set(curves)) == 1:
+        return layout.order(curves[0], device)
+    device = torch.empty(0, device=device).device
+    return _orders.get((curves, layout, device), lambda: torch.stack([layout.order(c, device) for c in curves]))
+
+
+def free_device_tensors() -> None:
+    """Drop what is kept on devices for the calls of a run: copies of orders and thresholds."""
+    free_device_orders()
+    _orders.keep_on_host()
+    _on_device.clear()
+
+
+def plain(value: Any) -> Any:
+    """The value as JSON gives it back."""
+    return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def is_plain(value: Any, depth: int = 4) -> bool:
+    """Whether a value is a number, text, None, or a list of them with at most `depth` levels."""
+    if isinstance(value, (list, tuple)):
+        return depth > 0 and all(is_plain(item, depth - 1) for item in value)
+    return isinstance(value, _PLAIN)
+
+
+def _mean(values: list[Tensor]) -> float:
+    return torch.cat(values).mean().item() if values else 0.0
