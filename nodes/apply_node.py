@@ -8,8 +8,8 @@ from comfy_api.latest import io
 
 from ..kernels import SpargeParams
 from .call.model_rules import expect_tokens
-from .call.plan import CURVES, Settings
-from .call.transformer_blocks import BlockList
+from .call.plan import HILBERT_CHOICES, NodeSettings
+from .call.transformer_blocks import ListedBlocks
 from .host import running_prompt, show_on_node
 from .override import CALLBACK_KEY, SLOT, SpargeOverride, describe
 from .run.state import log
@@ -102,7 +102,7 @@ class ApplySpargeAttn(io.ComfyNode):
                     "verbose", default=False, advanced=True,
                     tooltip="Also write the sparsity of every block and step to the log."),
                 io.Combo.Input(  # optional, so that prompts saved without it still run
-                    "hilbert", options=list(CURVES), default="auto", optional=True,
+                    "hilbert", options=list(HILBERT_CHOICES), default="auto", optional=True,
                     tooltip="on: tokens are grouped into blocks along a Hilbert curve through the picture or clip, so "
                             "that those of a block are neighbours in space and time and more alike. off: the model's "
                             "own order. auto is off: where it was measured no order is the best at every threshold, "
@@ -124,7 +124,7 @@ class ApplySpargeAttn(io.ComfyNode):
         ComfyUI shows an error at every positional argument, so that there is one; and it passes a DynamicCombo always.
         """
         try:
-            BlockList.parse(dense_blocks or "")
+            ListedBlocks.parse(dense_blocks or "")
         except ValueError as problem:
             return str(problem)
         return True
@@ -135,8 +135,8 @@ class ApplySpargeAttn(io.ComfyNode):
                 verbose: bool, hilbert: str = "auto", params: TunedParams | None = None) -> io.NodeOutput:
         if start_percent > end_percent:
             raise ValueError(f"start_percent must be at most end_percent; got {start_percent:g} and {end_percent:g}")
-        settings = Settings(_params(selection, pv_threshold), start_percent, end_percent,
-                            BlockList.parse(dense_blocks), min_tokens, skipped_blocks, pv_precision, verbose,
+        settings = NodeSettings(_params(selection, pv_threshold), start_percent, end_percent,
+                            ListedBlocks.parse(dense_blocks), min_tokens, skipped_blocks, pv_precision, verbose,
                             hilbert, _fitting(params, model))
         patched = model.clone()
         options = patched.model_options["transformer_options"]

@@ -16,8 +16,8 @@ from ..kernels import FastPathError, block_map, sparge_attention
 from ..kernels.failures import is_of_the_device
 from .call.arguments import AttentionCall, UnsupportedCall
 from .call.layer_names import LayerNames, handed_on
-from .call.plan import Dense, Settings, SparsePlan, plan_call
-from .call.transformer_blocks import Block
+from .call.plan import Dense, NodeSettings, SparsePlan, plan_call
+from .call.transformer_blocks import TransformerBlock
 from .report.advice import about_little_skipped
 from .run.compile_notice import announced
 from .run.sigma_window import SigmaWindow
@@ -38,7 +38,7 @@ class SpargeOverride:
     `previous`, the override that was found when the node ran, else to the backend chosen on the command line.
     """
 
-    def __init__(self, settings: Settings, previous: Callable | None = None,
+    def __init__(self, settings: NodeSettings, previous: Callable | None = None,
                  show: Callable[[str], None] | None = None):
         """show: shows the user a line while the model is being sampled, beside the log."""
         self.settings = settings
@@ -65,7 +65,7 @@ class SpargeOverride:
             call = AttentionCall.parse(args, kwargs)
         except UnsupportedCall as problem:
             return self._stay_dense(Dense("unsupported call", str(problem)), func, args, kwargs)
-        block = Block.of(call.transformer_options)
+        block = TransformerBlock.of(call.transformer_options)
         if block is None and self.settings.dense_blocks:
             self.run.say_once("dense_blocks", "dense_blocks has no effect, this model does not number its blocks")
         layer = self.names.name(call, block)
@@ -84,7 +84,7 @@ class SpargeOverride:
             self.run.add_call(call, block, watch.stop())
         return out
 
-    def _go_sparse(self, plan: SparsePlan, call: AttentionCall, block: Block | None) -> Tensor | Dense:
+    def _go_sparse(self, plan: SparsePlan, call: AttentionCall, block: TransformerBlock | None) -> Tensor | Dense:
         """The result as the caller wants it, or why there is none after all."""
         mask = call.key_mask
         how = {"params": plan.params, "layout": call.layout, "scale": call.scale, "order": plan.order,
@@ -113,7 +113,7 @@ class SpargeOverride:
             self._keep_map(row, call, how | mask)
         return call.give_back(out)
 
-    def _keep_map(self, row: Block, call: AttentionCall, how: dict[str, Any]) -> None:
+    def _keep_map(self, row: TransformerBlock, call: AttentionCall, how: dict[str, Any]) -> None:
         """Keep the block map of the first of the batch for a report."""
         how |= {name: how[name][:1] for name in ("key_padding_mask", "key_bias") if name in how}
         try:

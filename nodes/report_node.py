@@ -5,7 +5,7 @@ import torch
 from comfy.patcher_extension import CallbacksMP
 from comfy_api.latest import io, ui
 
-from .call.transformer_blocks import Block, BlockList
+from .call.transformer_blocks import ListedBlocks, TransformerBlock
 from .host import running_prompt
 from .override import CALLBACK_KEY, SpargeOverride
 from .report.page import THEMES, Panels, as_image, draw_report
@@ -72,7 +72,7 @@ class SpargeAttnReport(io.ComfyNode):
         return io.NodeOutput(samples, image, text, ui={**shown, "text": [text]})
 
 
-def _panels(model, block: Block | None, head: int, step: int) -> Panels:
+def _panels(model, block: TransformerBlock | None, head: int, step: int) -> Panels:
     override = find_override(model)
     if override is None:
         return failed_report("There is no Apply SpargeAttn on this model",
@@ -87,12 +87,12 @@ def find_override(model) -> SpargeOverride | None:
     return callbacks[-1].__self__ if callbacks else None
 
 
-def _one_block(text: str) -> Block | None:
+def _one_block(text: str) -> TransformerBlock | None:
     """Raises ValueError for anything but one block."""
     if not text.strip():
         return None
-    ranges = BlockList.parse(text).ranges
+    ranges = ListedBlocks.parse(text).ranges
     if len(ranges) != 1 or ranges[0][1] != ranges[0][2]:
         raise ValueError(f"block must be one block, such as 12 or single:3; got '{text}'")
     kind, index, _ = ranges[0]
-    return Block(kind or "", index)
+    return TransformerBlock(kind or "", index)

@@ -12,7 +12,7 @@ import torch
 from comfy_api.latest import io
 
 from ..kernels import SpargeParams
-from .call.plan import Settings
+from .call.plan import NodeSettings
 from .params_nodes import SPARGE_PARAMS, params_folder
 from .report.page import as_image
 from .report.tuned_page import TunedPictures
@@ -117,7 +117,7 @@ class SpargeAttnTune(io.ComfyNode):
             shown = tuner.searched
             bar.update_absolute(int(_PROGRESS * (share + (not tuner.learn)) / runs), _PROGRESS, preview)
 
-        settings = Settings(SpargeParams(), start_percent, end_percent, min_tokens=min_tokens)
+        settings = NodeSettings(SpargeParams(), start_percent, end_percent, min_tokens=min_tokens)
         tuner = Tuner(params, settings, sampled_steps, progress,
                       comfy.model_management.throw_exception_if_processing_interrupted)
 

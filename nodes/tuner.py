@@ -18,12 +18,12 @@ from ..kernels.capability import arch_of, supports_fp8
 from .call.arguments import AttentionCall, UnsupportedCall
 from .call.layer_names import LayerNames
 from .call.model_rules import TokenLayout, expect_tokens
-from .call.plan import Dense, Settings, SparsePlan, plan_call
-from .call.transformer_blocks import Block
+from .call.plan import Dense, NodeSettings, SparsePlan, plan_call
+from .call.transformer_blocks import TransformerBlock
 from .override import SLOT, SpargeOverride
 from .run.state import log
 from .tuned.params import TunedLayer, TunedParams, free_device_tensors, order_of
-from .tuned.search import LayerSearch, Measured, Setting
+from .tuned.search import LayerSearch, Measured, TunedSetting
 
 _KEY = "spargeattn_tuning"
 _SEARCH_SHARE = 30  # a step that is searched takes about as long as this many others
@@ -39,7 +39,7 @@ class Tuner:
     said: why calls were not tuned. With several GPUs, threads share it.
     """
 
-    def __init__(self, params: TunedParams, settings: Settings, samples: int,
+    def __init__(self, params: TunedParams, settings: NodeSettings, samples: int,
                  progress: Callable[[float], None] = lambda share: None, check: Callable[[], None] = lambda: None):
         self.params = params
         self.settings = settings
@@ -123,7 +123,7 @@ class Tuner:
         except UnsupportedCall as problem:
             self._say(f"unsupported call ({problem})")
             return dense
-        block = Block.of(call.transformer_options)
+        block = TransformerBlock.of(call.transformer_options)
         layer = self._names.name(call, block)
         doubt = self._names.doubt(layer, call.transformer_options)
         plan = plan_call(call, self.settings, block, in_window=True)
@@ -199,7 +199,7 @@ class CallMeasure:
         self._impl = select_implementation(call.q)[0]
         self._fp8 = self._impl == "triton" and supports_fp8(arch_of(device))
 
-    def __call__(self, setting: Setting) -> Measured | None:
+    def __call__(self, setting: TunedSetting) -> Measured | None:
         self._check()
         call = self._call
         order = order_of(setting.curves, self._layout, call.q.device)

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from torch import Tensor
 
 from .arguments import AttentionCall
-from .transformer_blocks import Block
+from .transformer_blocks import TransformerBlock
 
 _KEY = "spargeattn_layers"  # in transformer_options: how many self-attention calls each block has made so far
 _UNNUMBERED = re.compile(r"#(\d+)")
@@ -35,7 +35,7 @@ class LayerNames:
 
     def begin(self) -> None:
         """Start a run."""
-        self.blocks: set[Block] = set()  # of the evaluations that have ended
+        self.blocks: set[TransformerBlock] = set()  # of the evaluations that have ended
         self._most = self._tuned  # unnumbered calls of an evaluation
         self._fewest: dict[Hashable, int] = {}  # the same for each kind
 
@@ -52,7 +52,7 @@ class LayerNames:
             self._most = max(calls[None], self._most)
         return out
 
-    def name(self, call: AttentionCall, block: Block | None) -> str | None:
+    def name(self, call: AttentionCall, block: TransformerBlock | None) -> str | None:
         """None for cross-attention and outside an evaluation. To be asked once a call."""
         calls = call.transformer_options.get(_KEY)
         if calls is None or call.queries != call.keys:

@@ -12,17 +12,17 @@ from ...kernels.capability import DTYPES, MAX_HEAD_DIM, arch_of, supports_fp8
 from ..tuned.params import TunedParams, order_of, params_on, setting_for
 from .arguments import AttentionCall
 from .model_rules import UNSEEN, TokenLayout, token_layout
-from .transformer_blocks import Block, BlockList
+from .transformer_blocks import ListedBlocks, TransformerBlock
 
 # The eager path is for trying things out; on longer sequences it would keep a CPU busy for minutes a call.
 MAX_CPU_TOKENS = 16384
 # What the widget `hilbert` chooses: a curve through the grid of visual tokens, or the model's own order. No order is
 # the best at every threshold (tests/bench/results/h100_orders.json), so auto leaves it alone.
-CURVES = {"auto": None, "on": "hilbert", "off": None}
+HILBERT_CHOICES = {"auto": None, "on": "hilbert", "off": None}
 
 
 @dataclass(frozen=True)
-class Settings:
+class NodeSettings:
     """What the user chose on the node.
 
     start_percent, end_percent: the part of the sampling, from 0 to 1, that may go sparse. min_tokens: shorter sequences
@@ -34,7 +34,7 @@ class Settings:
     params: SpargeParams
     start_percent: float = 0.2
     end_percent: float = 1.0
-    dense_blocks: BlockList = field(default_factory=BlockList)
+    dense_blocks: ListedBlocks = field(default_factory=ListedBlocks)
     min_tokens: int = 2048
     skipped: str = "drop"
     pv_dtype: str = "auto"
@@ -44,7 +44,7 @@ class Settings:
 
     @property
     def curve(self) -> str | None:
-        return CURVES[self.hilbert]
+        return HILBERT_CHOICES[self.hilbert]
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Dense:
         return f"{self.reason} ({self.detail})" if self.detail else self.reason
 
 
-def plan_call(call: AttentionCall, settings: Settings, block: Block | None, in_window: bool,
+def plan_call(call: AttentionCall, settings: NodeSettings, block: TransformerBlock | None, in_window: bool,
               layer: str | None = None, doubt: str = "") -> SparsePlan | Dense:
     """What becomes of a call.
 
@@ -125,7 +125,7 @@ def _tuned_plan(call: AttentionCall, tuned: TunedParams, layer: str | None, layo
     return SparsePlan(params_on(setting, call.q.device), impl, order, layout, setting.skipped, pv_dtype, curve)
 
 
-def _not_wanted(call: AttentionCall, settings: Settings, block: Block | None, in_window: bool) -> Dense | None:
+def _not_wanted(call: AttentionCall, settings: NodeSettings, block: TransformerBlock | None, in_window: bool) -> Dense | None:
     if call.queries != call.keys:
         return Dense("cross-attention", f"{call.queries} queries, {call.keys} keys")
     if call.queries < settings.min_tokens:
@@ -164,7 +164,7 @@ def _no_implementation_takes(call: AttentionCall) -> Dense | None:
     return None
 
 
-def _implementation_here(call: AttentionCall, settings: Settings) -> str | Dense:
+def _implementation_here(call: AttentionCall, settings: NodeSettings) -> str | Dense:
     """The eager reference serves short sequences on a CPU; on other devices dense attention is faster than it."""
     device = call.q.device
     name, reason = select_implementation(call.q)

@@ -11,7 +11,7 @@ _INSIDE = re.compile(r"\s*([-:])\s*")  # an item may be written as "4 - 7"
 
 
 @dataclass(frozen=True, order=True)
-class Block:
+class TransformerBlock:
     """A transformer block: its kind where the model tells ("double", "single", …) and its index within that kind.
 
     The blocks of a UNet are its "input", "middle" and "output" blocks.
@@ -21,7 +21,7 @@ class Block:
     index: int
 
     @classmethod
-    def of(cls, transformer_options: dict) -> Block | None:
+    def of(cls, transformer_options: dict) -> TransformerBlock | None:
         """The block that is running, None where the model does not number its blocks."""
         unet_block = transformer_options.get("block")
         if isinstance(unet_block, tuple) and len(unet_block) >= 2:
@@ -31,7 +31,7 @@ class Block:
             return None
         return cls(transformer_options.get("block_type") or "", index)
 
-    def names(self, other: Block) -> bool:
+    def names(self, other: TransformerBlock) -> bool:
         """Whether `other` is this block; one without a kind stands for that index of any kind."""
         return self.index == other.index and self.kind in ("", other.kind)
 
@@ -40,7 +40,7 @@ class Block:
 
 
 @dataclass(frozen=True)
-class BlockList:
+class ListedBlocks:
     """A user's choice of blocks, such as "0, 1, 47-49, single:0-3"; a bare number means that index of every kind.
 
     Commas, semicolons, also those of Chinese text, and spaces stand between the items.
@@ -49,7 +49,7 @@ class BlockList:
     ranges: tuple[tuple[str | None, int, int], ...] = ()
 
     @classmethod
-    def parse(cls, text: str) -> BlockList:
+    def parse(cls, text: str) -> ListedBlocks:
         """Raises ValueError naming the item that is not a block number, a range, or one of them after `kind:`."""
         ranges = []
         for item in filter(None, _BETWEEN.split(_INSIDE.sub(r"\1", text))):
@@ -64,11 +64,11 @@ class BlockList:
             ranges.append((match["kind"] and match["kind"].lower(), first, last))
         return cls(tuple(ranges))
 
-    def without(self, blocks: Iterable[Block]) -> BlockList:
+    def without(self, blocks: Iterable[TransformerBlock]) -> ListedBlocks:
         """The items that name none of `blocks`."""
-        return BlockList(tuple(item for item in self.ranges if not any(map(BlockList((item,)).__contains__, blocks))))
+        return ListedBlocks(tuple(item for item in self.ranges if not any(map(ListedBlocks((item,)).__contains__, blocks))))
 
-    def __contains__(self, block: Block) -> bool:
+    def __contains__(self, block: TransformerBlock) -> bool:
         return any(first <= block.index <= last and kind in (None, block.kind) for kind, first, last in self.ranges)
 
     def __bool__(self) -> bool:

@@ -1,7 +1,7 @@
 """What a user can do about a run that was sparse little or not at all, for the log and for the report."""
 from __future__ import annotations
 
-from ..call.plan import Settings
+from ..call.plan import NodeSettings
 from ..run.summary import RunSummary
 
 # By the start of a reason to stay dense. These are faults: a report tells them also where other calls went sparse.
@@ -37,7 +37,7 @@ def about_dense_calls(summary: RunSummary) -> list[str]:
     return [advice for reason in summary.dense for start, advice in known.items() if reason.startswith(start)]
 
 
-def about_little_skipped(summary: RunSummary, settings: Settings) -> str:
+def about_little_skipped(summary: RunSummary, settings: NodeSettings) -> str:
     """Why a run that was sparse skipped so little, and what to change; empty where it skipped enough."""
     if not summary.skipped_little:
         return ""
@@ -47,7 +47,7 @@ def about_little_skipped(summary: RunSummary, settings: Settings) -> str:
     return f"{amount} of the attention was skipped. {_what_to_change(settings)}"
 
 
-def _what_to_change(settings: Settings) -> str:
+def _what_to_change(settings: NodeSettings) -> str:
     params = settings.params
     if settings.tuned is not None:
         return "Nearly nothing can be skipped at the error tuned for: tune with larger l1, or disconnect params."

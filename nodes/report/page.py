@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from ..call.transformer_blocks import Block
+from ..call.transformer_blocks import TransformerBlock
 
 WIDTH = 768
 _MARGIN = 24
@@ -58,7 +58,7 @@ class Panels:
     headline: str
     notes: Sequence[str]
     failed: bool
-    cells: dict[tuple[Block, int], float | None]
+    cells: dict[tuple[TransformerBlock, int], float | None]
     calls: Sequence[tuple[str, int]]
     block_map: Tensor | None
     map_title: str

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 
 import torch
 
-from ..call.plan import Settings
-from ..call.transformer_blocks import Block, BlockList
+from ..call.plan import NodeSettings
+from ..call.transformer_blocks import ListedBlocks, TransformerBlock
 from ..run.summary import RunSummary
 from .advice import about_dense_calls, about_little_skipped
 from .page import SPARSE, Panels
@@ -18,7 +18,7 @@ def failed_report(headline: str, *notes: str) -> Panels:
     return Panels(headline, notes, True, {}, (), None, "", ())
 
 
-def run_report(summary: RunSummary | None, settings: Settings, block: Block | None, head: int, step: int,
+def run_report(summary: RunSummary | None, settings: NodeSettings, block: TransformerBlock | None, head: int, step: int,
                prompt: str | None = None) -> Panels:
     """block, head, step: of the block map; None and 0 for the first that was kept. prompt: that asks for the report."""
     if summary is None:
@@ -36,7 +36,7 @@ def run_report(summary: RunSummary | None, settings: Settings, block: Block | No
                   _settings(settings, summary))
 
 
-def _outcome(summary: RunSummary, settings: Settings) -> list[str]:
+def _outcome(summary: RunSummary, settings: NodeSettings) -> list[str]:
     """The headline and the notes below it."""
     if summary.unread:
         return [_sentence(summary.unread), *about_dense_calls(summary)]
@@ -71,7 +71,7 @@ def _sentence(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def _block_map(summary: RunSummary, settings: Settings, block: Block | None, head: int,
+def _block_map(summary: RunSummary, settings: NodeSettings, block: TransformerBlock | None, head: int,
                step: int) -> tuple[torch.Tensor | None, str]:
     """Pixels and title of the block map; without pixels the title says why."""
     kept = summary.maps
@@ -97,7 +97,7 @@ def _missing_step(summary: RunSummary, step: int) -> str:
     return f"step {step} will be kept in the next run" if step in summary.by_step else f"step {step} was not sparse"
 
 
-def _missing_block(summary: RunSummary, settings: Settings, block: Block) -> str:
+def _missing_block(summary: RunSummary, settings: NodeSettings, block: TransformerBlock) -> str:
     cells = [share for (row, _), share in summary.cells.items() if block.names(row)]
     if any(share is not None for share in cells):
         return "it will be kept in the next run"
@@ -106,7 +106,7 @@ def _missing_block(summary: RunSummary, settings: Settings, block: Block) -> str
     return f"the blocks with at least {settings.min_tokens} tokens are {_listed(row for row, _ in summary.cells)}"
 
 
-def _listed(blocks: Iterable[Block]) -> str:
+def _listed(blocks: Iterable[TransformerBlock]) -> str:
     """Such as "double:0-18, single:0-37"."""
     ranges: list[tuple[str, int, int]] = []
     for block in sorted(set(blocks)):
@@ -115,10 +115,10 @@ def _listed(blocks: Iterable[Block]) -> str:
             ranges[-1] = kind, first, block.index
         else:
             ranges.append((block.kind, block.index, block.index))
-    return str(BlockList(tuple(ranges)))
+    return str(ListedBlocks(tuple(ranges)))
 
 
-def _settings(settings: Settings, summary: RunSummary) -> list[str]:
+def _settings(settings: NodeSettings, summary: RunSummary) -> list[str]:
     judged = settings.params.selection == "cdf"
     lines = [", ".join(f"{name} {_value(value)}" for name, value in settings.params.items()
                        if judged or name != "similarity_threshold"),

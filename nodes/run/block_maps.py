@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..call.transformer_blocks import Block
+from ..call.transformer_blocks import TransformerBlock
 
 LARGEST = 128  # rows and columns of a kept map: what a picture can show
 _FULL_COST_STEPS = 16
@@ -21,7 +21,7 @@ class MapRequest:
     """
 
     step: int = 0
-    block: Block | None = None
+    block: TransformerBlock | None = None
 
 
 @dataclass
@@ -35,10 +35,10 @@ class BlockPictures:
     request: MapRequest = field(default_factory=MapRequest)
     steps: int = 0  # of the run, as scheduled; 0 where nothing tells
     step: int = 0  # the step that is kept, 0 before it comes
-    maps: dict[Block, Tensor] = field(default_factory=dict)
+    maps: dict[TransformerBlock, Tensor] = field(default_factory=dict)
     _seen: int = 0
 
-    def wants(self, step: int, block: Block) -> bool:
+    def wants(self, step: int, block: TransformerBlock) -> bool:
         """Whether to keep the map of this call; a block called twice in a step is kept once."""
         if step != (self.step or self.request.step or step) or block in self.maps:
             return False
@@ -48,7 +48,7 @@ class BlockPictures:
         chosen = self.request.block is not None and self.request.block.names(block)
         return chosen or (self._seen - 1) % stride == 0
 
-    def add(self, block: Block, mask: Tensor) -> None:
+    def add(self, block: TransformerBlock, mask: Tensor) -> None:
         """mask: bool (H, nq, nk), on any device; nothing waits for it."""
         self.maps[block] = shrink(mask)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from ...kernels import SpargeStats
 from ..call.arguments import AttentionCall
 from ..call.plan import Dense
-from ..call.transformer_blocks import Block
+from ..call.transformer_blocks import TransformerBlock
 from .block_maps import BlockPictures, MapRequest
 from .sigma_window import SigmaWindow
 from .stopwatch import Stopwatch
@@ -73,8 +73,8 @@ class RunState:
         self.steps += 1
         self._calls_of_step = 0
 
-    def add_call(self, call: AttentionCall, block: Block | None, watch: Stopwatch, stats: SpargeStats | None = None,
-                 tokens: str = "") -> Block | None:
+    def add_call(self, call: AttentionCall, block: TransformerBlock | None, watch: Stopwatch, stats: SpargeStats | None = None,
+                 tokens: str = "") -> TransformerBlock | None:
         """Record a self-attention call of at least min_tokens, dense where it has no `stats`.
 
         Returns the row of the heat map it belongs to where the run wants its block map too.
@@ -82,14 +82,14 @@ class RunState:
         with self._lock:
             if not self.running:
                 return None
-            row = block or Block("call", self._calls_of_step)
+            row = block or TransformerBlock("call", self._calls_of_step)
             self._calls_of_step += 1
             shape = call.q.dtype, call.batch, *call.heads, call.keys, call.q.shape[-1], call.mask is None
             work = call.batch * call.heads[0] * call.queries * call.keys
             self._calls.append(CallRecord(self.steps, row, block is not None, shape, work, watch, stats, tokens))
             return row if stats is not None and self._maps.wants(self.steps, row) else None
 
-    def add_map(self, row: Block, mask: Tensor) -> None:
+    def add_map(self, row: TransformerBlock, mask: Tensor) -> None:
         """mask: bool (H, nq, nk)."""
         with self._lock:
             if self.running:

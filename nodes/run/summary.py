@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...kernels import SpargeStats
-from ..call.transformer_blocks import Block
+from ..call.transformer_blocks import TransformerBlock
 from .block_maps import BlockPictures
 from .stopwatch import Stopwatch
 
@@ -27,7 +27,7 @@ class CallRecord:
     """
 
     step: int
-    row: Block
+    row: TransformerBlock
     numbered: bool
     shape: tuple
     work: int
@@ -76,11 +76,11 @@ class RunSummary:
     sparsity: float | None = None
     pv_skipped: float | None = None
     skipped: float | None = None
-    by_block: dict[Block, float] = field(default_factory=dict)
+    by_block: dict[TransformerBlock, float] = field(default_factory=dict)
     by_step: dict[int, float] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
     details: dict[str, str] = field(default_factory=dict)
-    cells: dict[tuple[Block, int], float | None] = field(default_factory=dict)
+    cells: dict[tuple[TransformerBlock, int], float | None] = field(default_factory=dict)
     times: tuple[CallTimes, ...] = ()
     reference: bool = False
     seconds: float = 0.0

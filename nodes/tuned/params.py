@@ -15,11 +15,11 @@ from ...hilbert.permutation import OrderCache
 from ...kernels import SpargeParams
 from ..call.arguments import AttentionCall
 from ..call.model_rules import TokenLayout
-from .search import Bounds, LayerSearch, Setting
+from .search import Bounds, LayerSearch, TunedSetting
 
 _PLAIN = bool, int, float, str, type(None)
 _orders = OrderCache(capacity=1 << 24)  # 64 MiB of orders that differ from head to head
-_on_device: WeakKeyDictionary[Setting, dict[torch.device, SpargeParams]] = WeakKeyDictionary()
+_on_device: WeakKeyDictionary[TunedSetting, dict[torch.device, SpargeParams]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class TunedParams:
         return text
 
 
-def setting_for(params: TunedParams, layer: str | None, call: AttentionCall) -> Setting | None | str:
+def setting_for(params: TunedParams, layer: str | None, call: AttentionCall) -> TunedSetting | None | str:
     """What was tuned for a call: a setting, None for dense attention, or why there is nothing for it.
 
     Raises ValueError where the layer has other heads than the call, unless the parameters are lenient.
@@ -127,7 +127,7 @@ def setting_for(params: TunedParams, layer: str | None, call: AttentionCall) -> 
     return problem
 
 
-def params_on(setting: Setting, device: torch.device) -> SpargeParams:
+def params_on(setting: TunedSetting, device: torch.device) -> SpargeParams:
     """The thresholds on `device`; copied once, because a copy waits for the device."""
     copies = _on_device.setdefault(setting, {})
     if device not in copies:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ...kernels import SpargeParams
 from .params import Architecture, TunedLayer, TunedParams, is_plain, plain
-from .search import AMOUNTS, CURVES, PV_THRESHOLDS, RULES, Bounds, LayerSearch, Setting
+from .search import AMOUNTS, CANDIDATES, PV_THRESHOLDS, SEARCHED_CURVES, Bounds, LayerSearch, TunedSetting
 
 FORMAT, VERSION = "comfyui_spargeattn.tuned", "1"
 SUFFIX = ".safetensors"
@@ -144,7 +144,7 @@ def _serialise(params: TunedParams) -> bytes:
     bounds = params.bounds
     about = {"family": params.architecture.family, "config": dict(params.architecture.config),
              "bounds": {"l1": bounds.l1, "l2": bounds.l2, "min_gain": bounds.min_gain},
-             "rules": plain(RULES), "versions": dict(params.versions), "layers": layers,
+             "rules": plain(CANDIDATES), "versions": dict(params.versions), "layers": layers,
              "sparsity": params.sparsity, "error": params.error, "unseen_error": params.unseen_error}
     return to_bytes(tensors, metadata={"format": FORMAT, "version": VERSION, "tuning": json.dumps(about)})
 
@@ -187,7 +187,7 @@ def _deserialise(about: Any, tensors: dict[str, Tensor]) -> TunedParams:
         raise ParamsFileError(str(problem)) from problem
     rules = _get(about, "rules", list)
     _expect(0 < len(rules) <= _MAX_RULES, f"1 to {_MAX_RULES} rules", len(rules))
-    known = rules == plain(RULES)
+    known = rules == plain(CANDIDATES)
     found = {name: _layer(name, value, tensors, bounds, len(rules), known) for name, value in layers.items()}
     if tensors:
         raise ParamsFileError(f"it holds unknown tensors, such as {min(tensors)[:80]!r}")
@@ -226,10 +226,10 @@ def _layer(name: str, about: Any, tensors: dict[str, Tensor], bounds: Bounds, ru
     return TunedLayer(search, _count(about, "head_dim", _MAX_HEAD_DIM), tuple(text[:100] for text in tokens[:64]))
 
 
-def _setting(name: str, about: Any, tensors: dict[str, Tensor], heads: int, kv_heads: int) -> Setting:
+def _setting(name: str, about: Any, tensors: dict[str, Tensor], heads: int, kv_heads: int) -> TunedSetting:
     curves = _get(about, "curves", list)
-    _expect(len(curves) == kv_heads and all(isinstance(c, str) and c in CURVES for c in curves),
-            f"{name}: {kv_heads} curves among {', '.join(CURVES)}", curves)
+    _expect(len(curves) == kv_heads and all(isinstance(c, str) and c in SEARCHED_CURVES for c in curves),
+            f"{name}: {kv_heads} curves among {', '.join(SEARCHED_CURVES)}", curves)
     choices = {}
     for key, allowed in (("selection", tuple(AMOUNTS)), ("skipped", ("drop", "pooled")), ("pv_dtype", ("fp16", "fp8"))):
         choices[key] = _get(about, key, str)
@@ -242,7 +242,7 @@ def _setting(name: str, about: Any, tensors: dict[str, Tensor], heads: int, kv_h
                               similarity_threshold=similarity, pv_threshold=pv)
     except ValueError as problem:
         raise ParamsFileError(f"{name}: {problem}") from problem
-    return Setting(params, tuple(curves), choices["skipped"], choices["pv_dtype"])
+    return TunedSetting(params, tuple(curves), choices["skipped"], choices["pv_dtype"])
 
 
 def _take(tensors: dict[str, Tensor], name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:

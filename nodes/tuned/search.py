@@ -24,7 +24,7 @@ AMOUNTS = {
     "topk": tuple(0.02 * (0.9 / 0.02) ** (i / (_STEPS - 2)) for i in range(_STEPS - 1)) + (1.0,),
 }
 PV_THRESHOLDS = (4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0, 12.0, 14.0, 17.0, 20.0, math.inf)
-CURVES = ("row-major", "hilbert", "blocked", "time-major")  # an earlier one wins a tie
+SEARCHED_CURVES = ("row-major", "hilbert", "blocked", "time-major")  # an earlier one wins a tie
 # Work of a block pair by P·V format, and of the pooled tail, in units of dense fp16 attention; of an H100.
 _PV_WORK = {"fp16": 1.0, "fp8": 0.7}
 _TAIL_WORK = 0.025
@@ -33,7 +33,7 @@ _CHOICES = 32  # that a call may refuse, before its layer stays dense
 _SIMILARITIES = {"cdf": (_JUDGE_OFF, 0.3, 0.5), "topk": (_JUDGE_OFF,)}
 
 
-class Rule(NamedTuple):
+class Candidate(NamedTuple):
     """How blocks are selected and the others dealt with, but for the amount."""
 
     selection: str
@@ -45,12 +45,12 @@ class Rule(NamedTuple):
 
 # What a call can have one value of, and the rules under it: a head may choose among those.
 VARIANTS = tuple((selection, skipped, pv) for pv in _PV_WORK for skipped in ("drop", "pooled") for selection in AMOUNTS)
-RULES = tuple(Rule(*variant, curve, similarity) for variant in VARIANTS for curve in CURVES
+CANDIDATES = tuple(Candidate(*variant, curve, similarity) for variant in VARIANTS for curve in SEARCHED_CURVES
               for similarity in _SIMILARITIES[variant[0]])
 
 
 @dataclass(frozen=True, eq=False)
-class Setting:
+class TunedSetting:
     """How a layer's calls go sparse.
 
     params: thresholds, float32 (H,) on the CPU; the P·V threshold is the number inf where all heads have it.
@@ -79,13 +79,13 @@ class Measured(NamedTuple):
 class Choice(NamedTuple):
     """A setting, the mean share of blocks (H,) it attends, and each head's rule: int64 (H,), index into `RULES`."""
 
-    setting: Setting
+    setting: TunedSetting
     kept: Tensor
     rules: Tensor
 
 
 # Runs the call with a setting; None where it can't, for want of a grid or of hardware.
-Measure = Callable[[Setting], Measured | None]
+Measure = Callable[[TunedSetting], Measured | None]
 
 
 @dataclass(frozen=True)
@@ -132,17 +132,17 @@ class LayerSearch:
     unseen_calls: int
     unseen: Tensor
     sparsity: Tensor
-    setting: Setting | None = None
+    setting: TunedSetting | None = None
 
     @classmethod
     def start(cls, heads: int, kv_heads: int, bounds: Bounds = Bounds()) -> LayerSearch:
         zeros = torch.zeros(heads)
-        return cls(heads, kv_heads, bounds, 0, torch.zeros(len(RULES), heads, dtype=torch.long),
-                   torch.ones(len(RULES), heads), torch.zeros(heads, dtype=torch.long), zeros, 0, zeros, zeros)
+        return cls(heads, kv_heads, bounds, 0, torch.zeros(len(CANDIDATES), heads, dtype=torch.long),
+                   torch.ones(len(CANDIDATES), heads), torch.zeros(heads, dtype=torch.long), zeros, 0, zeros, zeros)
 
     def learn(self, measure: Measure) -> LayerSearch:
         """The search after one more call. An exception from `measure` loses this call alone."""
-        rows = [self._tighten(rule, self.levels[r], self.kept[r], measure) for r, rule in enumerate(RULES)]
+        rows = [self._tighten(rule, self.levels[r], self.kept[r], measure) for r, rule in enumerate(CANDIDATES)]
         levels, kept = (torch.stack(x) for x in zip(*rows))
         found = replace(self, calls=self.calls + 1, levels=levels, kept=kept, unseen_calls=0,
                         unseen=torch.zeros(self.heads))
@@ -190,7 +190,7 @@ class LayerSearch:
         return replace(self, pv_levels=levels, setting=setting, sparsity=1 - choice.kept,
                        error=torch.maximum(self.error, error))
 
-    def _tighten(self, rule: Rule, start: Tensor, kept: Tensor, measure: Measure) -> tuple[Tensor, Tensor]:
+    def _tighten(self, rule: Candidate, start: Tensor, kept: Tensor, measure: Measure) -> tuple[Tensor, Tensor]:
         """(level, mean kept) of each head after one more call."""
         def at(level: Tensor) -> Measured | None:
             amounts = torch.tensor(AMOUNTS[rule.selection])[level.clamp(max=_STEPS - 1)]
@@ -208,7 +208,7 @@ class LayerSearch:
         best, least = None, math.inf
         every, group = torch.arange(self.heads), self.heads // self.kv_heads
         for variant in VARIANTS:
-            rows = torch.tensor([r for r, rule in enumerate(RULES) if rule[:3] == variant]).view(len(CURVES), -1)
+            rows = torch.tensor([r for r, rule in enumerate(CANDIDATES) if rule[:3] == variant]).view(len(SEARCHED_CURVES), -1)
             holds = self.levels[rows] < _STEPS  # (curves, similarities, H)
             gains = holds & (self.kept[rows] <= 1 - self.bounds.min_gain)
             kept, which = torch.where(gains, self.kept[rows], 1.0).min(1)  # (curves, H)
@@ -228,9 +228,9 @@ class LayerSearch:
                 continue
             rules = rows[by_head, which[by_head, every]]
             amounts = torch.tensor(AMOUNTS[selection])[self.levels[rules, every].clamp(max=_STEPS - 1)]
-            similarity = torch.tensor([RULES[r].similarity for r in rules])
-            setting = _setting(RULES[rows[0, 0]], torch.where(sparse, amounts, 1.0),
-                               torch.where(sparse, similarity, _JUDGE_OFF), tuple(CURVES[c] for c in curve))
+            similarity = torch.tensor([CANDIDATES[r].similarity for r in rules])
+            setting = _setting(CANDIDATES[rows[0, 0]], torch.where(sparse, amounts, 1.0),
+                               torch.where(sparse, similarity, _JUDGE_OFF), tuple(SEARCHED_CURVES[c] for c in curve))
             best, least = Choice(setting, kept, rules), work
         return best
 
@@ -246,7 +246,7 @@ class LayerSearch:
             if choice.kept[head] < 1:
                 levels[rule, head], kept[rule, head] = _STEPS - 1, 1.0
             else:
-                rules = [r for r, other in enumerate(RULES) if other[:4] == RULES[rule][:4]]
+                rules = [r for r, other in enumerate(CANDIDATES) if other[:4] == CANDIDATES[rule][:4]]
                 levels[rules, head], kept[rules, head] = _STEPS, 1.0
         return replace(self, levels=levels, kept=kept)
 
@@ -276,20 +276,20 @@ def bisect(measure: Callable[[Tensor], Measured | None], start: Tensor, top: int
     return low, last if opening is None else opening, last
 
 
-def _setting(rule: Rule, amounts: Tensor, similarity: Tensor, curves: tuple[str, ...]) -> Setting:
+def _setting(rule: Candidate, amounts: Tensor, similarity: Tensor, curves: tuple[str, ...]) -> TunedSetting:
     name = "cdf_threshold" if rule.selection == "cdf" else "topk"
     params = SpargeParams(**{name: amounts}, similarity_threshold=similarity)
-    return Setting(params, curves, rule.skipped, rule.pv_dtype)
+    return TunedSetting(params, curves, rule.skipped, rule.pv_dtype)
 
 
-def _skip_products(setting: Setting, levels: Tensor, dense: Tensor) -> Setting:
+def _skip_products(setting: TunedSetting, levels: Tensor, dense: Tensor) -> TunedSetting:
     """The setting with P·V thresholds; heads that keep every block keep every product too."""
     thresholds = torch.where(dense, math.inf, torch.tensor(PV_THRESHOLDS)[levels])
     values = dict(setting.params.items()) | {"pv_threshold": math.inf if thresholds.isinf().all() else thresholds}
     return replace(setting, params=SpargeParams(**values))
 
 
-def _same_rules(before: Setting | None, now: Setting) -> Tensor:
+def _same_rules(before: TunedSetting | None, now: TunedSetting) -> Tensor:
     """bool (H,), heads that skipped blocks before, by the rule that they have now."""
     heads = len(now.dense_heads)
     if before is None or ((before.params.selection, before.skipped, before.pv_dtype)

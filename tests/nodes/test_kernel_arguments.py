@@ -14,16 +14,16 @@ from comfyui_spargeattn.nodes import override as module
 from comfyui_spargeattn.nodes.call import plan as policy
 from comfyui_spargeattn.nodes.call.layer_names import LayerNames
 from comfyui_spargeattn.nodes.call.model_rules import KEY, Expectation
-from comfyui_spargeattn.nodes.call.plan import Settings
+from comfyui_spargeattn.nodes.call.plan import NodeSettings
 from comfyui_spargeattn.nodes.override import SLOT, SpargeOverride
 from comfyui_spargeattn.nodes.tuned.params import Architecture, TunedLayer, TunedParams
-from comfyui_spargeattn.nodes.tuned.search import Bounds, LayerSearch, Setting
+from comfyui_spargeattn.nodes.tuned.search import Bounds, LayerSearch, TunedSetting
 from comfyui_spargeattn.tests.nodes.test_override import attend, sample
 
 TEXT, GRID = 20, (2, 6, 9)
 TOKENS = TEXT + math.prod(GRID)
 PARAMS = SpargeParams(topk=0.25, similarity_threshold=-1.0, pv_threshold=12.0)
-SETTINGS = Settings(PARAMS, start_percent=0.0, min_tokens=64)
+SETTINGS = NodeSettings(PARAMS, start_percent=0.0, min_tokens=64)
 WITH_TEXT_FIRST = {KEY: Expectation(GRID, before=TEXT)}
 
 
@@ -53,7 +53,7 @@ def go(launched, settings=SETTINGS, options=None, heads=2, **kwargs):
 def tuned(curves=("row-major", "row-major"), skipped="drop", pv_dtype="fp16", layer="#1"):
     """Settings whose parameters know one layer of two heads."""
     params = SpargeParams(topk=torch.tensor([0.2, 0.7]), similarity_threshold=torch.tensor([-1.0, 0.3]))
-    search = replace(LayerSearch.start(2, 2), setting=Setting(params, curves, skipped, pv_dtype))
+    search = replace(LayerSearch.start(2, 2), setting=TunedSetting(params, curves, skipped, pv_dtype))
     known = TunedParams(Architecture("Wan", {}), Bounds(), MappingProxyType({layer: TunedLayer(search, 8)}))
     return replace(SETTINGS, tuned=known), params
 

@@ -9,15 +9,15 @@ import torch
 
 from comfyui_spargeattn.kernels import SpargeParams, SpargeStats
 from comfyui_spargeattn.nodes.call.arguments import AttentionCall
-from comfyui_spargeattn.nodes.call.plan import Settings
-from comfyui_spargeattn.nodes.call.transformer_blocks import Block, BlockList
+from comfyui_spargeattn.nodes.call.plan import NodeSettings
+from comfyui_spargeattn.nodes.call.transformer_blocks import ListedBlocks, TransformerBlock
 from comfyui_spargeattn.nodes.override import SLOT, SpargeOverride, describe
 from comfyui_spargeattn.nodes.run.sigma_window import SigmaWindow
 from comfyui_spargeattn.nodes.run.state import RunState
 from comfyui_spargeattn.nodes.run.stopwatch import Stopwatch
 
 PARAMS = SpargeParams(topk=0.5, similarity_threshold=-1.0)
-SETTINGS = Settings(PARAMS, start_percent=0.0, min_tokens=64)
+SETTINGS = NodeSettings(PARAMS, start_percent=0.0, min_tokens=64)
 
 
 class Patcher:
@@ -63,13 +63,13 @@ def attend(options, tokens=128, func=None, **kwargs):
 
 
 def test_run_is_counted(caplog):
-    override = SpargeOverride(Settings(PARAMS, start_percent=0.3, min_tokens=64, verbose=True))
+    override = SpargeOverride(NodeSettings(PARAMS, start_percent=0.3, min_tokens=64, verbose=True))
     with caplog.at_level(logging.INFO):
         sample(override, lambda options: (attend(options), attend(options, tokens=32)), conditions=2)
     summary = override.run.summary
     assert (summary.steps, summary.sparse) == (10, 14)
     assert summary.dense == {"fewer tokens than min_tokens": 20, "outside start_percent … end_percent": 6}
-    assert summary.by_step.keys() == set(range(4, 11)) and summary.by_block.keys() == {Block("", 0)}
+    assert summary.by_step.keys() == set(range(4, 11)) and summary.by_block.keys() == {TransformerBlock("", 0)}
     lines = [record.getMessage() for record in caplog.records]
     assert sum("dense attention: fewer tokens than min_tokens (32 < 64)" in line for line in lines) == 1
     assert sum("14 attention calls sparse" in line for line in lines) == 1
@@ -85,11 +85,11 @@ def test_means_of_a_run():
         run.next_step(torch.tensor([1.0 - step]), Patcher.percent_to_sigma, None)
         for block in range(2):
             stats = SpargeStats(torch.full((1, 2), kept), torch.full((1, 2), 0.5))
-            run.add_call(call, Block("", block), Stopwatch(torch.device("cpu")).stop(), stats)
+            run.add_call(call, TransformerBlock("", block), Stopwatch(torch.device("cpu")).stop(), stats)
     summary = run.end()
     assert summary.sparsity == pytest.approx(0.5) and summary.pv_skipped == pytest.approx(0.5)
     assert summary.by_step == pytest.approx({1: 0.75, 2: 0.25})
-    assert summary.by_block == pytest.approx({Block("", 0): 0.5, Block("", 1): 0.5})
+    assert summary.by_block == pytest.approx({TransformerBlock("", 0): 0.5, TransformerBlock("", 1): 0.5})
     assert run.end() is None
 
 
@@ -121,7 +121,7 @@ def test_run_without_sparse_calls_warns(caplog):
     assert "took the model's attention over" in line and "attend" in line
     [line] = warnings(SpargeOverride(SETTINGS), lambda options: None)
     assert "can't be overridden" in line
-    inner = SpargeOverride(Settings(PARAMS, start_percent=0.0, min_tokens=256))
+    inner = SpargeOverride(NodeSettings(PARAMS, start_percent=0.0, min_tokens=256))
     assert warnings(inner, attend, slot=SpargeOverride(SETTINGS, inner)) == []  # another node's patch is on top
 
 
@@ -174,7 +174,7 @@ def test_two_overrides_that_take_each_other_for_previous_end_at_the_backend():
 
 
 def test_masked_sparse_call_ignores_hidden_keys():
-    override = SpargeOverride(Settings(SpargeParams(cdf_threshold=1.0), start_percent=0.0, min_tokens=64))
+    override = SpargeOverride(NodeSettings(SpargeParams(cdf_threshold=1.0), start_percent=0.0, min_tokens=64))
     q, k, v = torch.randn(3, 1, 128, 16, generator=torch.Generator().manual_seed(0))
     mask = (torch.arange(128) < 100)[None, None, None]
     out = override(None, q, k, v, 2, mask, transformer_options={})
@@ -191,7 +191,7 @@ def test_copies_of_a_models_options_share_the_override():
 
 def test_compiled_models_follow_the_window():
     """A decision must not be frozen into a compiled model."""
-    override = SpargeOverride(Settings(PARAMS, start_percent=0.5, min_tokens=64))
+    override = SpargeOverride(NodeSettings(PARAMS, start_percent=0.5, min_tokens=64))
     x = torch.randn(1, 128, 16, generator=torch.Generator().manual_seed(0))
 
     def backend(q, k, v, heads, **kwargs):
@@ -229,17 +229,17 @@ def test_threads_are_counted_together():
 def test_blocks_that_the_model_lacks_are_named_at_the_end(caplog):
     def lines(blocks, evaluate):
         caplog.clear()
-        override = SpargeOverride(Settings(PARAMS, start_percent=0.0, min_tokens=64, dense_blocks=blocks))
+        override = SpargeOverride(NodeSettings(PARAMS, start_percent=0.0, min_tokens=64, dense_blocks=blocks))
         sample(override, lambda options: override.names.count(
             lambda x, t, c_concat, c_crossattn, control, inner, **conds: evaluate(inner), None, None,
             transformer_options=options))
         return [line for line in caplog.messages if "has no attention" in line]
 
     caplog.set_level(logging.INFO)
-    [line] = lines(BlockList.parse("0, 99, foo:3"), attend)
+    [line] = lines(ListedBlocks.parse("0, 99, foo:3"), attend)
     assert line.endswith("names blocks in which this model has no attention: 99, foo:3")
-    assert lines(BlockList.parse("0"), attend) == lines(BlockList(), attend) == []
-    assert lines(BlockList.parse("99"), lambda options: None) == []  # nothing is known
+    assert lines(ListedBlocks.parse("0"), attend) == lines(ListedBlocks(), attend) == []
+    assert lines(ListedBlocks.parse("99"), lambda options: None) == []  # nothing is known
 
 
 def defined_in(module):
@@ -265,6 +265,6 @@ def test_names_of_other_overrides(override, expected):
 @pytest.mark.parametrize("tokens, heads", ((0, 2), (128, 0), (128, None), (128, 17), (128, 3)))
 def test_odd_calls_go_to_the_backend(tokens, heads):
     x = torch.zeros(1, tokens, 16)
-    out = SpargeOverride(Settings(PARAMS, start_percent=0.0, min_tokens=0))(lambda q, *args, **kwargs: q, x, x, x,
+    out = SpargeOverride(NodeSettings(PARAMS, start_percent=0.0, min_tokens=0))(lambda q, *args, **kwargs: q, x, x, x,
                                                                            heads, transformer_options={})
     assert out is x

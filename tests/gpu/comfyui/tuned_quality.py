@@ -108,7 +108,7 @@ def recorded_calls(pack, model, grid, steps, words, seed):
 
     def override(func, *args, **kwargs):
         call = calling.AttentionCall.parse(args, kwargs)
-        name = names.name(call, pack("nodes.call.transformer_blocks").Block.of(call.transformer_options))
+        name = names.name(call, pack("nodes.call.transformer_blocks").TransformerBlock.of(call.transformer_options))
         if name is not None and step[0] == from_here:
             where = models.token_layout(call.queries, call.transformer_options)
             found[name] = (call.q.clone(), call.k.clone(), call.v.clone(), call.layout, where)

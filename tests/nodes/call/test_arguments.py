@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from comfyui_spargeattn.kernels import SpargeParams
 from comfyui_spargeattn.nodes.call.arguments import AttentionCall, UnsupportedCall
-from comfyui_spargeattn.nodes.call.plan import Dense, Settings, plan_call
+from comfyui_spargeattn.nodes.call.plan import Dense, NodeSettings, plan_call
 
 B, H, L, D = 2, 3, 5, 8
 
@@ -162,7 +162,7 @@ def test_odd_calls_are_refused_or_planned(shapes, heads, mask, skip_reshape, ski
                      skip_output_reshape=skip_output_reshape, enable_gqa=enable_gqa)
     except UnsupportedCall:
         return
-    plan = plan_call(call, Settings(SpargeParams(), min_tokens=0), None, True)
+    plan = plan_call(call, NodeSettings(SpargeParams(), min_tokens=0), None, True)
     assert isinstance(plan, Dense) or 0 not in call.q.shape + call.k.shape
 
 

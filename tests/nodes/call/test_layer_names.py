@@ -3,7 +3,7 @@ import torch
 
 from comfyui_spargeattn.nodes.call.arguments import AttentionCall
 from comfyui_spargeattn.nodes.call.layer_names import LayerNames, handed_on
-from comfyui_spargeattn.nodes.call.transformer_blocks import Block
+from comfyui_spargeattn.nodes.call.transformer_blocks import TransformerBlock
 
 SKIPS = {"patches_replace": {"dit": {("double_block", 1): None}}}
 
@@ -35,7 +35,7 @@ def doubted(*names):
 
 
 def test_names():
-    single, double = Block("single", 1), Block("double", 1)
+    single, double = TransformerBlock("single", 1), TransformerBlock("double", 1)
     blocks = [None, double, double, single, None]
     for _ in range(2):  # every evaluation counts anew
         assert evaluate(LayerNames(), blocks) == sure("#1", "double:1", "double:1#2", "single:1", "#2")
@@ -72,8 +72,8 @@ def test_a_call_that_is_handed_on_keeps_its_name():
 
 def test_blocks_of_a_run():
     names = LayerNames()
-    evaluate(names, [None, Block("", 3), Block("", 3)])
-    assert names.blocks == {Block("", 3)}
+    evaluate(names, [None, TransformerBlock("", 3), TransformerBlock("", 3)])
+    assert names.blocks == {TransformerBlock("", 3)}
     names.begin()
     assert names.blocks == set()
 
@@ -114,7 +114,7 @@ def test_fewer_calls_than_were_tuned():
 
 
 def test_numbered_blocks_are_never_in_doubt():
-    names, blocks = LayerNames(("single:0", "single:1")), [Block("single", 0), Block("single", 1)]
+    names, blocks = LayerNames(("single:0", "single:1")), [TransformerBlock("single", 0), TransformerBlock("single", 1)]
     assert evaluate(names, blocks) == sure("single:0", "single:1")
     assert evaluate(names, blocks[1:], SKIPS) == evaluate(names, blocks[1:], SKIPS) == sure("single:1")
 

@@ -10,7 +10,7 @@ from comfyui_spargeattn.kernels import SpargeParams
 from comfyui_spargeattn.nodes.call import model_rules as models
 from comfyui_spargeattn.nodes.call.arguments import AttentionCall
 from comfyui_spargeattn.nodes.call.model_rules import KEY, UNSEEN, TokenLayout, expect_tokens, expectation, token_layout
-from comfyui_spargeattn.nodes.call.plan import CURVES, Settings, plan_call
+from comfyui_spargeattn.nodes.call.plan import HILBERT_CHOICES, NodeSettings, plan_call
 
 
 def model(name, **attributes):
@@ -185,16 +185,16 @@ def test_models_wrapped_by_torch_compile():
     assert layout(compiled, (1, 16, 32, 32), 266, 10) == TokenLayout((1, 16, 16), 10)
 
 
-@pytest.mark.parametrize("hilbert", CURVES)
+@pytest.mark.parametrize("hilbert", HILBERT_CHOICES)
 def test_plans(hilbert):
     """The widget decides the order; tokens outside a reordered grid are sinks."""
     q = torch.zeros(1, 1, 266, 8)
     options = {KEY: expectation(FLUX, torch.Size((1, 16, 32, 32)), torch.zeros(1, 10, 8), {})}
-    settings = Settings(SpargeParams(), min_tokens=64, hilbert=hilbert)
+    settings = NodeSettings(SpargeParams(), min_tokens=64, hilbert=hilbert)
     plan = plan_call(AttentionCall(q, q, q, "BHND", transformer_options=options), settings, None, True)
     assert plan.sink_keys == (() if plan.order is None else ((0, 10),))
     assert plan.layout == TokenLayout((1, 16, 16), 10)
-    assert (plan.order is None) == (CURVES[hilbert] is None)
+    assert (plan.order is None) == (HILBERT_CHOICES[hilbert] is None)
     if plan.order is not None:
         assert plan.order.shape == (266,) and math.prod(plan.layout.grid) == 256
     plan = plan_call(AttentionCall(q, q, q, "BHND"), settings, None, True)

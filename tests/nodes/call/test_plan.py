@@ -8,12 +8,12 @@ import torch
 from comfyui_spargeattn.kernels import SpargeParams, capability
 from comfyui_spargeattn.nodes.call import plan as policy
 from comfyui_spargeattn.nodes.call.arguments import AttentionCall
-from comfyui_spargeattn.nodes.call.plan import Dense, Settings, SparsePlan, plan_call
-from comfyui_spargeattn.nodes.call.transformer_blocks import Block, BlockList
+from comfyui_spargeattn.nodes.call.plan import Dense, NodeSettings, SparsePlan, plan_call
+from comfyui_spargeattn.nodes.call.transformer_blocks import ListedBlocks, TransformerBlock
 from comfyui_spargeattn.nodes.run.sigma_window import SigmaWindow
 
 PARAMS = SpargeParams(topk=0.5, similarity_threshold=-1.0)
-SETTINGS = Settings(PARAMS, start_percent=0.0, min_tokens=64)
+SETTINGS = NodeSettings(PARAMS, start_percent=0.0, min_tokens=64)
 
 
 def make_call(tokens=128, keys=None, heads=2, kv_heads=None, head_dim=8, dtype=torch.float32, device="cpu", **kwargs):
@@ -84,7 +84,7 @@ def test_calls_that_need_gradients_stay_dense():
 def test_fp8_stays_dense_where_the_hardware_has_none(monkeypatch):
     monkeypatch.setattr(capability, "triton_version", lambda: (3, 5))
     monkeypatch.setattr(policy, "select_implementation", lambda q: ("triton", None))
-    settings = Settings(PARAMS, min_tokens=64, pv_dtype="fp8")
+    settings = NodeSettings(PARAMS, min_tokens=64, pv_dtype="fp8")
     for arch, expected in (("sm80", True), ("sm89", False), ("gfx1100", True)):
         monkeypatch.setattr(policy, "arch_of", lambda device, arch=arch: arch)
         assert (reason(make_call(), settings) is not None) == expected, arch
@@ -97,10 +97,10 @@ def test_long_sequences_go_sparse_on_a_fast_kernel(monkeypatch):
 
 
 def test_window_and_dense_blocks():
-    settings = Settings(PARAMS, min_tokens=64, dense_blocks=BlockList.parse("1"))
+    settings = NodeSettings(PARAMS, min_tokens=64, dense_blocks=ListedBlocks.parse("1"))
     assert reason(make_call(), settings, in_window=False) == "outside start_percent … end_percent"
-    assert reason(make_call(), settings, Block("double", 1)) == "listed in dense_blocks (block double:1)"
-    assert reason(make_call(), settings, Block("double", 0)) is None
+    assert reason(make_call(), settings, TransformerBlock("double", 1)) == "listed in dense_blocks (block double:1)"
+    assert reason(make_call(), settings, TransformerBlock("double", 0)) is None
     assert reason(make_call(), settings, None) is None
 
 
@@ -116,33 +116,33 @@ def test_window_and_dense_blocks():
     ("single:0 -2 double : 1", "single:2 double:1", "0 double:2"),
 ))
 def test_block_lists(text, inside, outside):
-    blocks = BlockList.parse(text)
+    blocks = ListedBlocks.parse(text)
     assert bool(blocks) == bool(inside)
     for name in inside.split() + outside.split():
         kind, _, index = name.rpartition(":")
-        assert (Block(kind, int(index)) in blocks) == (name in inside.split()), name
+        assert (TransformerBlock(kind, int(index)) in blocks) == (name in inside.split()), name
 
 
 @pytest.mark.parametrize("text", ("x", "3-1", "-1", "1.5", "0/1", "1-2-3", "single:"))
 def test_bad_block_lists(text):
     with pytest.raises(ValueError, match=f"dense_blocks .*'{text}'"):
-        BlockList.parse(text)
+        ListedBlocks.parse(text)
 
 
 def test_listed_blocks_that_a_model_lacks():
-    listed = BlockList.parse("0, 99, single:1, foo:3, 2-5, 8-9")
-    assert str(listed.without({Block("", 0), Block("single", 1), Block("double", 4)})) == "99, foo:3, 8-9"
-    assert not BlockList().without({Block("", 0)})
+    listed = ListedBlocks.parse("0, 99, single:1, foo:3, 2-5, 8-9")
+    assert str(listed.without({TransformerBlock("", 0), TransformerBlock("single", 1), TransformerBlock("double", 4)})) == "99, foo:3, 8-9"
+    assert not ListedBlocks().without({TransformerBlock("", 0)})
 
 
 @pytest.mark.parametrize("options, expected", (
-    ({"block_index": 3, "block_type": "double"}, Block("double", 3)),
-    ({"block_index": 3}, Block("", 3)),
-    ({"block": ("input", 4), "block_index": 1}, Block("input", 4)),
+    ({"block_index": 3, "block_type": "double"}, TransformerBlock("double", 3)),
+    ({"block_index": 3}, TransformerBlock("", 3)),
+    ({"block": ("input", 4), "block_index": 1}, TransformerBlock("input", 4)),
     ({}, None),
 ))
 def test_block_that_runs(options, expected):
-    assert Block.of(options) == expected
+    assert TransformerBlock.of(options) == expected
 
 
 def flow(percent):

@@ -31,7 +31,7 @@ def params(comfy_nodes, sd3):
     tuned = module(comfy_nodes, "tuned.params")
 
     def layer(topk):
-        setting = search.Setting(module(comfy_nodes, "apply_node").SpargeParams(topk=torch.full((HEADS,), topk)),
+        setting = search.TunedSetting(module(comfy_nodes, "apply_node").SpargeParams(topk=torch.full((HEADS,), topk)),
                                  ("row-major",) * HEADS, "drop", "fp16")
         return tuned.TunedLayer(replace(search.LayerSearch.start(HEADS, HEADS), setting=setting), HEAD_DIM)
 

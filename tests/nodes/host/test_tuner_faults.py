@@ -32,9 +32,9 @@ def pack(comfy_nodes):
 @pytest.fixture(autouse=True)
 def few_rules(pack, monkeypatch):
     """One selection, tail and format: the search is the same, and an eighth as long."""
-    rules = tuple(rule for rule in pack.search.RULES if rule[:3] == ("topk", "drop", "fp16"))
+    rules = tuple(rule for rule in pack.search.CANDIDATES if rule[:3] == ("topk", "drop", "fp16"))
     for module in (pack.search, pack.params_file):
-        monkeypatch.setattr(module, "RULES", rules)
+        monkeypatch.setattr(module, "CANDIDATES", rules)
     monkeypatch.setattr(pack.search, "VARIANTS", (rules[0][:3],))
 
 
@@ -198,7 +198,7 @@ def test_threads_build_on_each_others_results(pack):
     """Two at once on one layer, from the same beginning; a third on another layer waits for neither."""
     def tuner():
         return pack.tuner.Tuner(pack.params.TunedParams(pack.params.Architecture("Model", {}),
-                                                        pack.search.Bounds(0.05, 0.05)), pack.plan.Settings(None), 1)
+                                                        pack.search.Bounds(0.05, 0.05)), pack.plan.NodeSettings(None), 1)
 
     shared, events = tuner(), [threading.Event() for _ in range(3)]
     go_on = events[2]

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from comfyui_spargeattn.kernels import SpargeParams, block_map
-from comfyui_spargeattn.nodes.call.plan import Settings
-from comfyui_spargeattn.nodes.call.transformer_blocks import Block, BlockList
+from comfyui_spargeattn.nodes.call.plan import NodeSettings
+from comfyui_spargeattn.nodes.call.transformer_blocks import ListedBlocks, TransformerBlock
 from comfyui_spargeattn.nodes.override import SpargeOverride
 from comfyui_spargeattn.nodes.report.advice import about_little_skipped
 from comfyui_spargeattn.nodes.report.page import SPARSE, THEMES, WIDTH, Page, draw_report
@@ -16,8 +16,8 @@ from comfyui_spargeattn.nodes.report.panels import failed_report, run_report
 from comfyui_spargeattn.nodes.run.block_maps import BlockPictures, MapRequest, shrink
 from comfyui_spargeattn.nodes.run.summary import CallTimes
 
-SETTINGS = Settings(SpargeParams(topk=0.5, similarity_threshold=-1.0), start_percent=0.3, min_tokens=256,
-                    dense_blocks=BlockList.parse("2, 5-7"))
+SETTINGS = NodeSettings(SpargeParams(topk=0.5, similarity_threshold=-1.0), start_percent=0.3, min_tokens=256,
+                    dense_blocks=ListedBlocks.parse("2, 5-7"))
 STEPS = 10
 BLOCKS = 3
 
@@ -64,15 +64,15 @@ def finished():
 
 def test_every_self_attention_call_has_a_cell(finished):
     summary = finished.run.summary
-    assert summary.cells.keys() == {(Block("", block), step) for block in range(3) for step in range(1, 11)}
+    assert summary.cells.keys() == {(TransformerBlock("", block), step) for block in range(3) for step in range(1, 11)}
     for (block, step), sparsity in summary.cells.items():
         assert (sparsity is not None) == (step >= 4 and block.index != 2), (block, step)
 
 
 def test_calls_of_unnumbered_blocks_are_counted_within_the_step():
-    override = SpargeOverride(replace(SETTINGS, dense_blocks=BlockList()))
+    override = SpargeOverride(replace(SETTINGS, dense_blocks=ListedBlocks()))
     run(override, numbered=False)
-    assert {row for row, _ in override.run.summary.cells} == {Block("call", index) for index in range(3)}
+    assert {row for row, _ in override.run.summary.cells} == {TransformerBlock("call", index) for index in range(3)}
     assert not override.run.summary.by_block
 
 
@@ -87,7 +87,7 @@ def test_time_saved_compares_calls_of_one_shape():
 
 
 def test_time_saved_is_unknown_without_dense_calls():
-    override = SpargeOverride(replace(SETTINGS, start_percent=0.0, dense_blocks=BlockList()))
+    override = SpargeOverride(replace(SETTINGS, start_percent=0.0, dense_blocks=ListedBlocks()))
     run(override)
     assert override.run.summary.saved is None and override.run.summary.times[0].dense is None
     [note] = run_report(replace(override.run.summary, reference=False), SETTINGS, None, 0, 0).notes
@@ -99,36 +99,36 @@ def test_time_saved_is_unknown_without_dense_calls():
 
 def test_block_map_is_the_one_of_the_chosen_step():
     override = SpargeOverride(SETTINGS)
-    override.run.map_request = MapRequest(STEPS, Block("", 1))
+    override.run.map_request = MapRequest(STEPS, TransformerBlock("", 1))
     q, k = run(override)
     kept = override.run.summary.maps
     # Ten steps: every second block, and the one that was asked for.
-    assert kept.step == STEPS and kept.maps.keys() == {Block("", 0), Block("", 1)}
-    override = SpargeOverride(replace(SETTINGS, dense_blocks=BlockList()))
-    override.run.map_request = MapRequest(STEPS, Block("", 2))
+    assert kept.step == STEPS and kept.maps.keys() == {TransformerBlock("", 0), TransformerBlock("", 1)}
+    override = SpargeOverride(replace(SETTINGS, dense_blocks=ListedBlocks()))
+    override.run.map_request = MapRequest(STEPS, TransformerBlock("", 2))
     q, k = run(override)
     split = (x.view(1, -1, 2, 32) for x in (q, k))
     expected = block_map(*split, params=SETTINGS.params, layout="BNHD").mask()[0]
-    assert torch.equal(override.run.summary.maps.maps[Block("", 2)], expected.to(torch.uint8) * 255)
+    assert torch.equal(override.run.summary.maps.maps[TransformerBlock("", 2)], expected.to(torch.uint8) * 255)
 
 
 def test_maps_come_from_few_calls_of_a_short_run():
     pictures = BlockPictures(steps=4)
     taken = []
     for index in range(16):
-        if pictures.wants(2, Block("", index)):
-            pictures.add(Block("", index), torch.ones(1, 2, 2, dtype=torch.bool))
+        if pictures.wants(2, TransformerBlock("", index)):
+            pictures.add(TransformerBlock("", index), torch.ones(1, 2, 2, dtype=torch.bool))
             taken.append(index)
     assert taken == [0, 4, 8, 12]
-    assert not pictures.wants(3, Block("", 5))
+    assert not pictures.wants(3, TransformerBlock("", 5))
 
 
 @pytest.mark.parametrize("asked,title", (
     ({}, "Block map: block 0, head 0, step 4"),
-    ({"block": Block("", 1)}, "No block map of block 1: it will be kept in the next run"),
-    ({"block": Block("", 2)}, "No block map of block 2: it stayed dense"),
-    ({"block": Block("", 77)}, "No block map of block 77: the blocks with at least 256 tokens are 0-2"),
-    ({"block": Block("single", 0)}, "No block map of block single:0: the blocks with at least 256 tokens are 0-2"),
+    ({"block": TransformerBlock("", 1)}, "No block map of block 1: it will be kept in the next run"),
+    ({"block": TransformerBlock("", 2)}, "No block map of block 2: it stayed dense"),
+    ({"block": TransformerBlock("", 77)}, "No block map of block 77: the blocks with at least 256 tokens are 0-2"),
+    ({"block": TransformerBlock("single", 0)}, "No block map of block single:0: the blocks with at least 256 tokens are 0-2"),
     ({"head": 2}, "No block map of head 2: the model has heads 0 to 1"),
     ({"step": 9}, "Block map: block 0, head 0, step 4 (step 9 will be kept in the next run)"),
     ({"step": 2}, "Block map: block 0, head 0, step 4 (step 2 was not sparse)"),
@@ -148,9 +148,9 @@ def test_map_of_a_step_that_was_asked_for_in_vain(step, reason):
 
 
 def test_blocks_of_several_kinds_are_listed_by_kind(finished):
-    rows = [Block("single", 0), Block("single", 1), Block("double", 3), Block("double", 5), Block("double", 4)]
+    rows = [TransformerBlock("single", 0), TransformerBlock("single", 1), TransformerBlock("double", 3), TransformerBlock("double", 5), TransformerBlock("double", 4)]
     summary = replace(finished.run.summary, cells={(row, 1): 0.5 for row in rows})
-    title = run_report(summary, SETTINGS, Block("", 77), 0, 0).map_title
+    title = run_report(summary, SETTINGS, TransformerBlock("", 77), 0, 0).map_title
     assert title.endswith("are double:3-5, single:0-1")
 
 
@@ -307,7 +307,7 @@ def test_report_of_an_earlier_prompt_says_so():
 @pytest.mark.parametrize("theme", THEMES)
 def test_sparse_calls_that_skip_nothing_are_not_painted_dense(theme):
     page = Page(THEMES[theme])
-    cells = {(Block("", 0), 1): None, (Block("", 0), 2): 0.0, (Block("", 0), 3): 1.0}
+    cells = {(TransformerBlock("", 0), 1): None, (TransformerBlock("", 0), 2): 0.0, (TransformerBlock("", 0), 3): 1.0}
     page.heat_map(cells)
     wide = (WIDTH - 2 * 24 - 110) / 3
     colors = [page.image.getpixel((round(24 + 110 + wide * (i + 0.5)), 24 + 12)) for i in range(3)]

@@ -9,8 +9,8 @@ import torch
 from comfyui_spargeattn.kernels import SpargeParams, SpargeStats, block_map
 from comfyui_spargeattn.nodes import override as override_module
 from comfyui_spargeattn.nodes.call.arguments import AttentionCall
-from comfyui_spargeattn.nodes.call.plan import Dense, Settings
-from comfyui_spargeattn.nodes.call.transformer_blocks import Block
+from comfyui_spargeattn.nodes.call.plan import Dense, NodeSettings
+from comfyui_spargeattn.nodes.call.transformer_blocks import TransformerBlock
 from comfyui_spargeattn.nodes.override import SLOT, SpargeOverride
 from comfyui_spargeattn.nodes.run.block_maps import MapRequest
 from comfyui_spargeattn.nodes.run.sigma_window import SigmaWindow
@@ -48,11 +48,11 @@ def attention(tokens=128, heads=2, batch=1, dtype=torch.float32, mask=None):
 def sparse(run, kept=0.5, block=0, milliseconds=1.0, **shape):
     call = attention(**shape)
     stats = SpargeStats(torch.full((call.batch, 2), kept), torch.zeros(call.batch, 2))
-    return run.add_call(call, block if block is None else Block("", block), Timed(milliseconds), stats)
+    return run.add_call(call, block if block is None else TransformerBlock("", block), Timed(milliseconds), stats)
 
 
 def dense(run, block=0, milliseconds=1.0, **shape):
-    return run.add_call(attention(**shape), block if block is None else Block("", block), Timed(milliseconds))
+    return run.add_call(attention(**shape), block if block is None else TransformerBlock("", block), Timed(milliseconds))
 
 
 def fail(*args, **kwargs):
@@ -105,7 +105,7 @@ def test_counters_of_a_step():
     summary = run.end()
     rows = {(row.index, at) for row, at in summary.cells}
     assert summary.steps == 2 and rows == {(index, at) for index in range(4) for at in (1, 2)}
-    assert {at: summary.cells[Block("call", 1), at] for at in (1, 2)} == {1: None, 2: None}
+    assert {at: summary.cells[TransformerBlock("call", 1), at] for at in (1, 2)} == {1: None, 2: None}
     assert summary.by_step == {1: 0.5, 2: 0.5} and not summary.by_block
 
 
@@ -122,7 +122,7 @@ def test_maps_of_a_short_run_are_of_every_nth_block_and_of_its_first_call():
             wanted.append(row.index)
     maps = run.end().maps.maps
     assert wanted[:2] == [0, 6] and not {0, 6} & set(wanted[2:])
-    assert all(maps[Block("", index)].all() for index in (0, 6))
+    assert all(maps[TransformerBlock("", index)].all() for index in (0, 6))
 
 
 def test_times_are_medians_of_one_shape():
@@ -275,7 +275,7 @@ STAGES = {
 @pytest.mark.parametrize("stage", STAGES)
 def test_failing_books_cost_no_run(stage, monkeypatch, caplog):
     target, counted = STAGES[stage]
-    settings = Settings(PARAMS, start_percent=0.0, min_tokens=64)
+    settings = NodeSettings(PARAMS, start_percent=0.0, min_tokens=64)
     override, fresh = SpargeOverride(settings), SpargeOverride(settings)
     sample(override)
     earlier = override.run.summary
@@ -296,7 +296,7 @@ def test_failing_books_cost_no_run(stage, monkeypatch, caplog):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_failing_books_hide_no_error(stage, monkeypatch):
-    override = SpargeOverride(Settings(PARAMS, start_percent=0.0, min_tokens=64))
+    override = SpargeOverride(NodeSettings(PARAMS, start_percent=0.0, min_tokens=64))
 
     def interrupt():
         raise KeyboardInterrupt("of the user")
@@ -311,7 +311,7 @@ def test_user_who_stops_the_program_while_numbers_are_read_stops_it(monkeypatch)
     def stop(values):
         raise KeyboardInterrupt
 
-    override = SpargeOverride(Settings(PARAMS, start_percent=0.0, min_tokens=64))
+    override = SpargeOverride(NodeSettings(PARAMS, start_percent=0.0, min_tokens=64))
     monkeypatch.setattr("comfyui_spargeattn.nodes.run.summary._read", stop)
     with pytest.raises(KeyboardInterrupt):
         sample(override)
@@ -319,7 +319,7 @@ def test_user_who_stops_the_program_while_numbers_are_read_stops_it(monkeypatch)
 
 
 def test_failing_sparse_call_ends_its_run_alone(monkeypatch):
-    override = SpargeOverride(Settings(PARAMS, start_percent=0.0, min_tokens=64))
+    override = SpargeOverride(NodeSettings(PARAMS, start_percent=0.0, min_tokens=64))
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="injected"):
         sample(override, lambda: patch.setattr(override_module, "sparge_attention", fail), lambda: None)
     summary = override.run.summary
@@ -332,20 +332,20 @@ def test_failing_sparse_call_ends_its_run_alone(monkeypatch):
 def test_kept_map_is_of_the_call_with_its_padding(layout):
     """Two samples with other padding: the map is the first one's."""
     params = SpargeParams(topk=0.25, similarity_threshold=-1.0)
-    override = SpargeOverride(Settings(params, start_percent=0.0, min_tokens=64))
+    override = SpargeOverride(NodeSettings(params, start_percent=0.0, min_tokens=64))
     q, k = torch.randn(2, 2, 2, 512, 16, generator=torch.Generator().manual_seed(0))
     visible = torch.ones(2, 512, dtype=torch.bool)
     visible[0, 100:300] = False
     visible[1, 300:] = False
     options = {SLOT: override, "block_index": 0}
-    override.run.map_request = MapRequest(1, Block("", 0))
+    override.run.map_request = MapRequest(1, TransformerBlock("", 0))
     override.on_pre_run(Patcher)
     override.on_prepare_state(Patcher, torch.ones(1), {"transformer_options": options})
     how = {"skip_reshape": True, "skip_output_reshape": True} if layout == "BHND" else {}
     given = [x if layout == "BHND" else x.transpose(1, 2).flatten(2) for x in (q, k, k)]
     override(None, *given, 2, visible[:, None, None], scale=0.3, transformer_options=options, **how)
     override.on_cleanup(Patcher)
-    kept = override.run.summary.maps.maps[Block("", 0)].bool()
+    kept = override.run.summary.maps.maps[TransformerBlock("", 0)].bool()
 
     def expected(padding):
         return block_map(q[:1], k[:1], params=params, scale=0.3, key_padding_mask=padding, impl="reference").mask()[0]

@@ -3,7 +3,7 @@ import math
 
 import torch
 
-from comfyui_spargeattn.nodes.tuned.search import AMOUNTS, Bounds, Measured, Setting
+from comfyui_spargeattn.nodes.tuned.search import AMOUNTS, Bounds, Measured, TunedSetting
 
 BOUNDS = Bounds(0.05, 0.06)
 
@@ -17,7 +17,7 @@ def planted(needs, *, curves=("row-major",), skipped="drop", pv_dtype="fp16", se
     needs = torch.tensor(needs)
     heads = len(needs)
 
-    def measure(setting: Setting) -> Measured:
+    def measure(setting: TunedSetting) -> Measured:
         if calls is not None:
             calls.append(setting)
         amount, pv = setting.params.amount, torch.as_tensor(setting.params.pv_threshold)
@@ -45,7 +45,7 @@ def by_rule(error_of, kept_of=lambda setting, amount: amount, shared=lambda sett
 
     shared: what becomes of the errors (H,) of heads that are measured together.
     """
-    def measure(setting: Setting) -> Measured:
+    def measure(setting: TunedSetting) -> Measured:
         amount, heads = setting.params.amount.tolist(), len(setting.params.amount)
         curves = [setting.curves[h // (heads // len(setting.curves))] for h in range(heads)]
         similarity = setting.params.similarity_threshold.tolist()

@@ -14,7 +14,7 @@ from comfyui_spargeattn.nodes.call.arguments import AttentionCall
 from comfyui_spargeattn.nodes.tuned import params_file
 from comfyui_spargeattn.nodes.tuned.params import Architecture, TunedLayer, TunedParams, params_on, setting_for
 from comfyui_spargeattn.nodes.tuned.params_file import ParamsFileError
-from comfyui_spargeattn.nodes.tuned.search import CURVES, Bounds, LayerSearch, Measured
+from comfyui_spargeattn.nodes.tuned.search import SEARCHED_CURVES, Bounds, LayerSearch, Measured
 
 FILES = 500
 SECONDS = 2.0  # for one file, most of it for a slow machine
@@ -263,7 +263,7 @@ def use(params, folder):
         if setting is not None:
             thresholds = params_on(setting, torch.device("cpu"))
             assert thresholds.heads == search.heads and len(setting.curves) == search.kv_heads
-            assert set(setting.curves) <= set(CURVES) and ((0 < thresholds.amount) & (thresholds.amount <= 1)).all()
+            assert set(setting.curves) <= set(SEARCHED_CURVES) and ((0 < thresholds.amount) & (thresholds.amount <= 1)).all()
             assert (thresholds.similarity_threshold.abs() <= 1).all()
             assert (torch.as_tensor(thresholds.pv_threshold) >= 0).all()
         if params.continues and name == "double:0":

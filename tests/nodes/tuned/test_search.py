@@ -7,9 +7,9 @@ import torch
 from comfyui_spargeattn.kernels import SpargeParams
 from comfyui_spargeattn.nodes.tuned.search import (
     AMOUNTS,
-    CURVES,
+    CANDIDATES,
     PV_THRESHOLDS,
-    RULES,
+    SEARCHED_CURVES,
     Bounds,
     LayerSearch,
     Measured,
@@ -124,8 +124,8 @@ def test_later_calls_cost_a_fraction_of_the_first():
     first, second = [], []
     found = LayerSearch.start(2, 2, BOUNDS).learn(planted([0.4, 0.6], calls=first))
     found.learn(planted([0.4, 0.6], calls=second))
-    assert len(first) <= 6 * len(RULES) + 8
-    assert len(second) <= 1.2 * len(RULES)
+    assert len(first) <= 6 * len(CANDIDATES) + 8
+    assert len(second) <= 1.2 * len(CANDIDATES)
 
 
 def test_an_interrupted_call_changes_nothing():
@@ -195,4 +195,4 @@ def test_amounts_are_thresholds_from_aggressive_to_everything():
         assert list(amounts) == sorted(set(amounts)) and amounts[-1] == 1
         SpargeParams(**{"cdf_threshold" if selection == "cdf" else "topk": torch.tensor(amounts)})
     assert list(PV_THRESHOLDS) == sorted(PV_THRESHOLDS) and PV_THRESHOLDS[-1] == math.inf
-    assert {rule.curve for rule in RULES} == set(CURVES)
+    assert {rule.curve for rule in CANDIDATES} == set(SEARCHED_CURVES)

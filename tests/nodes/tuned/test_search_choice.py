@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from comfyui_spargeattn.nodes.tuned.search import Bounds, LayerSearch, Measured, Setting
+from comfyui_spargeattn.nodes.tuned.search import Bounds, LayerSearch, Measured, TunedSetting
 from comfyui_spargeattn.tests.nodes.tuned.planted import BOUNDS, by_rule, least_amount, planted
 
 
@@ -159,7 +159,7 @@ def planted_anyhow(seed, heads, monotone):
     def noise(*key):
         return zlib.crc32(repr((seed, *key)).encode()) / 2 ** 32
 
-    def measure(setting: Setting) -> Measured:
+    def measure(setting: TunedSetting) -> Measured:
         pv = torch.as_tensor(setting.params.pv_threshold).expand(heads).tolist()
         errors, kept = [], []
         for h, amount in enumerate(setting.params.amount.tolist()):
