@@ -36,6 +36,8 @@ def orders(device: str) -> dict[str, Tensor | None]:
     """Name → order; None is the model's own, row-major."""
     generator = torch.Generator().manual_seed(0)
     found = {"random": torch.randperm(math.prod(GRID), generator=generator).int().to(device), "row-major": None}
+    # Frame by frame, each column from top to bottom.
+    found["column-major"] = torch.arange(math.prod(GRID), dtype=torch.int32, device=device).view(GRID).mT.flatten()
     return found | {curve: sequence_order(GRID, curve=curve, device=device) for curve in CURVES if curve != "row-major"}
 
 
