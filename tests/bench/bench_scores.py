@@ -15,15 +15,8 @@ import torch
 from torch import Tensor
 
 from comfyui_spargeattn.kernels import block_shape, block_sparse_attention
-from tests.bench.bench_orders import (
-    GRID,
-    JUDGES,
-    TARGET_L1,
-    WORDS,
-    Call,
-    demo_calls,
-    orders,
-)
+from tests.assertions import relative_l1
+from tests.bench.bench_orders import GRID, JUDGES, WORDS, Call, demo_calls, largest_sparsity, orders
 from tests.cases import video_qkv
 from tests.demo import compare
 from tests.demo.clips import prompt
@@ -46,7 +39,7 @@ def blocks_of(x: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def shares(q: Tensor, k: Tensor, block) -> Tensor:
-    """log of the true share (B, H, nq, nk) of each block of keys, averaged over the queries of a block."""
+    """log of the true share (B, H, q_blocks, k_blocks) of each block of keys, averaged over the queries of a block."""
     columns = torch.arange(k.shape[2], device=k.device) // block.k
     rows = []
     for start in range(0, q.shape[2], block.q):
@@ -56,7 +49,7 @@ def shares(q: Tensor, k: Tensor, block) -> Tensor:
 
 
 def scores_of(call: Call, order: Tensor | None, block, names=SCORES) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """Scores (B, H, nq, nk) in natural-log units by name, similarity of the blocks of Q and of K."""
+    """Scores (B, H, q_blocks, k_blocks) in natural-log units by name, similarity of the blocks of Q and of K."""
     q, k = (x.float() if order is None else x[:, :, order.long()].float() for x in call[:2])
     k = k - k.mean(2, keepdim=True)
     scale = q.shape[-1] ** -0.5
@@ -70,7 +63,7 @@ def scores_of(call: Call, order: Tensor | None, block, names=SCORES) -> tuple[di
 
 
 def top_cdf(scores: Tensor, q_alike: Tensor, k_alike: Tensor, theta: float, tau: float) -> Tensor:
-    """The block map, bool (B, H, nq, nk), by the rules of `reference.predict_map`."""
+    """The block map, bool (B, H, q_blocks, k_blocks), by the rules of `reference.predict_map`."""
     always = (k_alike < theta)[:, :, None]
     p = scores.masked_fill(always, float("-inf")).softmax(-1).nan_to_num(0.0)
     ranked, index = p.sort(-1, descending=True)
@@ -80,18 +73,13 @@ def top_cdf(scores: Tensor, q_alike: Tensor, k_alike: Tensor, theta: float, tau:
 
 def sparsity_at_error(calls, dense, prepared, name, order, theta, pv_dtype) -> float:
     """Largest mean sparsity, over one τ for all calls, whose mean L1 is below the target."""
-    low, high, best = 0.3, 1.0, 0.0
-    for _ in range(8):
-        tau = (low + high) / 2
+    def at(tau: float) -> tuple[float, float]:
         masks = [top_cdf(scores[name], q, k, theta, tau) for scores, q, k in prepared]
         outs = [block_sparse_attention(*call, mask, order=order, pv_dtype=pv_dtype) for call, mask in zip(calls, masks)]
-        errors = [(out.float() - exact.float()).abs().sum() / exact.float().abs().sum()
-                  for out, exact in zip(outs, dense)]
-        if torch.stack(errors).mean().item() <= TARGET_L1:
-            high, best = tau, 1 - torch.stack([mask.float().mean() for mask in masks]).mean().item()
-        else:
-            low = tau
-    return best
+        l1 = sum(map(relative_l1, outs, dense)) / len(calls)
+        return l1, 1 - torch.stack([mask.float().mean() for mask in masks]).mean().item()
+
+    return largest_sparsity(at, 8)
 
 
 def measure(inputs: str, calls: list[Call], device: str) -> list[dict]:

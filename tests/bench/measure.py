@@ -55,9 +55,9 @@ def exact_sample(q: Tensor, k: Tensor, v: Tensor, chosen: BlockMap | None, start
     """float32 attention of query rows [start, start + rows), over the chosen blocks where there are any."""
     scores = q[:, :, start:start + rows].float() @ k.float().mT * q.shape[-1] ** -0.5
     if chosen is not None:
-        i, nk = start // chosen.block.q, chosen.indices.shape[-1]
+        i, k_blocks = start // chosen.block.q, chosen.indices.shape[-1]
         listed = BlockMap(chosen.indices[:, :, i:i + 1], chosen.counts[:, :, i:i + 1], chosen.block)
-        mask = listed.mask().repeat_interleave(chosen.block.k, -1)[..., :min(k.shape[2], nk * chosen.block.k)]
+        mask = listed.mask().repeat_interleave(chosen.block.k, -1)[..., :min(k.shape[2], k_blocks * chosen.block.k)]
         scores.masked_fill_(~mask, float("-inf"))
     return scores.softmax(-1).nan_to_num_(0.0) @ v.float()
 

@@ -33,10 +33,10 @@ def sparsity(cases: dict[str, dict], repeats: int) -> list[dict]:
         rows.append(dict(case=case, method="SDPA cuDNN", sparsity=0.0, ms=device_ms(partial(cudnn, q, k, v), repeats)))
         for pv_dtype in FORMATS:
             block = block_shape(q, pv_dtype=pv_dtype, impl="triton")
-            nq, nk = block.counts(q.shape[2], k.shape[2])
+            q_blocks, k_blocks = block.counts(q.shape[2], k.shape[2])
             for share in SPARSITIES:
-                drawn = torch.rand(1, q.shape[1], nq, nk, device="cuda")
-                mask = drawn.argsort(-1).argsort(-1) < round((1 - share) * nk)
+                drawn = torch.rand(1, q.shape[1], q_blocks, k_blocks, device="cuda")
+                mask = drawn.argsort(-1).argsort(-1) < round((1 - share) * k_blocks)
                 run = partial(block_sparse_attention, q, k, v, mask, pv_dtype=pv_dtype, impl="triton")
                 l1 = gate_error(run(), q, k, v, BlockMap.from_mask(mask, block))
                 rows.append(dict(case=case, method=f"ours {pv_dtype}", sparsity=1 - mask.float().mean().item(),

@@ -122,17 +122,17 @@ def check_reference(call: Call) -> float:
 
 def check_loops(q: Tensor, k: Tensor, v: Tensor, params: SpargeParams, arguments: dict) -> None:
     """The first tokens of a call, in float64 and small blocks."""
-    n_q, n_k = min(q.shape[2], 70), min(k.shape[2], 70)
+    q_tokens, k_tokens = min(q.shape[2], 70), min(k.shape[2], 70)
     if "order" in arguments:
-        n_q = n_k = min(n_q, n_k)
+        q_tokens = k_tokens = min(q_tokens, k_tokens)
         order = arguments["order"]
-        kept = order[order < n_k] if order.ndim == 1 else torch.stack([row[row < n_k] for row in order])
+        kept = order[order < k_tokens] if order.ndim == 1 else torch.stack([row[row < k_tokens] for row in order])
         arguments = arguments | dict(order=kept)
     arguments = arguments | {name: [(a, b) for a, b in arguments[name] if b <= n]
-                             for name, n in (("sink_keys", n_k), ("dense_queries", n_q)) if name in arguments}
+                             for name, n in (("sink_keys", k_tokens), ("dense_queries", q_tokens)) if name in arguments}
     if "key_padding_mask" in arguments:
-        arguments = arguments | dict(key_padding_mask=arguments["key_padding_mask"][:, :n_k])
-    q, k, v = q[:, :, :n_q].double(), k[:, :, :n_k].double(), v[:, :, :n_k].double()
+        arguments = arguments | dict(key_padding_mask=arguments["key_padding_mask"][:, :k_tokens])
+    q, k, v = q[:, :, :q_tokens].double(), k[:, :, :k_tokens].double(), v[:, :, :k_tokens].double()
     found, block_map, stats = reference.sparge_attention(q, k, v, params=params, block=BLOCK, **arguments)
     named = {"padding" if name == "key_padding_mask" else name: value for name, value in arguments.items()}
     expected, mask, kept, skipped = all_heads(q, k, v, params, **named)

@@ -85,14 +85,15 @@ def draw(seed: int, limits: Limits) -> Call:
     few = tokens != limits.tokens
     batch, kv_heads, group = (1 if few else rng.randint(1, limits.heads) for _ in range(3))
     heads = kv_heads * group
-    n_k = tokens if few else _length(rng, tokens)
-    n_q = n_k if kind.order or few or rng.random() < 0.5 else _length(rng, tokens)
-    q, k, v, finite, plain = _values(rng, generator, (batch, heads, n_q, kind.dim), (batch, kv_heads, n_k, kind.dim))
+    k_tokens = tokens if few else _length(rng, tokens)
+    q_tokens = k_tokens if kind.order or few or rng.random() < 0.5 else _length(rng, tokens)
+    q, k, v, finite, plain = _values(rng, generator, (batch, heads, q_tokens, kind.dim),
+                                     (batch, kv_heads, k_tokens, kind.dim))
     q, k, v = (x.clamp(-6e4, 6e4).to(kind.dtype) for x in (q, k, v))
-    scale, padding = _scale(rng, q, k), torch.zeros(batch, n_k, dtype=torch.bool, device=limits.device)
+    scale, padding = _scale(rng, q, k), torch.zeros(batch, k_tokens, dtype=torch.bool, device=limits.device)
     if kind.padding:
-        padding = torch.rand(batch, n_k, generator=generator, device=limits.device) < rng.choice((0.1, 0.5, 0.95))
-        padding[rng.randrange(batch), rng.randint(0, n_k):] = True
+        padding = torch.rand(batch, k_tokens, generator=generator, device=limits.device) < rng.choice((0.1, 0.5, 0.95))
+        padding[rng.randrange(batch), rng.randint(0, k_tokens):] = True
         if rng.random() < 0.2:
             padding[rng.randrange(batch)] = True
         poison = rng.choice((0.0, math.nan, math.inf))
@@ -109,15 +110,15 @@ def draw(seed: int, limits: Limits) -> Call:
     if kind.padding:
         arguments["key_padding_mask"] = _spread(rng, padding)
     if kind.bias:
-        arguments["key_bias"] = _spread(rng, _bias(rng, generator, batch, n_k, limits.device))
+        arguments["key_bias"] = _spread(rng, _bias(rng, generator, batch, k_tokens, limits.device))
     if kind.order:
-        arguments["order"] = _spread(rng, _order(rng, generator, kv_heads, n_k, limits.device).to(kind.order))
+        arguments["order"] = _spread(rng, _order(rng, generator, kv_heads, k_tokens, limits.device).to(kind.order))
     block_map = None
     if kind.given:
         shape = block_shape(q, impl=limits.impl, **{x: y for x, y in arguments.items() if x == "pv_dtype"})
-        block_map = _given(rng, generator, (batch, heads), shape, n_q, n_k)
+        block_map = _given(rng, generator, (batch, heads), shape, q_tokens, k_tokens)
     else:
-        for name, wanted, n in (("sink_keys", kind.sinks, n_k), ("dense_queries", kind.dense_queries, n_q)):
+        for name, wanted, n in (("sink_keys", kind.sinks, k_tokens), ("dense_queries", kind.dense_queries, q_tokens)):
             if wanted:
                 arguments[name] = [tuple(sorted((rng.randint(0, n), rng.randint(0, n)))) if rng.random() < 0.2 else
                                    (at, min(n, at + rng.randint(0, 3))) for at in (rng.randrange(n), rng.randrange(n))]
@@ -247,10 +248,11 @@ def _order(rng, generator, heads: int, n: int, device: str) -> Tensor:
     return one() if rng.random() < 0.5 else torch.stack([one() for _ in range(heads)])
 
 
-def _given(rng, generator, leading: tuple[int, int], shape, n_q: int, n_k: int) -> BlockMap | Tensor:
+def _given(rng, generator, leading: tuple[int, int], shape, q_tokens: int, k_tokens: int) -> BlockMap | Tensor:
     leading = [1 if rng.random() < 0.3 else x for x in leading]
     density = rng.choice((0.0, 0.2, 0.6, 1.0))
-    mask = torch.rand(*leading, *shape.counts(n_q, n_k), generator=generator, device=generator.device) < density
+    drawn = torch.rand(*leading, *shape.counts(q_tokens, k_tokens), generator=generator, device=generator.device)
+    mask = drawn < density
     if rng.random() < 0.2:
         return BlockMap.from_mask(mask, shape)
     if rng.random() < 0.3:

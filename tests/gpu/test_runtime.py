@@ -142,13 +142,13 @@ def test_peak_memory(dim, pv_dtype):
     with recorded_maps() as maps:  # compiles, and allocates cuBLAS's workspace
         sparge_attention(*qkv, params=SPARSE, pv_dtype=pv_dtype, impl="triton")
     block = maps.pop().block
-    nq, nk = block.counts(n, n)
+    q_blocks, k_blocks = block.counts(n, n)
     pitch, padded = round_up(dim, 16), max(16, 1 << (dim - 1).bit_length())
-    q_copy = heads * nq * (block.q * (pitch + 4) + 4 * dim + 4)
-    k_copy = kv_heads * nk * (block.k * pitch + 4 * dim + 16)
-    v_copy = kv_heads * nk * block.k * (dim if pv_dtype == "fp8" else 2 * pitch)
+    q_copy = heads * q_blocks * (block.q * (pitch + 4) + 4 * dim + 4)
+    k_copy = kv_heads * k_blocks * (block.k * pitch + 4 * dim + 16)
+    v_copy = kv_heads * k_blocks * block.k * (dim if pv_dtype == "fp8" else 2 * pitch)
     sample = kv_heads * 32 * (16 * padded + 4)
-    lists = heads * nq * (4 * nk + 12)
+    lists = heads * q_blocks * (4 * k_blocks + 12)
     output = 2 * heads * n * dim
     expected = batch * (q_copy + k_copy + v_copy + sample + lists + output)
 

@@ -39,21 +39,21 @@ def test_equals_dense(params, call):
 @pytest.mark.parametrize("n_q, n_k", [(1, 1), (1, 200), (200, 1), (63, 64), (129, 65), (64, 1000)])
 @pytest.mark.parametrize("causal", (False, True))
 def test_lengths(n_q, n_k, causal):
-    q, k, v = random_qkv(1, 2, n_q, 8, n_k=n_k, dtype=torch.float64)
+    q, k, v = random_qkv(1, 2, n_q, 8, k_tokens=n_k, dtype=torch.float64)
     out = reference(q, k, v, params=KEEP_ALL["cdf"], causal=causal)
     assert_near(out, F.scaled_dot_product_attention(q, k, v, is_causal=causal), atol=1e-12)
 
 
 @pytest.mark.parametrize("causal", (False, True))
 def test_dense_attention_in_chunks_of_rows(causal):
-    q, k, v = random_qkv(1, 1, 2100, 4, n_k=2050, dtype=torch.float64)
+    q, k, v = random_qkv(1, 1, 2100, 4, k_tokens=2050, dtype=torch.float64)
     assert_near(dense_attention(q, k, v, causal=causal), F.scaled_dot_product_attention(q, k, v, is_causal=causal),
                 atol=1e-12)
 
 
 @pytest.mark.parametrize("skipped", ("drop", "pooled"))
 def test_padding(skipped):
-    q, k, v = random_qkv(3, 2, 100, 16, n_k=200, dtype=torch.float64)
+    q, k, v = random_qkv(3, 2, 100, 16, k_tokens=200, dtype=torch.float64)
     padding = torch.rand(3, 200, generator=torch.Generator().manual_seed(1)) < 0.4
     padding[1, 64:] = True
     padding[2] = True  # nothing to attend: zeros
