@@ -17,7 +17,7 @@ def random_qkv(batch: int, heads: int, q_tokens: int, dim: int, *, k_tokens: int
 def drifting_qkv(batch: int, heads: int, q_tokens: int, dim: int, *, k_tokens: int | None = None,
                  kv_heads: int | None = None, dtype: torch.dtype = torch.float32, device: str = "cpu",
                  seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens that drift slowly along the sequence: neighbours are alike, so that block means describe their blocks.
+    """q, k, v whose tokens drift slowly along the sequence. Neighbours are similar, so means describe their blocks.
 
     Every head has its own contrast; its attention is local where the contrast is high.
     """
@@ -45,8 +45,8 @@ def video_qkv(grid: tuple[int, int, int], heads: int, dim: int, *, batch: int = 
               contrast: tuple[float, float] = (6.0, 14.0), seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v (batch, heads, T·H·W + text, dim) whose attention is local in a (T, H, W) grid.
 
-    Random Fourier features of the grid position plus noise; heads differ in length scale and contrast, K carries a
-    common bias, V is white. Text tokens come last and are not local.
+    Q and K are random Fourier features of the grid position plus noise. Heads differ in length scale and contrast, K
+    carries a common bias, and V is white noise. Text tokens come last and are not local.
     """
     generator = torch.Generator(device).manual_seed(seed)
 

@@ -1,8 +1,8 @@
-"""What the order of visual tokens is worth: `python -m tests.bench.bench_orders --out orders.json`.
+"""Measure what the order of visual tokens is worth: `python -m tests.bench.bench_orders --out orders.json`.
 
-For every order of a (T, H, W) grid: how alike the tokens of a block are, how many blocks attention needs for a given
-error, with the self-similarity judge off and on, and the time of a call; on structured random inputs and on the
-self-attention calls of the demo's trained model, there also the PSNR of a whole clip.
+For every order of a (T, H, W) grid this measures how similar the tokens of a block are, how many blocks attention needs
+for a given error, with the self-similarity judge off and on, and the time of a call. The inputs are structured random
+ones and the self-attention calls of the demo's trained model; for the model it also measures the PSNR of a whole clip.
 """
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def similarity(calls: list[Call], order: Tensor | None) -> tuple[float, float]:
 
 
 def largest_sparsity(at: Callable[[float], tuple[float, float]], halvings: int) -> float:
-    """Bisect the cdf_threshold for the largest sparsity whose L1 is below the target; `at` it: (L1, sparsity)."""
+    """Bisect the cdf_threshold for the largest sparsity below the target L1; `at(threshold)` is (L1, sparsity)."""
     low, high, best = 0.3, 1.0, 0.0
     for _ in range(halvings):
         middle = (low + high) / 2
@@ -93,7 +93,7 @@ def sparsity_at_error(calls: list[Call], dense: list[Tensor], order: Tensor | No
 
 
 def measure(name: str, calls: list[Call], device: str) -> list[dict]:
-    """One row an order."""
+    """One row for each order."""
     dense, rows = [scaled_dot_product(*call) for call in calls], []
     topk = SpargeParams(topk=0.3, similarity_threshold=-1.0)
     for label, order in orders(device).items():

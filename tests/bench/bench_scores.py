@@ -1,9 +1,10 @@
-"""What better block scores than the product of means would be worth: `python -m tests.bench.bench_scores --out x.json`.
+"""Measure what better block scores would be worth: `python -m tests.bench.bench_scores --out scores.json`.
 
-The map is built in PyTorch from four scores, for every order and judge, and attended by the kernels as a given map:
-
-mean: q̄·k̄, what the kernels predict from. k2: adds ½ q̄²·var(K_j), the second order of log E[exp(q·k)] over the keys of a
-block. qk2: over its queries as well. oracle: the true share of each block, averaged over the queries of the block.
+For every order and judge, PyTorch builds a map from each of four scores, and the kernels attend over the given map:
+- mean: q̄·k̄, from which the kernels predict.
+- k2: adds ½ q̄²·var(K_j), the second order of log E[exp(q·k)] over the keys of a block.
+- qk2: adds the second order over the queries of a block as well.
+- oracle: the true share of each block, averaged over the queries of the block.
 """
 from __future__ import annotations
 
@@ -39,7 +40,7 @@ def blocks_of(x: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def shares(q: Tensor, k: Tensor, block) -> Tensor:
-    """log of the true share (B, H, q_blocks, k_blocks) of each block of keys, averaged over the queries of a block."""
+    """Log of each key block's true share, averaged over the queries of a block: (B, H, q_blocks, k_blocks)."""
     columns = torch.arange(k.shape[2], device=k.device) // block.k
     rows = []
     for start in range(0, q.shape[2], block.q):
@@ -83,7 +84,7 @@ def sparsity_at_error(calls, dense, prepared, name, order, theta, pv_dtype) -> f
 
 
 def measure(inputs: str, calls: list[Call], device: str) -> list[dict]:
-    """One row an order and score."""
+    """One row for each order and score."""
     dense, rows = [scaled_dot_product(*call) for call in calls], []
     for pv_dtype in ("fp16", "fp8"):  # their block shapes differ
         block = block_shape(calls[0][0], pv_dtype=pv_dtype)
@@ -102,7 +103,7 @@ def measure(inputs: str, calls: list[Call], device: str) -> list[dict]:
 
 
 def boundary(device: str) -> list[dict]:
-    """A call with text behind the visual tokens, where a block holds both and where it does not."""
+    """A call whose text follows the visual tokens, with a block that holds both and without such a block."""
     rows = []
     for pv_dtype in ("fp16", "fp8"):
         call = video_qkv((28, 30, 26), 24, 128, text=256)

@@ -14,11 +14,11 @@ _CALLS = 5
 
 
 def breakdown(cases: dict[str, dict], repeats: int) -> list[dict]:
-    """One row a case and format, at topk 0.5.
+    """One row for each case and format, at topk 0.5.
 
-    kernels_ms: device time by kernel; other_ms: all of them but the attention kernel, which is preparation and map.
-    copy_floor_ms: a device copy that reads and writes as many bytes as reading Q, K, V and writing their quantised
-    copies. extra_mib: peak memory beyond inputs and output; expected_mib: quantised copies and block list alone.
+    kernels_ms: device time by kernel; other_ms: the kernels of preparation and map together, without attention.
+    copy_floor_ms: a device copy of as many bytes as preparation reads (Q, K, V) and writes (their quantised copies).
+    extra_mib: peak memory beyond inputs and output; expected_mib: quantised copies and block list alone.
     """
     rows = []
     for case, shape in cases.items():

@@ -17,7 +17,7 @@ from .sampling import sample, shifted
 
 @dataclass
 class Run:
-    """One generated clip. ``kept`` is the share of block pairs computed in the sparse calls, 1 where there are none."""
+    """One generated clip. ``kept`` is the share of block pairs that its sparse calls computed, 1 without such calls."""
 
     name: str
     latent: Tensor

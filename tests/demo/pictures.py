@@ -45,7 +45,7 @@ def block_maps(path: Path, maps: Tensor, tile: int = 240) -> None:
             one = maps[layer, head]
             x, y = layer * (tile + GAP), head * (tile + BAR + GAP)
             mask = Image.frombytes("L", (k_blocks, q_blocks), (one.byte() * 255).contiguous().numpy().tobytes())
-            # Averaged where a map has more blocks than the tile has pixels, sharp squares where it has fewer.
+            # A map with more blocks than the tile has pixels is averaged; with fewer blocks it keeps sharp squares.
             filtering = Image.Resampling.BOX if max(q_blocks, k_blocks) > tile else Image.Resampling.NEAREST
             page.paste(SKIPPED, (x, y + BAR, x + tile, y + BAR + tile))
             page.paste(KEPT, (x, y + BAR), mask.resize((tile, tile), filtering))

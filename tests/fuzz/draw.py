@@ -30,7 +30,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Kind:
-    """What kernels are compiled for: there are `KINDS` of them, so that values and shapes cost no compilation."""
+    """The properties that kernels are compiled for. There are only `KINDS` kinds: values and shapes compile nothing."""
 
     dim: int
     dtype: torch.dtype
@@ -138,7 +138,7 @@ def _length(rng: random.Random, most: int) -> int:
 
 
 def _values(rng, generator, q_shape, k_shape) -> tuple[Tensor, Tensor, Tensor, bool, bool]:
-    """q, k, v in float32, whether they are to stay finite, and whether they are plain."""
+    """q, k, v in float32, whether they have to stay finite, and whether they are plain."""
     def randn(*shape):
         return torch.randn(*shape, generator=generator, device=generator.device)
 
@@ -173,7 +173,7 @@ def _values(rng, generator, q_shape, k_shape) -> tuple[Tensor, Tensor, Tensor, b
 
 
 def _spoil(rng, x: Tensor, padding: Tensor) -> bool:
-    """Write NaN or infinity into a token of x (B, H, N, D) that is not padding; whether there was one."""
+    """Write NaN or infinity into a token of x (B, H, N, D) unless it is padding; returns whether it was written."""
     batch, token = rng.randrange(len(x)), rng.randrange(x.shape[2])
     if token < padding.shape[1] and padding[batch, token]:
         return False
@@ -183,7 +183,7 @@ def _spoil(rng, x: Tensor, padding: Tensor) -> bool:
 
 
 def _scale(rng, q: Tensor, k: Tensor) -> float | None:
-    """None, or a factor that gives scores of a chosen size, unless they were beyond float32's precision."""
+    """None, or a factor that gives scores of a chosen size within float32's precision."""
     q, k = q.float(), k.float()
     apart, whole = ((x.norm(dim=-1).max() * q.norm(dim=-1).max()).item() for x in (k - k.mean(2, keepdim=True), k))
     largest = max(apart, 1e-3 * whole)  # keys that are all alike differ by rounding alone
@@ -193,9 +193,9 @@ def _scale(rng, q: Tensor, k: Tensor) -> float | None:
 
 
 def _restride(rng, x: Tensor, aligned: bool, padded: bool) -> Tensor:
-    """The same values with other strides; all of them, and the address, multiples of 16 bytes where `aligned`.
+    """The same values with other strides. If `aligned`, all strides and the address are multiples of 16 bytes.
 
-    Or the first batch or head for all of them, unless batches differ in their padding.
+    One way repeats the first head or batch for all of them, the batch only if batches share their padding.
     """
     batch, heads, n, dim = x.shape
     step = 8 if aligned else 1
@@ -222,7 +222,7 @@ def _restride(rng, x: Tensor, aligned: bool, padded: bool) -> Tensor:
 
 
 def _spread(rng, x: Tensor) -> Tensor:
-    """The same values, now and then not contiguous."""
+    """The same values, sometimes not contiguous."""
     way = rng.random()
     if way < 0.2:
         return torch.stack([x, x], -1)[..., 0]

@@ -12,7 +12,7 @@ F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 TOPK, CDF = SpargeParams(topk=0.5), SpargeParams(cdf_threshold=0.7, similarity_threshold=0.3)
 SKIPPING = SpargeParams(cdf_threshold=0.7, pv_threshold=2.0)
 PER_HEAD = SpargeParams(topk=torch.tensor([0.3, 0.5, 0.7, 1.0]), pv_threshold=torch.tensor([1.0, 2.0, 4.0, math.inf]))
-# (tokens of q, of k, head_dim, dtype, heads, heads of k, the call); True stands for a tensor of the call's size.
+# (q_tokens, k_tokens, head_dim, dtype, heads, heads of k, the call); True stands for a tensor of the call's size.
 VARIANTS = [
     (1, 1, 64, F16, 2, 2, dict(params=CDF)),
     (129, 200, 40, BF16, 2, 1, dict(params=CDF, sink_keys=[(0, 1), (60, 70)], dense_queries=[(0, 1)])),

@@ -14,7 +14,7 @@ BOUNDS = {"fp16": 0.02, "fp8": 0.045}
 
 
 def exact_rows(q, k, v, found: BlockMap, rows: slice):
-    """float64 attention of some query rows over the blocks that the map keeps for them; q, k, v of one head each."""
+    """float64 attention of some query rows over the blocks that the map keeps for them; q, k, v have one head."""
     blocks = torch.arange(rows.start, rows.stop, device=q.device) // found.block.q
     kept = found.mask()[:, :, blocks].repeat_interleave(found.block.k, -1)[..., :k.shape[2]]
     scores = q[:, :, rows].double() @ k.double().mT * q.shape[-1] ** -0.5

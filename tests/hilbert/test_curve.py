@@ -54,9 +54,9 @@ def test_flat_and_long_grids(axes, width, length):
 
 
 def test_every_way_into_a_core_and_remainders():
-    """All cases of sizes that are 1, odd, even or multiples of the edge, with a remainder that is 1, odd or even.
+    """Sizes that are 1, odd, even or multiples of the cell edge, with a remainder that is 1, odd or even.
 
-    The edge is 8 where a size is 1 or 2, and 4 elsewhere.
+    The edge is 8 if a size is 1 or 2, and 4 otherwise.
     """
     flat = (grid for grid in itertools.product((1, 2, 3, 4, 9, 10, 11, 16), repeat=3) if min(grid) <= 2)
     for grid in itertools.chain(itertools.product(range(3, 9), repeat=3), flat):
@@ -120,14 +120,14 @@ def test_runs_of_64_fill_boxes_of_a_frame_of_multiples_of_8(height, width):
 @settings(derandomize=True, deadline=None, max_examples=40, database=None)
 @given(st.integers(1, 12), st.integers(1, 12))
 def test_runs_of_128_fill_boxes_of_two_frames_of_multiples_of_8(height, width):
-    """So do blocks of 128 queries, which cells of 4 × 4 would cut."""
+    """Blocks of 128 queries fill boxes too; cells of 4 × 4 would cut them."""
     grid = 2, 8 * height, 8 * width
     assert extents(sequence_order(grid), grid, 128).prod(0).eq(128).all()
 
 
 @pytest.mark.parametrize("grid", [(21, 30, 52), (28, 30, 26), (33, 45, 37), (21, 45, 80), (1, 45, 80)])
 def test_is_more_compact_than_the_scans(grid):
-    """Mean surface of the boxes around runs of 64 tokens; odd sizes cost the boxes in volume no more than a tenth."""
+    """Compare the mean surface of the boxes around runs of 64 tokens. Odd sizes add at most a tenth to the volume."""
     surface = {}
     for curve in CURVES:
         t, y, x = extents(sequence_order(grid, curve=curve), grid, 64).double()
