@@ -53,8 +53,7 @@ class TokenLayout:
 
         With the grid first, its boxes fill blocks exactly, however many tokens lie before it in the model.
         """
-        return sequence_order(self.grid, before=self.before, after=self.after, curve=curve, grid_first=True,
-                              device=device)
+        return sequence_order(self.grid, before=self.before, after=self.after, curve=curve, device=device)
 
     def __str__(self) -> str:
         parts = self.before, "×".join(map(str, self.grid)), self.after

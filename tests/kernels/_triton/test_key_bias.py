@@ -35,7 +35,7 @@ BIASES = {
 
 
 def inputs(n_q=N):
-    return drifting_qkv(2, 2, n_q, 64, n_k=N, kv_heads=1, dtype=torch.float16, device=DEVICE)
+    return drifting_qkv(2, 2, n_q, 64, k_tokens=N, kv_heads=1, dtype=torch.float16, device=DEVICE)
 
 
 @pytest.mark.parametrize("pv_dtype", PV_FORMATS)
