@@ -33,8 +33,8 @@ def sparge_attention(q: Tensor, k: Tensor, v: Tensor, *, params: SpargeParams = 
     key_bias: floating (B, Nk), added to the scaled scores of a key: the floating mask of
         scaled_dot_product_attention with one row for all queries. A key more than 10000 · ln 2 below the largest of its
         row counts as padding.
-    order: int32 or int64 (N,), or (Hkv, N) where heads differ: a permutation of the tokens that puts alike tokens in
-        one block. Not checked to be a permutation (that would wait for the device). The output keeps the caller's
+    order: int32 or int64 (N,), or (Hkv, N) where heads differ: a permutation of the tokens that puts similar tokens
+        into one block. Not checked to be a permutation (that would wait for the device). The output keeps the caller's
         order. Needs Nq = Nk and causal=False.
     sink_keys, dense_queries: ranges (start, stop) of tokens, in the caller's order, that are always attended, or
         always attend everything, in whole blocks.
@@ -82,10 +82,10 @@ def block_sparse_attention(q: Tensor, k: Tensor, v: Tensor, block_map: BlockMap 
                            return_stats: bool = False) -> Tensor | tuple[Tensor, SpargeStats]:
     """Quantised attention over the blocks that the caller chose.
 
-    block_map: a `BlockMap` whose block is `block_shape(q, …)`, or a bool tensor (B or 1, H or 1, nq, nk), True where
-        the block of queries attends the block of keys; blocks are counted in the order used for blocking. Blocks
-        beyond the causal diagonal and blocks of padding alone are ignored; inside the others the diagonal and padding
-        are masked exactly. A query that may attend nothing gives zeros.
+    block_map: a `BlockMap` whose block is `block_shape(q, …)`, or a bool tensor (B or 1, H or 1, q_blocks, k_blocks),
+        True where the block of queries attends the block of keys; blocks are counted in the order used for blocking.
+        Blocks beyond the causal diagonal and blocks of padding alone are ignored; inside the others the diagonal and
+        padding are masked exactly. A query that may attend nothing gives zeros.
     pv_threshold: a row group skips the P·V of a block whose probabilities are all below 2^-pv_threshold.
 
     All other arguments, the result and the errors are those of `sparge_attention`.

@@ -1,4 +1,4 @@
-"""What the fast kernels can take: facts in, None or the reason why not out."""
+"""What the fast kernels can take: all rules about architectures, dtypes, sizes and versions of Triton."""
 from __future__ import annotations
 
 import functools
@@ -25,7 +25,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Facts:
-    """What a decision needs to know of a call.
+    """What a decision needs to know about a call.
 
     arch: "sm90" and the like for NVIDIA, "gfx942" for AMD, "xpu" for Intel, "interpreter" under TRITON_INTERPRET=1,
     None elsewhere.
@@ -81,7 +81,7 @@ def uses_fp8(pv_dtype: str, arch: str | None) -> bool:
 
 @functools.lru_cache
 def _reason(*facts) -> str | None:
-    """`triton_declines` of Facts, which a call asks for several times."""
+    """`triton_declines` of Facts, remembered because every call asks."""
     return triton_declines(Facts(*facts))
 
 

@@ -47,9 +47,9 @@ class SpargeParams:
         reaches τ (the authors' `cdfthreshd`). 1 keeps every block.
     topk: fraction in (0, 1] of the blocks of a row that is kept (the authors' `topk`), rounded up: a fixed share for
         every input. Sinks and blocks on the causal diagonal come on top.
-    similarity_threshold: θ in [-1, 1], for `cdf_threshold`; `topk` has no use for it. A block whose rows' mean pairwise
-        cosine is below θ is badly described by its mean and is always computed (the authors' `simthreshd1`). Values ≤ 0
-        switch this judge off.
+    similarity_threshold: θ in [-1, 1], for `cdf_threshold`; `topk` does not use it. A block whose rows have a mean
+        pairwise cosine below θ is badly described by its mean and is always computed (the authors' `simthreshd1`).
+        Values ≤ 0 switch this judge off.
     pv_threshold: -λ ≥ 0, in log2 units. A group of rows skips P·V of a block where all its probabilities are below
         2^-pv_threshold of the running maximum (the authors' `pvthreshd`). `math.inf` switches the test off.
 
@@ -75,7 +75,7 @@ class SpargeParams:
             raise ValueError(f"per-head thresholds must have one length; got {sizes}")
 
     def items(self) -> list[tuple[str, Threshold]]:
-        """(name, value) of the thresholds, without the selection that is not chosen."""
+        """(name, value) of the three thresholds that are in use."""
         return [("cdf_threshold" if self.topk is None else "topk", self.amount),
                 ("similarity_threshold", self.similarity_threshold), ("pv_threshold", self.pv_threshold)]
 

@@ -4,8 +4,7 @@ import math
 import pytest
 import torch
 
-from comfyui_spargeattn.kernels import SpargeParams, block_sparse_attention, sparge_attention
-from comfyui_spargeattn.kernels.reference import dense_attention
+from comfyui_spargeattn.kernels import SpargeParams, block_sparse_attention, dense_attention, sparge_attention
 from comfyui_spargeattn.tests.assertions import relative_l1
 from comfyui_spargeattn.tests.cases import drifting_qkv
 from comfyui_spargeattn.tests.kernels import eager
