@@ -18,6 +18,7 @@ from comfyui_spargeattn.kernels import (
 )
 from comfyui_spargeattn.tests.assertions import assert_near
 from comfyui_spargeattn.tests.fuzz.draw import Call, Limits, draw
+from comfyui_spargeattn.tests.kernels import eager
 from comfyui_spargeattn.tests.kernels._triton.harness import (
     DEVICE,
     DTYPES,
@@ -108,7 +109,7 @@ def check_reference(call: Call) -> float:
         check_not_finite(q, k, v, out, arguments, call.block_map, reference.BLOCK)
         return 0.0
     mask = call.block_map.mask() if isinstance(call.block_map, BlockMap) else call.block_map
-    expected, _, expected_stats = reference.sparge_attention(q, k, v, params=call.params, block_mask=mask, **arguments)
+    expected, _, expected_stats = eager.sparge_attention(q, k, v, params=call.params, block_mask=mask, **arguments)
     scale_of_v = v.float().nan_to_num(0.0, 0.0, 0.0).abs().max()
     error = (out.double() - expected.double()).abs().max().item()
     allowed = 1e-5 * scale_of_v.item() + 1e-30
@@ -133,7 +134,7 @@ def check_loops(q: Tensor, k: Tensor, v: Tensor, params: SpargeParams, arguments
     if "key_padding_mask" in arguments:
         arguments = arguments | dict(key_padding_mask=arguments["key_padding_mask"][:, :k_tokens])
     q, k, v = q[:, :, :q_tokens].double(), k[:, :, :k_tokens].double(), v[:, :, :k_tokens].double()
-    found, block_map, stats = reference.sparge_attention(q, k, v, params=params, block=BLOCK, **arguments)
+    found, block_map, stats = eager.sparge_attention(q, k, v, params=params, block=BLOCK, **arguments)
     named = {"padding" if name == "key_padding_mask" else name: value for name, value in arguments.items()}
     expected, mask, kept, skipped = all_heads(q, k, v, params, **named)
     assert torch.equal(block_map.mask(), mask), "another map than the loops'"

@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from comfyui_spargeattn.kernels import BlockShape, SpargeParams
-from comfyui_spargeattn.kernels.reference import sparge_attention
 from comfyui_spargeattn.tests.assertions import assert_near
 from comfyui_spargeattn.tests.cases import drifting_qkv
+from comfyui_spargeattn.tests.kernels.eager import sparge_attention
 
 BLOCK = BlockShape(16, 8)
 repeatable = settings(deadline=None, derandomize=True, max_examples=40)

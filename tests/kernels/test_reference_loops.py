@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from comfyui_spargeattn.kernels import BlockShape, SpargeParams
-from comfyui_spargeattn.kernels.reference import compress, sparge_attention
+from comfyui_spargeattn.kernels.reference import compress
 from comfyui_spargeattn.tests.assertions import assert_near
 from comfyui_spargeattn.tests.cases import drifting_qkv
+from comfyui_spargeattn.tests.kernels.eager import sparge_attention
 from comfyui_spargeattn.tests.kernels.loops import BLOCK, all_heads
 
 N_Q, N_K = 90, 77

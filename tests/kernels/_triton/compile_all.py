@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 os.environ.pop("TRITON_INTERPRET", None)
@@ -25,6 +26,7 @@ from triton.runtime.jit import JITFunction
 
 from comfyui_spargeattn.kernels import capability
 from comfyui_spargeattn.kernels._triton import pipeline
+from comfyui_spargeattn.kernels.call import CallSpec, Thresholds
 
 # Largest shared memory of one thread block in bytes.
 SHARED_LIMITS = {"sm80": 163 << 10, "sm86": 99 << 10, "sm89": 99 << 10, "sm90": 227 << 10, "sm100": 227 << 10,
@@ -68,21 +70,20 @@ def compile_calls(arch: str, dims, dtypes, thin: bool = False):
     JITFunction.run = compile_instead
     pipeline.arch_of = lambda device: arch
     formats = ("fp16", "fp8") if capability.supports_fp8(arch) else ("fp16",)
-    plain = dict(causal=False, skipped="drop", selection="cdf", thresholds=[0.9, 0.5, float("inf")], order=None,
-                 key_padding_mask=None, key_bias=None)
-    switches = [plain, plain | dict(skipped="pooled", selection="topk", key_bias=torch.zeros(1, 256)),
-                plain | dict(causal=True, key_padding_mask=torch.zeros(1, 256, dtype=torch.bool)),
-                plain | dict(thresholds=[0.9, 0.5, 10.0], order=torch.arange(256, dtype=torch.int32))]
+    cdf, topk, skipping = (Thresholds(selection, (0.9, 0.5, pv_threshold)) for selection, pv_threshold in
+                           (("cdf", float("inf")), ("topk", float("inf")), ("cdf", 10.0)))
+    switches = [CallSpec(cdf), CallSpec(topk, skipped="pooled", key_bias=torch.zeros(1, 256)),
+                CallSpec(cdf, causal=True, key_padding_mask=torch.zeros(1, 256, dtype=torch.bool)),
+                CallSpec(skipping, order=torch.arange(256, dtype=torch.int32))]
     calls = itertools.product(range(len(dims)), dtypes, formats, range(len(switches)))
     for i, dtype, pv_dtype, j in calls:
         if thin and j > 0 and j % len(dims) != i:
             continue
         dim, switch = dims[i], switches[j]
         q = torch.zeros(1, 2, 256, dim, dtype=dtype)
-        pipeline.attention(q, q, q, torch.empty_like(q), per_head=None, scale=None, sink_keys=[],
-                           dense_queries=[], pv_dtype=pv_dtype, return_stats=True, **switch)
-        call = dict(dim=dim, dtype=str(dtype), pv_dtype=pv_dtype, causal=switch["causal"], skipped=switch["skipped"],
-                    skip_pv=switch["thresholds"][2] < 99)
+        pipeline.attention(q, q, q, torch.empty_like(q), replace(switch, pv_dtype=pv_dtype, return_stats=True))
+        call = dict(dim=dim, dtype=str(dtype), pv_dtype=pv_dtype, causal=switch.causal, skipped=switch.skipped,
+                    skip_pv=switch.thresholds is skipping)
         for name, kernel in compiled:
             yield call, name, kernel
         compiled.clear()
