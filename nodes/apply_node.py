@@ -11,8 +11,8 @@ from .call.model_rules import expect_tokens
 from .call.plan import HILBERT_CHOICES, NodeSettings
 from .call.transformer_blocks import ListedBlocks
 from .host import running_prompt, show_on_node
+from .log import log
 from .override import CALLBACK_KEY, SLOT, SpargeOverride, describe
-from .run.state import log
 from .schema import CATEGORY, SEARCH_ALIASES
 from .tuned.params import Architecture, TunedParams
 

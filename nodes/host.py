@@ -7,7 +7,7 @@ import sys
 import folder_paths
 from comfy_execution.utils import get_executing_context
 
-from .run.state import log
+from .log import log
 
 # Windows opens paths of up to 260 characters, of which Triton's own names take about 150.
 _LONGEST_ON_WINDOWS = 100

@@ -18,10 +18,11 @@ from .call.arguments import AttentionCall, UnsupportedCall
 from .call.layer_names import LayerNames, handed_on
 from .call.plan import Dense, NodeSettings, SparsePlan, plan_call
 from .call.transformer_blocks import TransformerBlock
+from .log import log
 from .report.advice import about_little_skipped
 from .run.compile_notice import announced
 from .run.sigma_window import SigmaWindow
-from .run.state import RunState, log
+from .run.state import RunState
 from .run.stopwatch import Stopwatch
 from .run.summary import RunSummary
 from .tuned.params import free_device_tensors

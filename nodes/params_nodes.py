@@ -9,7 +9,7 @@ import folder_paths
 from comfy_api.latest import io
 
 from .apply_node import SPARGE_PARAMS
-from .run.state import log
+from .log import log
 from .schema import CATEGORY, SEARCH_ALIASES
 from .tuned import params_file
 from .tuned.params import TunedParams

@@ -7,11 +7,11 @@ from comfy_api.latest import io, ui
 
 from .call.transformer_blocks import ListedBlocks, TransformerBlock
 from .host import running_prompt
+from .log import log
 from .override import CALLBACK_KEY, SpargeOverride
 from .report.page import THEMES, Panels, as_image, draw_report
 from .report.panels import failed_report, run_report
 from .run.block_maps import MapRequest
-from .run.state import log
 from .schema import CATEGORY, SEARCH_ALIASES
 
 

@@ -13,10 +13,10 @@ from comfy_api.latest import io
 
 from ..kernels import SpargeParams
 from .call.plan import NodeSettings
+from .log import log
 from .params_nodes import SPARGE_PARAMS, params_folder
 from .report.page import as_image
 from .report.tuned_page import TunedPictures
-from .run.state import log
 from .schema import CATEGORY, SEARCH_ALIASES
 from .tuned import params_file
 from .tuned.params import Architecture, TunedParams

@@ -20,8 +20,8 @@ from .call.layer_names import LayerNames
 from .call.model_rules import TokenLayout, expect_tokens
 from .call.plan import Dense, NodeSettings, SparsePlan, plan_call
 from .call.transformer_blocks import TransformerBlock
+from .log import log
 from .override import SLOT, SpargeOverride
-from .run.state import log
 from .tuned.params import TunedLayer, TunedParams, free_device_tensors, order_of
 from .tuned.search import LayerSearch, Measured, TunedSetting
 

@@ -125,7 +125,8 @@ def _tuned_plan(call: AttentionCall, tuned: TunedParams, layer: str | None, layo
     return SparsePlan(params_on(setting, call.q.device), impl, order, layout, setting.skipped, pv_dtype, curve)
 
 
-def _not_wanted(call: AttentionCall, settings: NodeSettings, block: TransformerBlock | None, in_window: bool) -> Dense | None:
+def _not_wanted(call: AttentionCall, settings: NodeSettings, block: TransformerBlock | None,
+                in_window: bool) -> Dense | None:
     if call.queries != call.keys:
         return Dense("cross-attention", f"{call.queries} queries, {call.keys} keys")
     if call.queries < settings.min_tokens:

@@ -66,7 +66,8 @@ class ListedBlocks:
 
     def without(self, blocks: Iterable[TransformerBlock]) -> ListedBlocks:
         """The items that name none of `blocks`."""
-        return ListedBlocks(tuple(item for item in self.ranges if not any(map(ListedBlocks((item,)).__contains__, blocks))))
+        return ListedBlocks(tuple(item for item in self.ranges
+                                  if not any(block in ListedBlocks((item,)) for block in blocks)))
 
     def __contains__(self, block: TransformerBlock) -> bool:
         return any(first <= block.index <= last and kind in (None, block.kind) for kind, first, last in self.ranges)

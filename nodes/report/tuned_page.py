@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from PIL import Image
 
-from ..run.state import log
+from ..log import log
 from ..tuned.params import TunedParams
 from .page import THEMES, WIDTH, Page
 

@@ -1,7 +1,6 @@
 """One sampling run of a patched model: where it is, and what became of its attention calls."""
 from __future__ import annotations
 
-import logging
 import sys
 import threading
 import time
@@ -15,12 +14,11 @@ from ...kernels import SpargeStats
 from ..call.arguments import AttentionCall
 from ..call.plan import Dense
 from ..call.transformer_blocks import TransformerBlock
+from ..log import log
 from .block_maps import BlockPictures, MapRequest
 from .sigma_window import SigmaWindow
 from .stopwatch import Stopwatch
 from .summary import CallRecord, RunSummary
-
-log = logging.getLogger("comfyui_spargeattn")
 
 
 class RunState:
@@ -73,8 +71,8 @@ class RunState:
         self.steps += 1
         self._calls_of_step = 0
 
-    def add_call(self, call: AttentionCall, block: TransformerBlock | None, watch: Stopwatch, stats: SpargeStats | None = None,
-                 tokens: str = "") -> TransformerBlock | None:
+    def add_call(self, call: AttentionCall, block: TransformerBlock | None, watch: Stopwatch,
+                 stats: SpargeStats | None = None, tokens: str = "") -> TransformerBlock | None:
         """Record a self-attention call of at least min_tokens, dense where it has no `stats`.
 
         Returns the row of the heat map it belongs to where the run wants its block map too.

@@ -208,7 +208,8 @@ class LayerSearch:
         best, least = None, math.inf
         every, group = torch.arange(self.heads), self.heads // self.kv_heads
         for variant in VARIANTS:
-            rows = torch.tensor([r for r, rule in enumerate(CANDIDATES) if rule[:3] == variant]).view(len(SEARCHED_CURVES), -1)
+            rows = torch.tensor([r for r, rule in enumerate(CANDIDATES) if rule[:3] == variant])
+            rows = rows.view(len(SEARCHED_CURVES), -1)
             holds = self.levels[rows] < _STEPS  # (curves, similarities, H)
             gains = holds & (self.kept[rows] <= 1 - self.bounds.min_gain)
             kept, which = torch.where(gains, self.kept[rows], 1.0).min(1)  # (curves, H)

@@ -197,8 +197,8 @@ def search(pack, tuner, layer, measure):
 def test_threads_build_on_each_others_results(pack):
     """Two at once on one layer, from the same beginning; a third on another layer waits for neither."""
     def tuner():
-        return pack.tuner.Tuner(pack.params.TunedParams(pack.params.Architecture("Model", {}),
-                                                        pack.search.Bounds(0.05, 0.05)), pack.plan.NodeSettings(None), 1)
+        nothing = pack.params.TunedParams(pack.params.Architecture("Model", {}), pack.search.Bounds(0.05, 0.05))
+        return pack.tuner.Tuner(nothing, pack.plan.NodeSettings(None), 1)
 
     shared, events = tuner(), [threading.Event() for _ in range(3)]
     go_on = events[2]

@@ -128,7 +128,8 @@ def test_maps_come_from_few_calls_of_a_short_run():
     ({"block": TransformerBlock("", 1)}, "No block map of block 1: it will be kept in the next run"),
     ({"block": TransformerBlock("", 2)}, "No block map of block 2: it stayed dense"),
     ({"block": TransformerBlock("", 77)}, "No block map of block 77: the blocks with at least 256 tokens are 0-2"),
-    ({"block": TransformerBlock("single", 0)}, "No block map of block single:0: the blocks with at least 256 tokens are 0-2"),
+    ({"block": TransformerBlock("single", 0)},
+     "No block map of block single:0: the blocks with at least 256 tokens are 0-2"),
     ({"head": 2}, "No block map of head 2: the model has heads 0 to 1"),
     ({"step": 9}, "Block map: block 0, head 0, step 4 (step 9 will be kept in the next run)"),
     ({"step": 2}, "Block map: block 0, head 0, step 4 (step 2 was not sparse)"),
@@ -148,7 +149,8 @@ def test_map_of_a_step_that_was_asked_for_in_vain(step, reason):
 
 
 def test_blocks_of_several_kinds_are_listed_by_kind(finished):
-    rows = [TransformerBlock("single", 0), TransformerBlock("single", 1), TransformerBlock("double", 3), TransformerBlock("double", 5), TransformerBlock("double", 4)]
+    rows = [TransformerBlock(*name) for name in (("single", 0), ("single", 1), ("double", 3), ("double", 5),
+                                                 ("double", 4))]
     summary = replace(finished.run.summary, cells={(row, 1): 0.5 for row in rows})
     title = run_report(summary, SETTINGS, TransformerBlock("", 77), 0, 0).map_title
     assert title.endswith("are double:3-5, single:0-1")

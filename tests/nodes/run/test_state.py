@@ -52,7 +52,8 @@ def sparse(run, kept=0.5, block=0, milliseconds=1.0, **shape):
 
 
 def dense(run, block=0, milliseconds=1.0, **shape):
-    return run.add_call(attention(**shape), block if block is None else TransformerBlock("", block), Timed(milliseconds))
+    block = None if block is None else TransformerBlock("", block)
+    return run.add_call(attention(**shape), block, Timed(milliseconds))
 
 
 def fail(*args, **kwargs):

@@ -263,7 +263,8 @@ def use(params, folder):
         if setting is not None:
             thresholds = params_on(setting, torch.device("cpu"))
             assert thresholds.heads == search.heads and len(setting.curves) == search.kv_heads
-            assert set(setting.curves) <= set(SEARCHED_CURVES) and ((0 < thresholds.amount) & (thresholds.amount <= 1)).all()
+            assert set(setting.curves) <= set(SEARCHED_CURVES)
+            assert ((0 < thresholds.amount) & (thresholds.amount <= 1)).all()
             assert (thresholds.similarity_threshold.abs() <= 1).all()
             assert (torch.as_tensor(thresholds.pv_threshold) >= 0).all()
         if params.continues and name == "double:0":
