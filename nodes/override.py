@@ -14,10 +14,12 @@ from torch import Tensor
 
 from ..kernels import FastPathError, block_map, sparge_attention
 from ..kernels.failures import is_of_the_device
-from .call.arguments import AttentionCall, UnsupportedCall
+from .call.arguments import AttentionCall
+from .call.entry import enter
 from .call.layer_names import LayerNames, handed_on
-from .call.plan import Dense, NodeSettings, SparsePlan, plan_call
+from .call.plan import Dense, NodeSettings, SparsePlan
 from .call.transformer_blocks import TransformerBlock
+from .call.tuned_setting import free_device_tensors
 from .log import log
 from .report.advice import about_little_skipped
 from .run.compile_notice import announced
@@ -25,7 +27,6 @@ from .run.sigma_window import SigmaWindow
 from .run.state import RunState
 from .run.stopwatch import Stopwatch
 from .run.summary import RunSummary
-from .tuned.params import free_device_tensors
 
 SLOT = "optimized_attention_override"  # ComfyUI's key in transformer_options; one slot, no chain
 CALLBACK_KEY = "spargeattn"  # of this pack's callbacks and wrappers on a model
@@ -62,27 +63,22 @@ class SpargeOverride:
         return self._attend(func, args, kwargs)
 
     def _attend(self, func: Callable, args: tuple, kwargs: dict) -> Tensor:
-        try:
-            call = AttentionCall.parse(args, kwargs)
-        except UnsupportedCall as problem:
-            return self._stay_dense(Dense("unsupported call", str(problem)), func, args, kwargs)
-        block = TransformerBlock.of(call.transformer_options)
-        if block is None and self.settings.dense_blocks:
+        entered = enter(args, kwargs, self.settings, self.names, self.run.window.inside)
+        if isinstance(entered, Dense):
+            return self._stay_dense(entered, func, args, kwargs)
+        call, site, plan = entered
+        if site.block is None and self.settings.dense_blocks:
             self.run.say_once("dense_blocks", "dense_blocks has no effect, this model does not number its blocks")
-        layer = self.names.name(call, block)
-        plan = plan_call(call, self.settings, block, self.run.window.inside, layer,
-                         self.names.doubt(layer, call.transformer_options))
         if isinstance(plan, SparsePlan):
-            out = self._go_sparse(plan, call, block)
+            out = self._go_sparse(plan, call, site.block)
             if isinstance(out, Tensor):
                 return out
             plan = out
-        timed = call.queries == call.keys and call.queries >= self.settings.min_tokens
         watch = Stopwatch(call.q.device)
-        with handed_on(layer):
+        with handed_on(site.layer):
             out = self._stay_dense(plan, func, args, kwargs)
-        if timed:
-            self.run.add_call(call, block, watch.stop())
+        if call.q_tokens == call.k_tokens and call.q_tokens >= self.settings.min_tokens:
+            self.run.add_call(call, site.block, watch.stop())
         return out
 
     def _go_sparse(self, plan: SparsePlan, call: AttentionCall, block: TransformerBlock | None) -> Tensor | Dense:
@@ -99,7 +95,7 @@ class SpargeOverride:
         except FastPathError as problem:
             return self._give_up(Dense("fast kernels failed", str(problem)))
         except torch.OutOfMemoryError:
-            return self._give_up(Dense("out of memory", f"{call.queries} tokens"))
+            return self._give_up(Dense("out of memory", f"{call.q_tokens} tokens"))
         watch.stop()
         curve = self.settings.curve
         if plan.untuned:

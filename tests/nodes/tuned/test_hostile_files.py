@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from comfyui_spargeattn.nodes.call.arguments import AttentionCall
+from comfyui_spargeattn.nodes.call.tuned_setting import params_on, setting_for
 from comfyui_spargeattn.nodes.tuned import params_file
-from comfyui_spargeattn.nodes.tuned.params import Architecture, TunedLayer, TunedParams, params_on, setting_for
+from comfyui_spargeattn.nodes.tuned.params import Architecture, TunedLayer, TunedParams
 from comfyui_spargeattn.nodes.tuned.params_file import ParamsFileError
 from comfyui_spargeattn.nodes.tuned.search import SEARCHED_CURVES, Bounds, LayerSearch, Measured
 
