@@ -36,7 +36,7 @@ def _files() -> list[str]:
 
 
 def _resolve(name: str) -> Path:
-    """The file of that name in one of the folders. Raises ParamsFileError for a path that leads out of them."""
+    """The file of that name in one of the folders. Raises ParamsFileError where there is none."""
     path = folder_paths.get_full_path(FOLDER, name)
     if path is None or os.path.isabs(name) or ".." in Path(name.replace("\\", "/")).parts:
         raise ParamsFileError(f"filename must be a file in models/{FOLDER}; got {name!r}")

@@ -82,13 +82,13 @@ def _panels(model, wanted: MapRequest) -> Panels:
 
 
 def find_override(model) -> SpargeOverride | None:
-    """The outermost SpargeOverride of a model, also where another override has taken its slot."""
+    """The outermost SpargeOverride of a model, even where another override has taken its slot."""
     callbacks = model.get_callbacks(CallbacksMP.ON_PRE_RUN, CALLBACK_KEY)
     return callbacks[-1].__self__ if callbacks else None
 
 
 def _one_block(text: str) -> TransformerBlock | None:
-    """Raises ValueError for anything but one block."""
+    """The transformer block that a text names, None for an empty text. Raises ValueError for anything else."""
     if not text.strip():
         return None
     ranges = ListedBlocks.parse(text).ranges

@@ -87,7 +87,10 @@ class SpargeAttnTune(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, start_percent: float | None = None, end_percent: float | None = None) -> bool | str:
-        """Refuse an empty window before anything runs. ComfyUI shows the error at both, and checks neither itself."""
+        """Refuse an empty window before anything runs.
+
+        ComfyUI shows the error at both inputs. It leaves the check of inputs that this method takes to this method.
+        """
         if start_percent is None or end_percent is None:  # given by another node
             return True
         if not 0 <= start_percent <= end_percent <= 1:
@@ -126,7 +129,7 @@ class SpargeAttnTune(io.ComfyNode):
                 tuner.learn = False
                 sample(seed ^ 1, positive if other_positive is None else other_positive)
             bar.update_absolute(_PROGRESS)
-        except BaseException:  # an interruption is one that is no Exception
+        except BaseException:  # ComfyUI's interruption is no Exception
             _keep_unfinished(tuner)
             raise
         log.info("SpargeAttn: tuned: %s", tuner.tuned)
@@ -165,7 +168,7 @@ def _sample(model, seed: int, steps: int, cfg: float, sampler_name: str, schedul
 
 
 def _keep_unfinished(tuner: Tuner) -> None:
-    """Save what a search has found that was stopped, or whose evaluation was, under a name of its own."""
+    """Save what a search had found when it, or its evaluation, was stopped. The file has a name of its own."""
     if not tuner.searched:
         return
     family = re.sub(r"\W", "_", tuner.tuned.architecture.family, flags=re.ASCII)[:80]

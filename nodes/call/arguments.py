@@ -22,7 +22,7 @@ _KEYWORDS = {*_POSITIONAL, "scale", "enable_gqa", "low_precision_attention", "tr
 
 
 class UnsupportedCall(ValueError):
-    """The arguments of a call are not of the form described above; dense attention has to deal with them."""
+    """The arguments of a call do not have the form described above; dense attention has to deal with them."""
 
 
 class KeyMask(TypedDict, total=False):
@@ -62,7 +62,7 @@ class AttentionCall:
         if len(args) > len(_POSITIONAL):
             raise UnsupportedCall(f"{len(args)} positional arguments")
         given = dict(zip(_POSITIONAL, args)) | kwargs
-        # An argument that a newer ComfyUI invented may change what attention means, unless it is switched off.
+        # An argument of a newer ComfyUI may change what attention means, unless it is switched off.
         unknown = sorted(name for name in given.keys() - _KEYWORDS if given[name] is not None
                          and given[name] is not False)
         if unknown:

@@ -136,7 +136,7 @@ def _missing_block(summary: RunSummary, settings: NodeSettings, block: Transform
 
 
 def _listed(blocks: Iterable[TransformerBlock]) -> str:
-    """Such as "double:0-18, single:0-37"."""
+    """The transformer blocks as a user lists them, such as "double:0-18, single:0-37"."""
     ranges: list[tuple[str, int, int]] = []
     for block in sorted(set(blocks)):
         kind, first, last = ranges[-1] if ranges else ("", 0, -2)

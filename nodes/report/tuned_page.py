@@ -11,7 +11,7 @@ _TALL = 320  # of a heat map, so that three are seen at once
 
 
 class TunedPictures:
-    """Draws searches. Where that fails, pages are blank and the log says so once: no search ends over its picture."""
+    """Draws searches. Where that fails, the pages are blank and the log says so once: no picture ends a search."""
 
     def __init__(self):
         self._failed = False
@@ -20,7 +20,7 @@ class TunedPictures:
         if not self._failed:
             try:
                 return draw_tuned(tuned)
-            except Exception:  # of fonts, of the imaging library: whatever it is, minutes of search are worth more
+            except Exception:  # fonts or the imaging library may fail in any way, and minutes of search are worth more
                 self._failed = True
                 log.warning("SpargeAttn: the report of the search can't be drawn", exc_info=True)
         return Image.new("RGB", (WIDTH, _TALL), THEMES["dark"].background)

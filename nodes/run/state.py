@@ -22,7 +22,7 @@ from .summary import CallRecord, RunSummary
 
 
 class RunState:
-    """What a run collects; several threads may add to it. It holds tensors only between `begin` and `end`."""
+    """What a run collects. Several threads may add to it. It holds tensors only between `begin` and `end`."""
 
     def __init__(self, window: SigmaWindow):
         self.window = window
