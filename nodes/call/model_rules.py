@@ -53,7 +53,7 @@ NOTHING, TEXT, REST = "nothing", "the text", "the rest"
 
 
 @dataclass(frozen=True)
-class Sequence:
+class Sides:
     """A rule as data: what stands on either side of the grid.
 
     before, after: NOTHING, TEXT, the name of a condition that holds latents, or REST: all else that a call has.
@@ -115,16 +115,16 @@ def _unet(call: ModelCall) -> Expectation:
 _RULES: dict[str, Callable[[ModelCall], Expectation]] = {name: rule for rule, names in (
     # Wan; Animate 2 attends frame by frame and has no rule.
     (_wan, "WanModel VaceWanModel CameraWanModel AnimateWanModel WanDancerModel CausalWanModel"),
-    (Sequence(after=REST), "HumoWanModel WanModel_S2V"),
-    (Sequence(before="reference_latent", after=REST), "SCAILWanModel SCAIL2WanModel"),  # a pose clip of its own size
+    (Sides(after=REST), "HumoWanModel WanModel_S2V"),
+    (Sides(before="reference_latent", after=REST), "SCAILWanModel SCAIL2WanModel"),  # a pose clip of its own size
     # other video models
-    (Sequence(before=REST, with_text=True), "HunyuanVideo CogVideoXTransformer3DModel MiniMaxH3Model"),
-    (Sequence(after=REST), "AsymmDiTJoint"),
-    (Sequence(), "GeneralDIT MiniTrainDIT Anima Kandinsky5"),
+    (Sides(before=REST, with_text=True), "HunyuanVideo CogVideoXTransformer3DModel MiniMaxH3Model"),
+    (Sides(after=REST), "AsymmDiTJoint"),
+    (Sides(), "GeneralDIT MiniTrainDIT Anima Kandinsky5"),
     (_ltx, "LTXVModel LTXAVModel"),
     # image models
-    (Sequence(before=TEXT, after="ref_latents"), "Flux Chroma ChromaRadiance QwenImageTransformer2DModel"),
-    (Sequence(before=REST, with_text=True), "OpenAISignatureMMDITWrapper MMDiT OmniGen2Transformer2DModel"),
+    (Sides(before=TEXT, after="ref_latents"), "Flux Chroma ChromaRadiance QwenImageTransformer2DModel"),
+    (Sides(before=REST, with_text=True), "OpenAISignatureMMDITWrapper MMDiT OmniGen2Transformer2DModel"),
     (_lumina, "NextDiT NextDiTPixelSpace"),
     (_hidream, "HiDreamImageTransformer2DModel"),
     (_unet, "UNetModel"),

@@ -224,6 +224,6 @@ def test_names_of_other_overrides(override, expected):
 @pytest.mark.parametrize("tokens, heads", ((0, 2), (128, 0), (128, None), (128, 17), (128, 3)))
 def test_odd_calls_go_to_the_backend(tokens, heads):
     x = torch.zeros(1, tokens, 16)
-    out = SpargeOverride(NodeSettings(PARAMS, start_percent=0.0, min_tokens=0))(lambda q, *args, **kwargs: q, x, x, x,
-                                                                           heads, transformer_options={})
+    override = SpargeOverride(NodeSettings(PARAMS, start_percent=0.0, min_tokens=0))
+    out = override(lambda q, *args, **kwargs: q, x, x, x, heads, transformer_options={})
     assert out is x

@@ -103,7 +103,7 @@ def test_products_of_a_head_that_was_dense_in_an_earlier_call_are_not_skipped():
             return error + torch.where(pv >= torch.tensor([4.0, pv_needs]), 0.0, 0.5)
 
         return by_candidate(lambda curve, similarity, amount, head: 0.04 if amount >= (0.4, 0.95)[head] else 0.3,
-                       lambda setting, amount: torch.where(amount < 1, torch.tensor([0.4, kept]), 1.0), shared)
+                            lambda setting, amount: torch.where(amount < 1, torch.tensor([0.4, kept]), 1.0), shared)
 
     first, second = call(0.95, 10.0), call(0.5, 4.0)
     before = LayerSearch.start(2, 2, BOUNDS).learn(first)
