@@ -40,23 +40,30 @@ class ModelCall:
         """The latent in patches, the last ones padded."""
         return _patches(self.latent, self.patch)
 
-    def tokens_of(self, name: str) -> int:
-        """Tokens of the latents, (B, C, …, H, W) each, that the model takes as the condition `name`."""
-        latents = self.conds.get(name)
+    def tokens_of(self, side: str) -> int | None:
+        """Tokens of what a rule names, None for REST."""
+        if side == REST:
+            return None
+        if side == TEXT:
+            return self.text
+        if side == PADDING:
+            return -math.prod(self.grid) % (getattr(self.model, "pad_tokens_multiple", None) or 1)
+        latents = self.conds.get(side)
         if latents is None:
             return 0
         latents = [latents] if isinstance(latents, Tensor) else latents
         return sum(math.prod(_patches(grid_of(latent.shape[2:]), self.patch)) for latent in latents)
 
 
-NOTHING, TEXT, REST = "nothing", "the text", "the rest"
+NOTHING, TEXT, REST, PADDING = "nothing", "the text", "the rest", "padding"
 
 
 @dataclass(frozen=True)
 class Sides:
     """A rule as data: what stands on either side of the grid.
 
-    before, after: NOTHING, TEXT, the name of a condition that holds latents, or REST: all else that a call has.
+    before, after: NOTHING, TEXT, the name of a condition that holds latents (B, C, …, H, W), PADDING of the grid to a
+        multiple, or REST: all else that a call has.
     with_text: REST is nothing in some layers, and holds at least the text in the others.
     """
 
@@ -65,9 +72,8 @@ class Sides:
     with_text: bool = False
 
     def __call__(self, call: ModelCall) -> Expectation:
-        before, after = (None if side == REST else call.text if side == TEXT else call.tokens_of(side)
-                         for side in (self.before, self.after))
-        return Expectation(call.grid, before, after, least=call.text if self.with_text else 0)
+        return Expectation(call.grid, call.tokens_of(self.before), call.tokens_of(self.after),
+                           least=call.text if self.with_text else 0)
 
 
 def _wan(call: ModelCall) -> Expectation:
@@ -76,9 +82,8 @@ def _wan(call: ModelCall) -> Expectation:
     extra = call.conds.get("time_dim_concat")
     if extra is not None:
         frames += math.ceil(extra.shape[2] / call.patch[0])
-    has_reference = getattr(call.model, "ref_conv", None) is not None
-    return Expectation((frames, height, width), before=call.tokens_of("reference_latent") if has_reference else 0,
-                       after=call.tokens_of("context_latents"))
+    reference = NOTHING if getattr(call.model, "ref_conv", None) is None else "reference_latent"
+    return Expectation((frames, height, width), call.tokens_of(reference), call.tokens_of("context_latents"))
 
 
 def _ltx(call: ModelCall) -> Expectation:
@@ -91,19 +96,13 @@ def _ltx(call: ModelCall) -> Expectation:
     return Expectation((frames - count // (height * width), height, width), after=count)
 
 
-def _lumina(call: ModelCall) -> Expectation:
-    """Captions and references, then the grid, which Z-Image pads to a multiple."""
-    multiple = getattr(call.model, "pad_tokens_multiple", None) or 1
-    return Expectation(call.grid, before=None, after=-math.prod(call.grid) % multiple, least=call.text)
-
-
 def _hidream(call: ModelCall) -> Expectation:
     """The grid with the image to edit on its right, then text."""
-    frames, height, width = call.grid
     image = call.conds.get("image_cond")
     if image is not None:
-        width = math.ceil((call.latent[2] + image.shape[-1]) / call.patch[2])
-    return Expectation((frames, height, width), after=None, least=call.text)
+        frames, height, width = call.latent
+        call = replace(call, latent=(frames, height, width + image.shape[-1]))
+    return Expectation(call.grid, after=None, least=call.text)
 
 
 def _unet(call: ModelCall) -> Expectation:
@@ -125,7 +124,7 @@ _RULES: dict[str, Callable[[ModelCall], Expectation]] = {name: rule for rule, na
     # image models
     (Sides(before=TEXT, after="ref_latents"), "Flux Chroma ChromaRadiance QwenImageTransformer2DModel"),
     (Sides(before=REST, with_text=True), "OpenAISignatureMMDITWrapper MMDiT OmniGen2Transformer2DModel"),
-    (_lumina, "NextDiT NextDiTPixelSpace"),
+    (Sides(before=REST, after=PADDING, with_text=True), "NextDiT NextDiTPixelSpace"),  # Lumina and Z-Image
     (_hidream, "HiDreamImageTransformer2DModel"),
     (_unet, "UNetModel"),
 ) for name in names.split()}
