@@ -143,8 +143,7 @@ class ApplySpargeAttn(io.ComfyNode):
 
 def _fitting(tuned: TunedParams | None, model) -> TunedParams | None:
     """The parameters; None where they don't fit the model and the user prefers the widgets to an error."""
-    problem = None if tuned is None else tuned.architecture.mismatch(Architecture.of(model))
-    if not problem:
+    if tuned is None or not (problem := tuned.architecture.mismatch(Architecture.of(model))):
         return tuned
     if not tuned.lenient:
         raise ValueError(f"params must be tuned for this model: {problem}")
