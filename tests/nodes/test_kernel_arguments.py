@@ -13,12 +13,12 @@ from comfyui_spargeattn.kernels import FastPathError, SpargeParams, SpargeStats
 from comfyui_spargeattn.nodes import override as module
 from comfyui_spargeattn.nodes.call import plan as policy
 from comfyui_spargeattn.nodes.call.layer_names import LayerNames
-from comfyui_spargeattn.nodes.call.model_rules import KEY, Expectation
 from comfyui_spargeattn.nodes.call.plan import NodeSettings
+from comfyui_spargeattn.nodes.call.token_layout import KEY, Expectation
 from comfyui_spargeattn.nodes.override import SLOT, SpargeOverride
 from comfyui_spargeattn.nodes.tuned.params import Architecture, TunedLayer, TunedParams
 from comfyui_spargeattn.nodes.tuned.search import Bounds, LayerSearch, TunedSetting
-from comfyui_spargeattn.tests.nodes.test_override import attend, sample
+from comfyui_spargeattn.tests.nodes.stand_ins import attend, sample
 
 TEXT, GRID = 20, (2, 6, 9)
 TOKENS = TEXT + math.prod(GRID)
