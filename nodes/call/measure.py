@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ...kernels import SpargeStats, select_implementation, sparge_attention
 from ...kernels.capability import arch_of, supports_fp8
-from ..tuned.search import Measured, TunedSetting
+from ..tuned.candidates import TunedSetting
+from ..tuned.search import Measured
 from .arguments import AttentionCall, KeyMask
 from .token_layout import TokenLayout
 from .tuned_setting import order_of

@@ -9,8 +9,8 @@ from torch import Tensor
 from ...hilbert import free_device_orders
 from ...hilbert.permutation import OrderCache
 from ...kernels import SpargeParams
+from ..tuned.candidates import TunedSetting
 from ..tuned.params import TunedParams
-from ..tuned.search import TunedSetting
 from .arguments import AttentionCall
 from .token_layout import TokenLayout
 

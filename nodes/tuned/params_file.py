@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from ...kernels import SpargeParams
+from .candidates import AMOUNTS, CANDIDATES, PV_THRESHOLDS, SEARCHED_CURVES, TunedSetting
 from .params import Architecture, TunedLayer, TunedParams, is_plain, plain
-from .search import AMOUNTS, CANDIDATES, PV_THRESHOLDS, SEARCHED_CURVES, Bounds, LayerSearch, TunedSetting
+from .search import Bounds, LayerSearch
 
 FORMAT, VERSION = "comfyui_spargeattn.tuned", "1"
 SUFFIX = ".safetensors"

@@ -15,59 +15,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...kernels import SpargeParams
+from .candidates import (
+    AMOUNTS,
+    CANDIDATES,
+    JUDGE_OFF,
+    LEVELS,
+    PV_THRESHOLDS,
+    SEARCHED_CURVES,
+    VARIANTS,
+    Candidate,
+    TunedSetting,
+)
 
-_LEVELS = 31
-# From the most aggressive to every block. The share that cdf leaves out falls by a constant factor from level to level,
-# and the share that topk keeps grows by one.
-AMOUNTS = {
-    "cdf": tuple(1 - 0.7 * (0.002 / 0.7) ** (i / (_LEVELS - 2)) for i in range(_LEVELS - 1)) + (1.0,),
-    "topk": tuple(0.02 * (0.9 / 0.02) ** (i / (_LEVELS - 2)) for i in range(_LEVELS - 1)) + (1.0,),
-}
-PV_THRESHOLDS = (4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0, 12.0, 14.0, 17.0, 20.0, math.inf)
-SEARCHED_CURVES = ("row-major", "hilbert", "blocked", "time-major")  # an earlier one wins a tie
-# Work of a block pair by P·V format, and of the pooled tail, in units of dense fp16 attention; of an H100.
-_PV_WORK = {"fp16": 1.0, "fp8": 0.7}
-_TAIL_WORK = 0.025
-_JUDGE_OFF = -1.0  # the similarity threshold that switches the judge off
 _MOST_REFUSALS = 32  # choices that a call may refuse before its layer stays dense
-_SIMILARITIES = {"cdf": (_JUDGE_OFF, 0.3, 0.5), "topk": (_JUDGE_OFF,)}
-
-
-class Candidate(NamedTuple):
-    """How blocks are selected and what becomes of the others, apart from the amount of blocks."""
-
-    selection: str
-    skipped: str
-    pv_dtype: str
-    curve: str
-    similarity: float
-
-
-# All heads of a call share a variant; each head may choose among the candidates of that variant.
-VARIANTS = tuple((selection, skipped, pv) for pv in _PV_WORK for skipped in ("drop", "pooled") for selection in AMOUNTS)
-CANDIDATES = tuple(Candidate(*variant, curve, similarity) for variant in VARIANTS for curve in SEARCHED_CURVES
-                   for similarity in _SIMILARITIES[variant[0]])
-
-
-@dataclass(frozen=True, eq=False)
-class TunedSetting:
-    """How a layer's calls go sparse.
-
-    params: thresholds, float32 (H,) on the CPU; the P·V threshold is the number inf where all heads have it.
-    curves: order of the tokens for each head of K, names among `SEARCHED_CURVES`.
-    skipped, pv_dtype: as in `sparge_attention`.
-    """
-
-    params: SpargeParams
-    curves: tuple[str, ...]
-    skipped: str
-    pv_dtype: str
-
-    @property
-    def dense_heads(self) -> Tensor:
-        """bool (H,), heads that keep every block."""
-        return torch.as_tensor(self.params.amount) >= 1
 
 
 class Measured(NamedTuple):
@@ -174,7 +134,7 @@ class LayerSearch:
         if measured is None:
             return self
         if not measured.error.isfinite().all():
-            return replace(self, levels=torch.full_like(self.levels, _LEVELS), kept=torch.ones_like(self.kept))._dense()
+            return replace(self, levels=torch.full_like(self.levels, LEVELS), kept=torch.ones_like(self.kept))._dense()
         return replace(self, unseen_calls=self.unseen_calls + 1, unseen=torch.maximum(self.unseen, measured.error))
 
     def _dense(self) -> LayerSearch:
@@ -185,13 +145,13 @@ class LayerSearch:
         """The search with this setting and, between l1 and l2, its P·V thresholds. error: of the setting without."""
         setting, levels = choice.setting, self.pv_levels
         if self.bounds.l2 > self.bounds.l1:
-            off, dense = torch.full_like(levels, len(PV_THRESHOLDS) - 1), setting.dense_heads
+            off = torch.full_like(levels, len(PV_THRESHOLDS) - 1)
             if self.calls > 1:  # what earlier calls need is known for the candidates that they were measured with
                 levels = torch.where(_same_candidates(self.setting, setting), levels, off)
             levels, _, _ = bisect(
-                lambda level: measure(_skip_products(setting, level, dense)), levels, len(PV_THRESHOLDS) - 1,
+                lambda level: measure(choice.setting.skipping_products(level)), levels, len(PV_THRESHOLDS) - 1,
                 self.bounds.l2, first=levels if self.calls > 1 else None)
-            skipping = _skip_products(setting, levels, dense)
+            skipping = setting.skipping_products(levels)
             with_products_skipped = _measured(measure, skipping).error
             if (with_products_skipped <= self.bounds.l2).all():
                 setting, error = skipping, with_products_skipped
@@ -203,25 +163,26 @@ class LayerSearch:
     def _tighten(self, candidate: Candidate, start: Tensor, kept: Tensor, measure: Measure) -> tuple[Tensor, Tensor]:
         """(level, mean kept) of each head after one more call."""
         def at(level: Tensor) -> Measured | None:
-            amounts = torch.tensor(AMOUNTS[candidate.selection])[level.clamp(max=_LEVELS - 1)]
-            return measure(_setting(candidate, amounts, torch.full((self.heads,), candidate.similarity),
-                                    (candidate.curve,) * self.kv_heads))
+            amounts = torch.tensor(AMOUNTS[candidate.selection])[level.clamp(max=LEVELS - 1)]
+            return measure(TunedSetting.of(candidate.variant, amounts,
+                                           torch.full((self.heads,), candidate.similarity),
+                                           (candidate.curve,) * self.kv_heads))
 
-        level, first, last = bisect(at, start, _LEVELS, self.bounds.l1, first=start if self.calls else None)
+        level, first, last = bisect(at, start, LEVELS, self.bounds.l1, first=start if self.calls else None)
         # Where the amount became stricter than the earlier calls were measured at, those calls need more blocks too,
         # by the ratio of this call.
         ratio = torch.where(level > start, last / first.clamp(min=1e-6), 1.0)
         mean = ((kept * ratio).clamp(max=1) * self.calls + last) / (self.calls + 1)
-        return level, torch.where(level < _LEVELS, mean, 1.0)
+        return level, torch.where(level < LEVELS, mean, 1.0)
 
     def _choose(self) -> Choice | None:
         """The choice that leaves the least work and holds the bound as far as is known, None where no head gains."""
         best, least = None, math.inf
         every, group = torch.arange(self.heads), self.heads // self.kv_heads
         for variant in VARIANTS:
-            rows = torch.tensor([i for i, candidate in enumerate(CANDIDATES) if candidate[:3] == variant])
+            rows = torch.tensor([i for i, candidate in enumerate(CANDIDATES) if candidate.variant == variant])
             rows = rows.view(len(SEARCHED_CURVES), -1)
-            holds = self.levels[rows] < _LEVELS  # (curves, similarities, H)
+            holds = self.levels[rows] < LEVELS  # (curves, similarities, H)
             gains = holds & (self.kept[rows] <= 1 - self.bounds.min_gain)
             kept, which = torch.where(gains, self.kept[rows], 1.0).min(1)  # (curves, H)
             # The heads that share a head of K share its order. It has to hold for all of them, because those without
@@ -233,17 +194,15 @@ class LayerSearch:
             curve = torch.where(fits, mean, math.inf).argmin(0)  # (Hkv,)
             by_head = curve.repeat_interleave(group)
             kept = kept[by_head, every]
-            selection, skipped, pv_dtype = variant
-            work = kept.mean().item() * _PV_WORK[pv_dtype] + (_TAIL_WORK if skipped == "pooled" else 0)
-            sparse = kept < 1
+            work, sparse = variant.work(kept.mean().item()), kept < 1
             if work >= least - 1e-9 or not sparse.any():
                 continue
             chosen = rows[by_head, which[by_head, every]]
-            amounts = torch.tensor(AMOUNTS[selection])[self.levels[chosen, every].clamp(max=_LEVELS - 1)]
+            amounts = torch.tensor(AMOUNTS[variant.selection])[self.levels[chosen, every].clamp(max=LEVELS - 1)]
             similarity = torch.tensor([CANDIDATES[i].similarity for i in chosen.tolist()])
-            setting = _setting(CANDIDATES[int(rows[0, 0])], torch.where(sparse, amounts, 1.0),
-                               torch.where(sparse, similarity, _JUDGE_OFF),
-                               tuple(SEARCHED_CURVES[c] for c in curve.tolist()))
+            setting = TunedSetting.of(variant, torch.where(sparse, amounts, 1.0),
+                                      torch.where(sparse, similarity, JUDGE_OFF),
+                                      tuple(SEARCHED_CURVES[c] for c in curve.tolist()))
             best, least = Choice(setting, kept, chosen), work
         return best
 
@@ -257,10 +216,10 @@ class LayerSearch:
         for head in over.nonzero().flatten().tolist():
             refused = int(choice.candidates[head])
             if choice.kept[head] < 1:
-                levels[refused, head], kept[refused, head] = _LEVELS - 1, 1.0
+                levels[refused, head], kept[refused, head] = LEVELS - 1, 1.0
             else:
                 alike = [i for i, other in enumerate(CANDIDATES) if other[:4] == CANDIDATES[refused][:4]]
-                levels[alike, head], kept[alike, head] = _LEVELS, 1.0
+                levels[alike, head], kept[alike, head] = LEVELS, 1.0
         return replace(self, levels=levels, kept=kept)
 
 
@@ -298,19 +257,6 @@ def _measured(measure: Measure, setting: TunedSetting) -> Measured:
     if measured is None:
         raise RuntimeError("a chosen setting must be one that the call can run")
     return measured
-
-
-def _setting(candidate: Candidate, amounts: Tensor, similarity: Tensor, curves: tuple[str, ...]) -> TunedSetting:
-    name = "cdf_threshold" if candidate.selection == "cdf" else "topk"
-    params = SpargeParams(**{name: amounts}, similarity_threshold=similarity)
-    return TunedSetting(params, curves, candidate.skipped, candidate.pv_dtype)
-
-
-def _skip_products(setting: TunedSetting, levels: Tensor, dense: Tensor) -> TunedSetting:
-    """The setting with P·V thresholds; heads that keep every block keep every product too."""
-    thresholds = torch.where(dense, math.inf, torch.tensor(PV_THRESHOLDS)[levels])
-    values = dict(setting.params.items()) | {"pv_threshold": math.inf if thresholds.isinf().all() else thresholds}
-    return replace(setting, params=SpargeParams(**values))
 
 
 def _same_candidates(before: TunedSetting | None, now: TunedSetting) -> Tensor:

@@ -16,8 +16,9 @@ from comfyui_spargeattn.nodes.call.layer_names import LayerNames
 from comfyui_spargeattn.nodes.call.plan import NodeSettings
 from comfyui_spargeattn.nodes.call.token_layout import KEY, Expectation
 from comfyui_spargeattn.nodes.override import SLOT, SpargeOverride
+from comfyui_spargeattn.nodes.tuned.candidates import TunedSetting
 from comfyui_spargeattn.nodes.tuned.params import Architecture, TunedLayer, TunedParams
-from comfyui_spargeattn.nodes.tuned.search import Bounds, LayerSearch, TunedSetting
+from comfyui_spargeattn.nodes.tuned.search import Bounds, LayerSearch
 from comfyui_spargeattn.tests.nodes.stand_ins import attend, sample
 
 TEXT, GRID = 20, (2, 6, 9)

@@ -27,12 +27,11 @@ def module(comfy_nodes, name):
 @pytest.fixture
 def params(comfy_nodes, sd3):
     """Another share of blocks for each layer."""
-    search = module(comfy_nodes, "tuned.search")
-    tuned = module(comfy_nodes, "tuned.params")
+    candidates, search, tuned = (module(comfy_nodes, f"tuned.{name}") for name in ("candidates", "search", "params"))
 
     def layer(topk):
-        setting = search.TunedSetting(module(comfy_nodes, "apply_node").SpargeParams(topk=torch.full((HEADS,), topk)),
-                                      ("row-major",) * HEADS, "drop", "fp16")
+        thresholds = module(comfy_nodes, "apply_node").SpargeParams(topk=torch.full((HEADS,), topk))
+        setting = candidates.TunedSetting(thresholds, ("row-major",) * HEADS, "drop", "fp16")
         return tuned.TunedLayer(replace(search.LayerSearch.start(HEADS, HEADS), setting=setting), HEAD_DIM)
 
     layers = {name: layer(topk) for name, topk in TUNED.items()}

@@ -35,7 +35,7 @@ def few_candidates(pack, monkeypatch):
     few = tuple(candidate for candidate in pack.search.CANDIDATES if candidate[:3] == ("topk", "drop", "fp16"))
     for module in (pack.search, pack.params_file):
         monkeypatch.setattr(module, "CANDIDATES", few)
-    monkeypatch.setattr(pack.search, "VARIANTS", (few[0][:3],))
+    monkeypatch.setattr(pack.search, "VARIANTS", (few[0].variant,))
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from comfyui_spargeattn.nodes.run.sigma_window import SigmaWindow
+from comfyui_spargeattn.nodes.run.sigma_window import SigmaWindow, sigma_range
 
 
 def flow(percent):
@@ -43,6 +43,12 @@ TEN_STEPS = torch.linspace(1, 0, 11).tolist()[:-1]  # float32 values, as a sampl
 def test_window(start, end, first, last, reads):
     expected = [first is not None and first <= i <= last for i in range(10)]
     assert follow(SigmaWindow(start, end), TEN_STEPS) == (expected, reads)
+
+
+@pytest.mark.parametrize("start, end", ((0.0, 1.0), (0.2, 1.0), (0.25, 0.5), (1.0, 1.0)))
+def test_range_holds_the_steps_of_the_window(start, end):
+    lowest, highest = sigma_range(start, end, flow)
+    assert [lowest <= sigma <= highest for sigma in TEN_STEPS] == follow(SigmaWindow(start, end), TEN_STEPS)[0]
 
 
 def test_window_of_a_sampler_that_evaluates_twice_a_step():

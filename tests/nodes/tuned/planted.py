@@ -3,7 +3,8 @@ import math
 
 import torch
 
-from comfyui_spargeattn.nodes.tuned.search import AMOUNTS, Bounds, Measured, TunedSetting
+from comfyui_spargeattn.nodes.tuned.candidates import AMOUNTS, TunedSetting
+from comfyui_spargeattn.nodes.tuned.search import Bounds, Measured
 
 BOUNDS = Bounds(0.05, 0.06)
 

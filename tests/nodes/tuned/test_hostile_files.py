@@ -13,9 +13,10 @@ import torch
 from comfyui_spargeattn.nodes.call.arguments import AttentionCall
 from comfyui_spargeattn.nodes.call.tuned_setting import params_on, setting_for
 from comfyui_spargeattn.nodes.tuned import params_file
+from comfyui_spargeattn.nodes.tuned.candidates import SEARCHED_CURVES
 from comfyui_spargeattn.nodes.tuned.params import Architecture, TunedLayer, TunedParams
 from comfyui_spargeattn.nodes.tuned.params_file import ParamsFileError
-from comfyui_spargeattn.nodes.tuned.search import SEARCHED_CURVES, Bounds, LayerSearch, Measured
+from comfyui_spargeattn.nodes.tuned.search import Bounds, LayerSearch, Measured
 
 FILES = 500
 SECONDS = 2.0  # for one file, most of it for a slow machine

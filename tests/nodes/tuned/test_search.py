@@ -5,16 +5,8 @@ import pytest
 import torch
 
 from comfyui_spargeattn.kernels import SpargeParams
-from comfyui_spargeattn.nodes.tuned.search import (
-    AMOUNTS,
-    CANDIDATES,
-    PV_THRESHOLDS,
-    SEARCHED_CURVES,
-    Bounds,
-    LayerSearch,
-    Measured,
-    bisect,
-)
+from comfyui_spargeattn.nodes.tuned.candidates import AMOUNTS, CANDIDATES, PV_THRESHOLDS, SEARCHED_CURVES
+from comfyui_spargeattn.nodes.tuned.search import Bounds, LayerSearch, Measured, bisect
 from comfyui_spargeattn.tests.nodes.tuned.planted import BOUNDS, least_amount, planted
 
 

@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from comfyui_spargeattn.nodes.tuned.search import Bounds, LayerSearch, Measured, TunedSetting
+from comfyui_spargeattn.nodes.tuned.candidates import TunedSetting
+from comfyui_spargeattn.nodes.tuned.search import Bounds, LayerSearch, Measured
 from comfyui_spargeattn.tests.nodes.tuned.planted import BOUNDS, by_candidate, least_amount, planted
 
 
