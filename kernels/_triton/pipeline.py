@@ -12,11 +12,14 @@ from ..formats import LOG2E, ROW_GROUP
 from ..reference import centred_bias
 from ..types import BlockMap, BlockShape, TokenRanges
 from .attend import attend
-from .blockmap import BlockLists, select_blocks
+from .block_lists import BlockLists
+from .blockmap import select_blocks
 from .config import AttendConfig, attend_config
 from .given_map import lists_from_mask
 from .memory import groups_of_heads, is_short
-from .prepare import PreparedKeys, PreparedQueries, PreparedValues, prepare_keys, prepare_queries
+from .prepare_keys import prepare_keys
+from .prepare_queries import prepare_queries
+from .prepared import PreparedKeys, PreparedQueries, PreparedValues
 from .primitives import padded_dim
 
 
@@ -66,7 +69,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor, *, config: AttendCo
     order = None if order is None else order.contiguous()
     queries, keys, values, lists = _prepare(q, k, v, config=config, fp8=fp8, pooled=skipped == "pooled", order=order,
                                             per_head=per_head, thresholds=thresholds, causal=causal, **call)
-    skips = attend(queries, keys, values, lists, out, n_k=k.shape[2], order=order, per_head=per_head,
+    skips = attend(queries, keys, values, lists, out, k_tokens=k.shape[2], order=order, per_head=per_head,
                    pv_threshold=thresholds[2], causal=causal, config=config, count_skips=return_stats)
     if not return_stats:
         return None, None
@@ -112,16 +115,16 @@ def _prepare(q: Tensor, k: Tensor, v: Tensor | None, *, config: AttendConfig, fp
              ) -> tuple[PreparedQueries, PreparedKeys, PreparedValues | None, BlockLists]:
     q, k, v = (x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    queries = prepare_queries(q, k, v, factor=scale * LOG2E, order=order, flags=_flags(dense_queries, q),
-                              padding=padding, block=config.block)
-    keys, values = prepare_keys(k, v, queries, order=order, flags=_flags(sink_keys, k), padding=padding,
+    queries, statistics = prepare_queries(q, k, v, factor=scale * LOG2E, order=order, flags=_flags(dense_queries, q),
+                                          padding=padding, block=config.block)
+    keys, values = prepare_keys(k, v, statistics, order=order, flags=_flags(sink_keys, k), padding=padding,
                                 block=config.block, fp8=fp8, pooled=pooled, bias=bias)
     if block_mask is not None:
-        return queries, keys, values, lists_from_mask(block_mask, keys, values, heads=q.shape[1], n_q=q.shape[2],
-                                                      causal=causal, block=config.block, pooled=pooled)
+        return queries, keys, values, lists_from_mask(
+            block_mask, keys, values, heads=q.shape[1], q_tokens=q.shape[2], causal=causal, block=config.block,
+            pooled=pooled)
     lists = select_blocks(queries, keys, values, scale=scale, per_head=per_head, thresholds=thresholds,
-                          selection=selection, causal=causal, n_q=q.shape[2], n_k=k.shape[2], block=config.block,
-                          pooled=pooled)
+                          selection=selection, causal=causal, q_tokens=q.shape[2], block=config.block, pooled=pooled)
     return queries, keys, values, lists
 
 
