@@ -1,8 +1,8 @@
 """Block-sparse quantised attention after SpargeAttn; importing this needs torch alone."""
 from .api import block_map, block_shape, block_sparse_attention, sparge_attention
 from .capability import select_implementation
+from .dense import dense_attention
 from .failures import FastPathError
-from .reference import dense_attention
 from .types import BlockMap, BlockShape, SpargeParams, SpargeStats
 
 __all__ = ["BlockMap", "BlockShape", "FastPathError", "SpargeParams", "SpargeStats", "block_map", "block_shape",

@@ -1,4 +1,4 @@
-"""What the fast kernels can take: facts in, None or the reason why not out."""
+"""What the fast kernels can take: all rules about architectures, dtypes, sizes and versions of Triton."""
 from __future__ import annotations
 
 import functools
@@ -13,7 +13,7 @@ from .failures import remembered
 from .triton_package import OLDEST, has_triton, install_command, triton_version
 
 MAX_HEAD_DIM = 256
-FP8_NEEDS = "hardware for float8_e4m3fn: an NVIDIA GPU from sm90 on, or sm89 and sm120 with Triton 3.5 or newer"
+_FP8_NEEDS = "hardware for float8_e4m3fn: an NVIDIA GPU from sm90 on, or sm89 and sm120 with Triton 3.5 or newer"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MIN_SM = 80
 _BLACKWELL = (3, 3)  # the first Triton for sm100 and sm120
@@ -25,7 +25,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Facts:
-    """What a decision needs to know of a call.
+    """What a decision needs to know about a call.
 
     arch: "sm90" and the like for NVIDIA, "gfx942" for AMD, "xpu" for Intel, "interpreter" under TRITON_INTERPRET=1,
     None elsewhere.
@@ -63,17 +63,25 @@ def triton_declines(facts: Facts) -> str | None:
     return None
 
 
-def supports_fp8(arch: str) -> bool:
+def supports_fp8(arch: str | None) -> bool:
     """Whether the kernels can multiply float8_e4m3fn on an architecture: NVIDIA Ada (sm89) and newer, where the Triton
     that is installed compiles it to the hardware's own products."""
-    if not arch.startswith("sm") or int(arch[2:]) < 89:
+    if arch is None or not arch.startswith("sm") or int(arch[2:]) < 89:
         return False
     return arch in ("sm90", "sm100", "sm103") or (triton_version() or OLDEST) >= _FP8_ON_GEFORCE
 
 
+def uses_fp8(pv_dtype: str, arch: str | None) -> bool:
+    """Whether P·V is multiplied in float8 on an architecture. Raises RuntimeError where "fp8" is not supported."""
+    supported = supports_fp8(arch)
+    if pv_dtype == "fp8" and not supported:
+        raise RuntimeError(f"pv_dtype='fp8' needs {_FP8_NEEDS}; got {arch}")
+    return supported and pv_dtype != "fp16"
+
+
 @functools.lru_cache
 def _reason(*facts) -> str | None:
-    """`triton_declines` of Facts, which a call asks for several times."""
+    """`triton_declines` of Facts, remembered because every call asks."""
     return triton_declines(Facts(*facts))
 
 

@@ -1,4 +1,4 @@
-"""Fast kernels that fail: what the user reads, and which calls are not tried again."""
+"""Fast kernels that fail: what the user reads, and which calls the kernels are not tried on again."""
 from __future__ import annotations
 
 import logging
@@ -23,8 +23,8 @@ class FastPathError(RuntimeError):
 
 
 def raise_failed(what: str, error: Exception) -> NoReturn:
-    """Raise FastPathError where `what` ended in `error` before it ever ran; memory that ran out and errors of the
-    device itself are raised as such. To be called where `error` is handled."""
+    """Raise FastPathError for `what`, which ended in `error` before it ever ran. Out of memory and errors of the device
+    itself are raised as what they are. Call it in the handler of `error`."""
     text = f"{type(error).__name__}: {error}"
     if isinstance(error, (torch.OutOfMemoryError, FastPathError)) or is_of_the_device(error):
         raise error
@@ -35,12 +35,12 @@ def raise_failed(what: str, error: Exception) -> NoReturn:
 
 
 def is_of_the_device(error: Exception) -> bool:
-    """Whether a kernel broke something, so that nothing on that device can be trusted any more."""
+    """Whether a kernel broke something, so that no later result on its device can be trusted."""
     return any(sign in str(error).lower() for sign in _OF_THE_DEVICE)
 
 
 def remember(q: Tensor, error: FastPathError) -> None:
-    """Keep calls with tensors like q (…, D) from being tried again, and tell the user once a cause."""
+    """Don't try the fast kernels again on tensors like q (…, D), and tell the user once for each cause."""
     text = str(error)
     if text not in _failed.values():
         _log.warning("SpargeAttn: the fast kernels are off for calls like this one: %s", text)
@@ -49,12 +49,12 @@ def remember(q: Tensor, error: FastPathError) -> None:
 
 
 def remembered(q: Tensor) -> str | None:
-    """Why the fast kernels are not tried for tensors like q (…, D), None where they are."""
+    """Why the fast kernels are not tried on tensors like q (…, D), None where they are."""
     return _failed.get(_kind(q)) if _failed else None
 
 
 def forget() -> None:
-    """Let failed kernels be tried again."""
+    """Try kernels that failed again."""
     _failed.clear()
 
 

@@ -5,4 +5,4 @@ LOG2E = math.log2(math.e)  # scores are taken in log2 units, in which exp is exp
 INT8_MAX = 127.0
 FP8_MAX = 448.0  # largest finite float8_e4m3fn
 ROW_GROUP = 16  # rows of one tensor-core instruction: the finest group of rows that can skip together
-HIDDEN = -1e4  # a key whose bias is at most this far below a row's largest, in log2 units, is as good as padding
+HIDDEN = -1e4  # log2 units; a key whose bias is as far below the largest of its row counts as padding

@@ -1,8 +1,8 @@
-"""SpargeAttn in plain PyTorch: the oracle of the kernels, the path of devices without them, the benchmarks' baseline.
+"""SpargeAttn in plain PyTorch: the oracle of the kernels, the path of devices without them.
 
-Everything is written for one layout, q (B, H, Nq, D) and k, v (B, Hkv, Nk, D), and follows the paper
-(arXiv 2502.18137) step by step: `compress` (3.2), `predict_map` (3.3, 3.6), `attend` (3.4, 3.5). Arithmetic is float64
-where the inputs are, float32 otherwise. Sections below refer to the paper.
+Tensors are q (B, H, Nq, D) and k, v (B, Hkv, Nk, D). The code follows the paper (arXiv 2502.18137) step by step:
+`compress` (3.2), `predict_map` (3.3, 3.6), `attend` (3.4, 3.5). Arithmetic is float64 where the inputs are, float32
+otherwise. Sections below refer to the paper.
 """
 from __future__ import annotations
 
@@ -13,96 +13,48 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .formats import FP8_MAX, HIDDEN, INT8_MAX, LOG2E, ROW_GROUP
-from .types import BlockMap, BlockShape, SpargeParams, SpargeStats, TokenRanges
+from .call import CallSpec, Thresholds
+from .formats import FP8_MAX, INT8_MAX, LOG2E, ROW_GROUP
+from .types import BlockMap, BlockShape, SpargeStats, Threshold, TokenRanges
 
 BLOCK = BlockShape(128, 64)
 
 
-def centred_bias(bias: Tensor, padding: Tensor | None, causal: bool) -> tuple[Tensor, Tensor]:
-    """The bias of keys (B, N) in log2 units with 0 as the largest of a row, and bool (B, N), which keys to ignore.
-
-    What all keys of a row share, softmax ignores. A query of causal attention may see none of the largest.
-    """
-    seen = bias if padding is None else bias.masked_fill(padding, -math.inf)
-    largest = seen.amax(1, keepdim=True).clamp(min=torch.finfo(bias.dtype).min)
-    bias = (bias - largest) * LOG2E
-    hidden = bias == -math.inf if causal else bias <= HIDDEN
-    return bias, hidden if padding is None else hidden | padding
+def attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor, call: CallSpec) -> SpargeStats | None:
+    """Write `sparge_attention` into out like q; the statistics if asked."""
+    result, _, stats = sparge_attention(q, k, v, call)
+    out.copy_(result)
+    return stats if call.return_stats else None
 
 
-def dense_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, causal: bool = False,
-                    key_padding_mask: Tensor | None = None, key_bias: Tensor | None = None) -> Tensor:
-    """Exact attention in float64, by query chunks: what every other path is measured against.
-
-    q (B, H, Nq, D), k and v (B, Hkv, Nk, D), any floating dtype → float64 (B, H, Nq, D). `key_padding_mask` is bool
-    (B, Nk), True where a key is padding; `key_bias`, (B, Nk), is added to the scores of a key. A row with no visible
-    key gives zeros.
-    """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    k, v = (_expand_groups(x.double(), q.shape[1]) for x in (k, v))
-    out = torch.empty(*q.shape[:-1], v.shape[-1], dtype=torch.float64, device=q.device)
-    keys = torch.arange(k.shape[2], device=q.device)
-    hidden = torch.zeros(len(q), 1, 1, k.shape[2], dtype=torch.bool, device=q.device)
-    if key_padding_mask is not None:
-        hidden = hidden | key_padding_mask[:, None, None]
-    if key_bias is not None:
-        hidden = hidden | (key_bias == -math.inf)[:, None, None]
-    for start in range(0, q.shape[2], 1024):
-        scores = q[:, :, start:start + 1024].double() @ k.mT * scale
-        if key_bias is not None:
-            scores = scores + key_bias[:, None, None].double()
-        unseen = hidden
-        if causal:
-            rows = torch.arange(start, start + scores.shape[2], device=q.device)
-            unseen = hidden | (keys > rows[:, None])
-        weights = scores.masked_fill(unseen, -math.inf).softmax(-1)
-        out[:, :, start:start + 1024] = weights.masked_fill(unseen.all(-1, keepdim=True), 0.0) @ v
-    return out
+def predict(q: Tensor, k: Tensor, call: CallSpec) -> BlockMap:
+    """The block map alone."""
+    queries, keys, values = in_blocks(q, k, k, call, BLOCK)
+    rules = visibility(q.shape[2], keys, BLOCK, call.causal)
+    return BlockMap.from_mask(_map_of(queries, keys, values, rules, call), BLOCK)
 
 
-def sparge_attention(q: Tensor, k: Tensor, v: Tensor, *, params: SpargeParams = SpargeParams(),
-                     scale: float | None = None, causal: bool = False, key_padding_mask: Tensor | None = None,
-                     order: Tensor | None = None, sink_keys: TokenRanges | None = None,
-                     dense_queries: TokenRanges | None = None, skipped: str = "drop", block: BlockShape = BLOCK,
-                     quantise: str | None = None, block_mask: Tensor | None = None, key_bias: Tensor | None = None,
-                     ) -> tuple[Tensor, BlockMap, SpargeStats]:
+def block_of(q: Tensor, pv_dtype: str) -> BlockShape:
+    """The block shape of every call."""
+    return BLOCK
+
+
+def sparge_attention(q: Tensor, k: Tensor, v: Tensor, call: CallSpec,
+                     block: BlockShape = BLOCK) -> tuple[Tensor, BlockMap, SpargeStats]:
     """SpargeAttn of q (B, H, Nq, D), k and v (B, Hkv, Nk, D) → output like q, the block map, the statistics.
 
-    The arguments are those of `kernels.sparge_attention`, checked there. `quantise` emulates the fast kernels'
-    number formats: None computes exactly, "fp16" and "fp8" round Q and K to INT8 and P and V to that format.
-    `block_mask`, bool (B or 1, H or 1, nq, nk), takes the place of the predicted map.
+    With pv_dtype "auto" it computes exactly; "fp16" and "fp8" emulate the number formats of the fast kernels: Q and K
+    are rounded to INT8, P and V to that format.
     """
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    n_q, n_k, heads = q.shape[2], k.shape[2], q.shape[1]
-    order_k = None if order is None else order.long().expand(k.shape[1], n_k)
-    order_q = None if order is None else order_k.repeat_interleave(heads // k.shape[1], 0)
-    bias, padding = None, key_padding_mask
-    if key_bias is not None:
-        bias, padding = centred_bias(key_bias.float(), padding, causal)
-        bias = bias.to(dtype)
-    bias, padding = (None if x is None else x[:, None].expand(-1, k.shape[1], -1) for x in (bias, padding))
-    if padding is not None:  # a padding token may hold anything, NaN included
-        k, v = (x.masked_fill(padding[..., None], 0.0) for x in (k, v))
-
-    queries = compress(_reorder(q, order_q).to(dtype), block.q, flags=_flags(dense_queries, order_q, heads, q))
-    keys = compress(_reorder(k, order_k).to(dtype), block.k, flags=_flags(sink_keys, order_k, k.shape[1], k),
-                    padding=_reorder(padding, order_k), bias=_reorder(bias, order_k), centre=True)
-    keys = keys.map(lambda x: _expand_groups(x, heads))
-    value = _blocks(_expand_groups(_reorder(v, order_k).to(dtype), heads), block.k)
-
-    rules = visibility(n_q, keys, block, causal)
-    if block_mask is None:
-        mask = predict_map(queries, keys, rules, params, scale)
-        broken = ~value.isfinite().flatten(3).all(-1)
-        mask = mask | rules.visible & broken[:, :, None]  # their rows are NaN, as dense attention's would be
-    else:
-        mask = block_mask & rules.visible.expand(q.shape[0], heads, -1, -1)
-    out, pv_skipped = attend(queries, keys, value, mask, rules, params, scale, skipped, quantise,
-                             causal, n_q)
-    if order_q is not None:
-        out = torch.empty_like(out).scatter_(2, order_q[None, :, :, None].expand_as(out), out)
+    call.check_blocks(block, q.shape[2], k.shape[2])
+    queries, keys, values = in_blocks(q, k, v, call, block)
+    rules = visibility(q.shape[2], keys, block, call.causal)
+    mask = _map_of(queries, keys, values, rules, call)
+    out, pv_skipped = attend(queries, keys, values, mask, rules, call)
+    out = out[:, :, :q.shape[2]]
+    if call.order is not None:
+        order = _order_by_head(call.order, q.shape[1], k.shape[1])
+        out = torch.empty_like(out).scatter_(2, order[None, :, :, None].expand_as(out), out)
     stats = SpargeStats((mask.sum((-2, -1)) / rules.visible.sum((-2, -1)).clamp(min=1)).float(), pv_skipped)
     return out.to(q.dtype), BlockMap.from_mask(mask, block), stats
 
@@ -111,9 +63,12 @@ def sparge_attention(q: Tensor, k: Tensor, v: Tensor, *, params: SpargeParams = 
 class Compressed:
     """A sequence cut into blocks of b tokens, with what stands for each block (3.2).
 
-    tokens (B, H, n, b, D), zero past the end; valid bool (B, H, n, b); mean (B, H, n, D) over the valid tokens;
-    similarity (B, H, n), the mean cosine over all pairs of valid tokens; always bool (1 or B, H, n), blocks that
-    hold a token the caller wants exact; bias (B, H, n, b), added to scores in log2 units, zero where not valid.
+    tokens: (B, H, n, b, D), zero past the end.
+    valid: bool (B, H, n, b), tokens that exist and are no padding.
+    mean: (B, H, n, D), over the valid tokens.
+    similarity: (B, H, n), the mean cosine over all pairs of valid tokens.
+    always: bool (1 or B, H, n), blocks that hold a token that the caller wants exact.
+    bias: (B, H, n, b), added to scores in log2 units, zero where not valid.
     """
 
     tokens: Tensor
@@ -130,6 +85,30 @@ class Compressed:
 
     def map(self, function) -> Compressed:
         return Compressed(*(function(getattr(self, name)) for name in self.__dataclass_fields__))
+
+
+def in_blocks(q: Tensor, k: Tensor, v: Tensor, call: CallSpec,
+              block: BlockShape) -> tuple[Compressed, Compressed, Tensor]:
+    """Q and K of a call, compressed, and V (B, H, k_blocks, b_k, D), in blocking order and with a head for each of Q's.
+    """
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    heads, kv_heads = q.shape[1], k.shape[1]
+    order_q = order_k = None
+    if call.order is not None:
+        order_q, order_k = (_order_by_head(call.order, n, kv_heads) for n in (heads, kv_heads))
+    bias, padding = call.bias_and_padding()
+    if bias is not None:
+        bias = _reorder(bias.to(dtype)[:, None].expand(-1, kv_heads, -1), order_k)
+    if padding is not None:
+        padding = padding[:, None].expand(-1, kv_heads, -1)
+        k, v = (x.masked_fill(padding[..., None], 0.0) for x in (k, v))  # a padding token may hold anything, NaN too
+        padding = _reorder(padding, order_k)
+
+    queries = compress(_reorder(q, order_q).to(dtype), block.q, flags=_flags(call.dense_queries, order_q, heads, q))
+    keys = compress(_reorder(k, order_k).to(dtype), block.k, flags=_flags(call.sink_keys, order_k, kv_heads, k),
+                    padding=padding, bias=bias, centre=True)
+    values = _blocks(_expand_groups(_reorder(v, order_k).to(dtype), heads), block.k)
+    return queries, keys.map(lambda x: _expand_groups(x, heads)), values
 
 
 def compress(x: Tensor, block: int, *, flags: Tensor, padding: Tensor | None = None, bias: Tensor | None = None,
@@ -156,35 +135,40 @@ def compress(x: Tensor, block: int, *, flags: Tensor, padding: Tensor | None = N
 
 @dataclass
 class Visibility:
-    """visible, partial: bool (B or 1, H or 1, nq, nk); partial blocks are cut by the causal diagonal."""
+    """Which block pairs have anything to attend.
+
+    visible: bool (B or 1, H or 1, q_blocks, k_blocks).
+    partial: bool like visible, pairs that the causal diagonal cuts.
+    """
 
     visible: Tensor
     partial: Tensor
 
 
-def visibility(n_q: int, keys: Compressed, block: BlockShape, causal: bool) -> Visibility:
+def visibility(q_tokens: int, keys: Compressed, block: BlockShape, causal: bool) -> Visibility:
     """Which block pairs have anything to attend, and which of them only in part."""
-    visible = keys.valid.any(-1)[:, :, None].expand(-1, -1, -(-n_q // block.q), -1)
+    visible = keys.valid.any(-1)[:, :, None].expand(-1, -1, -(-q_tokens // block.q), -1)
     if not causal:
         return Visibility(visible, torch.zeros_like(visible))
-    nq, nk = visible.shape[-2:]
-    first_row = torch.arange(nq, device=visible.device)[:, None] * block.q
-    last_row = (first_row + block.q - 1).clamp(max=n_q - 1)
-    first_key = torch.arange(nk, device=visible.device) * block.k
+    q_blocks, k_blocks = visible.shape[-2:]
+    first_row = torch.arange(q_blocks, device=visible.device)[:, None] * block.q
+    last_row = (first_row + block.q - 1).clamp(max=q_tokens - 1)
+    first_key = torch.arange(k_blocks, device=visible.device) * block.k
     reached = visible & (first_key <= last_row)
     return Visibility(reached, reached & (first_key + block.k - 1 > first_row))
 
 
-def predict_map(queries: Compressed, keys: Compressed, rules: Visibility, params: SpargeParams,
+def predict_map(queries: Compressed, keys: Compressed, rules: Visibility, thresholds: Thresholds,
                 scale: float) -> Tensor:
-    """The block map, bool (B, H, nq, nk) (3.3).
+    """The block map, bool (B, H, q_blocks, k_blocks) (3.3).
 
     Blocks kept by rule (dissimilar, sink, on the causal diagonal) take no part in the softmax; TopCdf or TopK chooses
     among the others; equal scores are chosen together. Similarity is judged for TopCdf alone: TopK keeps a fixed share.
     Blocks that hold NaN or infinity are kept.
     """
-    amount = _per_head(params.amount, queries.mean, 4)
-    theta = _per_head(params.similarity_threshold if params.selection == "cdf" else -1.0, queries.mean, 4)
+    judges = thresholds.selection == "cdf"
+    amount = _per_head(thresholds.amount, queries.mean, 4)
+    theta = _per_head(thresholds.similarity_threshold if judges else -1.0, queries.mean, 4)
     always_keys = keys.always[:, :, None] | ~(keys.similarity[:, :, None] >= theta) | keys.mean_bias.isnan()[:, :, None]
     always_rows = queries.always[..., None] | ~(queries.similarity[..., None] >= theta)
     ruled = rules.partial | always_keys.expand_as(rules.visible)
@@ -192,7 +176,7 @@ def predict_map(queries: Compressed, keys: Compressed, rules: Visibility, params
     scores = queries.mean @ keys.mean.mT * scale + keys.mean_bias[:, :, None] / LOG2E
     scores = scores.masked_fill(~judged, -math.inf)
     ranked = scores.sort(dim=-1, descending=True).values
-    if params.selection == "cdf":
+    if judges:
         weight, target = ranked.softmax(-1).nan_to_num(0.0), amount
     else:
         weight = (ranked > -math.inf).to(ranked.dtype)
@@ -203,71 +187,82 @@ def predict_map(queries: Compressed, keys: Compressed, rules: Visibility, params
     return rules.visible & (chosen | ruled | always_rows)
 
 
-def attend(queries: Compressed, keys: Compressed, value: Tensor, mask: Tensor, rules: Visibility,
-           params: SpargeParams, scale: float, skipped: str, quantise: str | None, causal: bool,
-           n_q: int) -> tuple[Tensor, Tensor]:
+def _map_of(queries: Compressed, keys: Compressed, values: Tensor, rules: Visibility, call: CallSpec) -> Tensor:
+    """The map of a call, bool (B, H, q_blocks, k_blocks): the given one where there is something to attend, or the
+    predicted one with the blocks whose values are not finite: dense attention would make their rows NaN too."""
+    if call.block_mask is not None:
+        return call.block_mask & rules.visible.expand(*queries.mean.shape[:2], -1, -1)
+    mask = predict_map(queries, keys, rules, call.thresholds, call.scale_for(queries.mean.shape[-1]))
+    broken = ~values.isfinite().flatten(3).all(-1)
+    return mask | rules.visible & broken[:, :, None]
+
+
+def attend(queries: Compressed, keys: Compressed, values: Tensor, mask: Tensor, rules: Visibility,
+           call: CallSpec) -> tuple[Tensor, Tensor]:
     """Block-sparse online softmax over the kept blocks (3.4, 3.5), one query block of all heads at a time.
 
-    value (B, H, nk, b_k, D). Returns the output (B, H, Nq, D) in blocking order and pv_skipped (B, H).
+    values (B, H, k_blocks, b_k, D). Returns the output (B, H, q_blocks · b_q, D) in blocking order and pv_skipped
+    (B, H).
     """
-    batch, heads, nq, block_q, _ = queries.tokens.shape
-    q, k, v, rounding = queries.tokens * (scale * LOG2E), keys.tokens, value, None
-    v_centre, v_scale = v.new_zeros(1, 1, 1, 1, 1), v.new_ones(1, 1, 1, 1, 1)
-    if quantise is not None:
+    batch, heads, q_blocks, block_q, dim = queries.tokens.shape
+    block_k = values.shape[3]
+    q, k, v, v_scale, v_centre = queries.tokens * (call.scale_for(dim) * LOG2E), keys.tokens, values, 1.0, 0.0
+    emulated = call.pv_dtype != "auto"
+    # P, which is at most 1, and V are stretched over the range of their format.
+    rounded, largest = (_to_fp8, FP8_MAX) if call.pv_dtype == "fp8" else (_to_fp16, 1.0)
+    if emulated:
         q, k = _int8(q, dims=(-1,)), _int8(k, dims=(-2, -1))
-        rounding = _to_fp8 if quantise == "fp8" else _to_fp16
         # What is subtracted from every value comes back at the end, because the weights of a row sum to one.
         valid = keys.valid[..., None]
         v_centre = v.sum((2, 3), keepdim=True) / valid.sum((2, 3), keepdim=True).clamp(min=1)
-        value = (v - v_centre) * valid
-        v_scale = value.abs().amax((2, 3), keepdim=True).clamp(min=1e-12) / (FP8_MAX if quantise == "fp8" else 1.0)
-        v = rounding(value / v_scale)
-    # P is at most 1 and is stretched over the format's range; the factor cancels in the quotient.
-    p_scale = FP8_MAX if quantise == "fp8" else 1.0
-    k_flat, v_flat, valid = k.flatten(2, 3), v.flatten(2, 3), keys.valid.flatten(2, 3)
-    pv_limit = _per_head(params.pv_threshold, q, 4)
-    tokens = torch.arange(k_flat.shape[2], device=q.device)
+        values = (v - v_centre) * valid
+        v_scale = values.abs().amax((2, 3), keepdim=True).clamp(min=1e-12) / largest
+        v = rounded(values / v_scale)
+        v_centre, v_scale = v_centre[:, :, 0], v_scale[:, :, 0]
+    k, v, valid = k.flatten(2, 3), v.flatten(2, 3), keys.valid.flatten(2, 3)
+    pv_limit = _per_head(call.thresholds.pv_threshold, q, 4)
+    tokens = torch.arange(k.shape[2], device=q.device)
     out, skips = [], torch.zeros(batch, heads, device=q.device)
-    for i in range(nq):
+    for i in range(q_blocks):
         rows = torch.arange(i * block_q, (i + 1) * block_q, device=q.device)
-        allowed = valid[:, :, None] & mask[:, :, i].repeat_interleave(v.shape[3], -1)[:, :, None]
-        if causal:
+        allowed = valid[:, :, None] & mask[:, :, i].repeat_interleave(block_k, -1)[:, :, None]
+        if call.causal:
             allowed = allowed & (tokens <= rows[:, None])
-        x = q[:, :, i] @ k_flat.mT + keys.bias.flatten(2)[:, :, None]  # [B, H, b_q, nk·b_k], log2 units
-        x = x.masked_fill(~allowed, -math.inf)
-        local = x.unflatten(-1, (-1, v.shape[3])).amax(-1)  # row maximum of each block
-        running = local.cummax(-1).values.clamp(min=torch.finfo(x.dtype).min)
+        scores = q[:, :, i] @ k.mT + keys.bias.flatten(2)[:, :, None]  # [B, H, b_q, k_blocks·b_k], log2 units
+        scores = scores.masked_fill(~allowed, -math.inf)
+        local = scores.unflatten(-1, (-1, block_k)).amax(-1)  # row maximum of each block
+        running = local.cummax(-1).values.clamp(min=torch.finfo(scores.dtype).min)
         top = running[..., -1:]
         tail = None
-        if skipped == "pooled":
-            tail = _tail_scores(q[:, :, i], keys, mask[:, :, i], rules.visible[:, :, i], quantise is not None)
+        if call.pooled:
+            tail = _tail_scores(q[:, :, i], keys, mask[:, :, i], rules.visible[:, :, i], emulated)
             top = torch.maximum(top, tail.amax(-1, keepdim=True))
-        p = (x - top).exp2()
+        p = (scores - top).exp2()
         total = p.sum(-1, keepdim=True)
-        if rounding is not None:  # rounded against the running maximum, as an online softmax meets it
-            shift = running.repeat_interleave(v.shape[3], -1)
-            p = rounding((x - shift).exp2() * p_scale) / p_scale * (shift - top).exp2()
+        if emulated:  # rounded against the running maximum, as an online softmax meets it
+            shift = running.repeat_interleave(block_k, -1)
+            p = rounded((scores - shift).exp2() * largest) / largest * (shift - top).exp2()
         skip = _skipped_groups(local, running, pv_limit)
         skips += (skip & mask[:, :, i][:, :, None]).sum((-2, -1))
-        p = p.unflatten(-1, (-1, v.shape[3])) * ~skip.repeat_interleave(ROW_GROUP, 2)[..., None]
-        acc = p.flatten(-2) @ v_flat
+        p = p.unflatten(-1, (-1, block_k)) * ~skip.repeat_interleave(ROW_GROUP, 2)[..., None]
+        acc = p.flatten(-2) @ v
         if tail is not None:
             p = (tail - top).exp2()
             total = total + p.sum(-1, keepdim=True)
-            acc = acc + p @ (value.sum(3) / keys.valid.sum(-1, keepdim=True).clamp(min=1) / v_scale[:, :, 0])
-        out.append(torch.where(total == 0, 0.0, acc / total * v_scale[:, :, 0] + v_centre[:, :, 0]))
+            acc = acc + p @ (values.sum(3) / keys.valid.sum(-1, keepdim=True).clamp(min=1) / v_scale)
+        out.append(torch.where(total == 0, 0.0, acc / total * v_scale + v_centre))
     groups = mask.sum((-2, -1)) * (block_q // ROW_GROUP)
-    return torch.cat(out, 2)[:, :, :n_q], (skips / groups.clamp(min=1)).float()
+    return torch.cat(out, 2), (skips / groups.clamp(min=1)).float()
 
 
 def _skipped_groups(local: Tensor, running: Tensor, limit: Tensor) -> Tensor:
-    """The λ test (3.5): bool (B, H, b_q / ROW_GROUP, nk), groups whose probabilities are all below 2^-limit."""
+    """The λ test (3.5): bool (B, H, b_q / ROW_GROUP, k_blocks), groups whose probabilities are all below 2^-limit."""
     below = (local - running).unflatten(2, (-1, ROW_GROUP)).amax(3)
     return below < -limit
 
 
 def _tail_scores(q: Tensor, keys: Compressed, kept: Tensor, visible: Tensor, rounded: bool) -> Tensor:
-    """Scores (B, H, b_q, nk) of the pooled tail: each skipped block as one key, counted once per valid token."""
+    """Scores (B, H, b_q, k_blocks) of the pooled tail: each skipped block as one key, counted once per valid token."""
     weight = keys.valid.sum(-1).clamp(min=1).to(q.dtype).log2() + keys.mean_bias
     scores = q @ keys.mean.mT + (_to_fp16(weight) if rounded else weight)[:, :, None]
     return scores.masked_fill(~(visible & ~kept)[:, :, None], -math.inf)
@@ -275,8 +270,8 @@ def _tail_scores(q: Tensor, keys: Compressed, kept: Tensor, visible: Tensor, rou
 
 def _int8(x: Tensor, dims: tuple[int, ...]) -> Tensor:
     """Symmetric INT8 rounding with one scale over `dims`."""
-    step = x.abs().amax(dims, keepdim=True).clamp(min=1e-12) / INT8_MAX
-    return (x / step + 0.5).floor() * step
+    scale = x.abs().amax(dims, keepdim=True).clamp(min=1e-12) / INT8_MAX
+    return (x / scale + 0.5).floor() * scale
 
 
 def _to_fp8(x: Tensor) -> Tensor:
@@ -292,9 +287,14 @@ def _blocks(x: Tensor, block: int) -> Tensor:
     return F.pad(x, (0, 0, 0, -x.shape[2] % block)).unflatten(2, (-1, block))
 
 
-def _reorder(x: Tensor | None, order: Tensor | None) -> Tensor | None:
+def _order_by_head(order: Tensor, heads: int, kv_heads: int) -> Tensor:
+    """The order (N,) or (Hkv, N) as int64 (heads, N)."""
+    return order.long().expand(kv_heads, -1).repeat_interleave(heads // kv_heads, 0)
+
+
+def _reorder(x: Tensor, order: Tensor | None) -> Tensor:
     """Tokens of x (B, H, N, ...) in the order (H, N)."""
-    if x is None or order is None:
+    if order is None:
         return x
     index = order[None].reshape(1, *order.shape, *[1] * (x.ndim - 3)).expand(x.shape[0], *order.shape, *x.shape[3:])
     return x.gather(2, index)
@@ -313,7 +313,7 @@ def _expand_groups(x: Tensor, heads: int) -> Tensor:
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
 
 
-def _per_head(value: float | Tensor, like: Tensor, ndim: int) -> Tensor:
+def _per_head(value: Threshold, like: Tensor, ndim: int) -> Tensor:
     """A threshold as a tensor that broadcasts over (B, H, ...) of `ndim` dimensions."""
     value = torch.as_tensor(value, dtype=like.dtype, device=like.device)
     return value.reshape(1, -1, *[1] * (ndim - 2))

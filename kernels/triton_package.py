@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-OLDEST = (3, 2)
+OLDEST: tuple[int, int] = (3, 2)
 # The packages that bring the module triton.
 _NAMES = ("triton", "triton-windows", "pytorch-triton-rocm", "triton-rocm", "pytorch-triton", "pytorch-triton-xpu",
           "triton-xpu")
@@ -36,5 +36,6 @@ def triton_version() -> tuple[int, int] | None:
 def install_command() -> str:
     """What installs the Triton that fits this torch, for a user to type."""
     name = "triton-windows" if sys.platform == "win32" else "triton"
-    fitting = _OF_TORCH.get(tuple(int(part) for part in torch.__version__.split(".")[:2]))
+    major, minor = torch.__version__.split(".")[:2]
+    fitting = _OF_TORCH.get((int(major), int(minor)))
     return f"pip install {name}" if fitting is None else "pip install {}~={}.{}.0".format(name, *fitting)

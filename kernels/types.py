@@ -1,10 +1,9 @@
-"""The values that travel through the package: parameters, block maps, statistics."""
+"""The values of the public calls: thresholds, block maps, statistics."""
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,7 +18,7 @@ _RANGES = {
     "similarity_threshold": (-1.0, True, 1.0),
     "pv_threshold": (0.0, True, math.inf),
 }
-_FILE_FORMAT = "comfyui_spargeattn.SpargeParams"
+_DEFAULT_CDF = 0.99
 
 
 def _check_threshold(name: str, value: object) -> None:
@@ -48,9 +47,9 @@ class SpargeParams:
         reaches τ (the authors' `cdfthreshd`). 1 keeps every block.
     topk: fraction in (0, 1] of the blocks of a row that is kept (the authors' `topk`), rounded up: a fixed share for
         every input. Sinks and blocks on the causal diagonal come on top.
-    similarity_threshold: θ in [-1, 1], for `cdf_threshold`; `topk` has no use for it. A block whose rows' mean pairwise
-        cosine is below θ is badly described by its mean and is always computed (the authors' `simthreshd1`). Values ≤ 0
-        switch this judge off.
+    similarity_threshold: θ in [-1, 1], for `cdf_threshold`; `topk` does not use it. A block whose rows have a mean
+        pairwise cosine below θ is badly described by its mean and is always computed (the authors' `simthreshd1`).
+        Values ≤ 0 switch this judge off.
     pv_threshold: -λ ≥ 0, in log2 units. A group of rows skips P·V of a block where all its probabilities are below
         2^-pv_threshold of the running maximum (the authors' `pvthreshd`). `math.inf` switches the test off.
 
@@ -68,7 +67,7 @@ class SpargeParams:
             raise ValueError("cdf_threshold and topk exclude each other; "
                              f"got cdf_threshold={self.cdf_threshold} and topk={self.topk}")
         if self.cdf_threshold is None and self.topk is None:
-            object.__setattr__(self, "cdf_threshold", 0.99)
+            object.__setattr__(self, "cdf_threshold", _DEFAULT_CDF)
         for name, value in self.items():
             _check_threshold(name, value)
         sizes = {name: len(value) for name, value in self.items() if isinstance(value, Tensor)}
@@ -76,9 +75,9 @@ class SpargeParams:
             raise ValueError(f"per-head thresholds must have one length; got {sizes}")
 
     def items(self) -> list[tuple[str, Threshold]]:
-        """(name, value) of the thresholds, without the selection that is not chosen."""
-        values = [(f.name, getattr(self, f.name)) for f in fields(self)]
-        return [(name, value) for name, value in values if value is not None or name not in ("cdf_threshold", "topk")]
+        """(name, value) of the three thresholds that are in use."""
+        return [("cdf_threshold" if self.topk is None else "topk", self.amount),
+                ("similarity_threshold", self.similarity_threshold), ("pv_threshold", self.pv_threshold)]
 
     @property
     def selection(self) -> str:
@@ -88,7 +87,8 @@ class SpargeParams:
     @property
     def amount(self) -> Threshold:
         """The threshold of the chosen selection."""
-        return self.cdf_threshold if self.topk is None else self.topk
+        amount = self.cdf_threshold if self.topk is None else self.topk
+        return _DEFAULT_CDF if amount is None else amount
 
     @property
     def heads(self) -> int | None:
@@ -102,29 +102,6 @@ class SpargeParams:
         return SpargeParams(**{name: value.to(device) if isinstance(value, Tensor) else value
                                for name, value in self.items()})
 
-    def save(self, path: str | Path) -> None:
-        """Write the thresholds to a .safetensors file (numbers as 0-D, per-head values as 1-D float32 tensors)."""
-        from safetensors.torch import save_file
-        tensors = {name: torch.as_tensor(value, dtype=torch.float32).cpu() for name, value in self.items()}
-        save_file(tensors, path, metadata={"format": _FILE_FORMAT, "version": "1"})
-
-    @classmethod
-    def load(cls, path: str | Path) -> SpargeParams:
-        """Read what `save` wrote. Raises ValueError where the file is something else."""
-        from safetensors import SafetensorError, safe_open
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                values = {name: file.get_tensor(name) for name in file.keys()}
-        except SafetensorError as error:
-            raise ValueError(f"{path} must be a .safetensors file; {error}") from error
-        if metadata.get("format") != _FILE_FORMAT or metadata.get("version") != "1":
-            raise ValueError(f"{path} must be a version 1 {_FILE_FORMAT} file; its metadata says {metadata}")
-        unknown = set(values) - set(_RANGES)
-        if unknown:
-            raise ValueError(f"{path} must hold only {sorted(_RANGES)}; it also holds {sorted(unknown)}")
-        return cls(**{name: value.item() if value.ndim == 0 else value for name, value in values.items()})
-
 
 @dataclass(frozen=True)
 class BlockShape:
@@ -133,18 +110,18 @@ class BlockShape:
     q: int
     k: int
 
-    def counts(self, n_q: int, n_k: int) -> tuple[int, int]:
+    def counts(self, q_tokens: int, k_tokens: int) -> tuple[int, int]:
         """Number of query and key blocks of a call."""
-        return -(-n_q // self.q), -(-n_k // self.k)
+        return -(-q_tokens // self.q), -(-k_tokens // self.k)
 
 
 @dataclass(frozen=True)
 class BlockMap:
     """Which key blocks each query block attends, as lists.
 
-    indices: int32 (B, H, nq, nk); the first `counts` entries of a row are ascending key block numbers, the rest is
-        undefined.
-    counts: int32 (B, H, nq).
+    indices: int32 (B, H, q_blocks, k_blocks); the first `counts` entries of a row are ascending key block numbers, the
+        rest is undefined.
+    counts: int32 (B, H, q_blocks).
     block: the block shape in tokens, in the order used for blocking.
     """
 
@@ -154,16 +131,16 @@ class BlockMap:
 
     @classmethod
     def from_mask(cls, mask: Tensor, block: BlockShape) -> BlockMap:
-        """Lists from a bool mask (B, H, nq, nk)."""
+        """Lists from a bool mask (B, H, q_blocks, k_blocks)."""
         indices = torch.argsort(mask.logical_not(), dim=-1, stable=True).to(torch.int32)
         return cls(indices, mask.sum(-1, dtype=torch.int32), block)
 
     def mask(self) -> Tensor:
-        """The map as bool (B, H, nq, nk)."""
-        nk = self.indices.shape[-1]
-        listed = torch.arange(nk, device=self.counts.device) < self.counts[..., None]
-        mask = torch.zeros(*self.indices.shape[:-1], nk + 1, dtype=torch.bool, device=self.counts.device)
-        return mask.scatter_(-1, torch.where(listed, self.indices, nk).long(), True)[..., :nk]
+        """The map as bool (B, H, q_blocks, k_blocks)."""
+        k_blocks = self.indices.shape[-1]
+        listed = torch.arange(k_blocks, device=self.counts.device) < self.counts[..., None]
+        mask = torch.zeros(*self.indices.shape[:-1], k_blocks + 1, dtype=torch.bool, device=self.counts.device)
+        return mask.scatter_(-1, torch.where(listed, self.indices, k_blocks).long(), True)[..., :k_blocks]
 
 
 @dataclass(frozen=True)

@@ -11,22 +11,21 @@ from .call.model_rules import expect_tokens
 from .call.plan import HILBERT_CHOICES, NodeSettings
 from .call.transformer_blocks import ListedBlocks
 from .host import running_prompt, show_on_node
+from .log import log
 from .override import CALLBACK_KEY, SLOT, SpargeOverride, describe
-from .run.state import log
-from .schema import CATEGORY, SEARCH_ALIASES
+from .schema import (
+    CATEGORY,
+    SEARCH_ALIASES,
+    SPARGE_PARAMS,
+    end_percent,
+    min_tokens,
+    similarity_threshold,
+    slider,
+    start_percent,
+)
 from .tuned.params import Architecture, TunedParams
 
-SPARGE_PARAMS = io.Custom("SPARGE_PARAMS")
 PV_THRESHOLD_OFF = 50.0
-
-
-def _similarity_threshold() -> io.Float.Input:
-    return io.Float.Input(
-        "similarity_threshold", default=0.5, min=-1.0, max=1.0, step=0.01, display_mode=io.NumberDisplay.slider,
-        tooltip="Blocks of tokens that are less alike than this (mean cosine similarity) are always computed, because "
-                "their average does not describe them. Higher is closer to dense attention; 0 and below switch the "
-                "test off, which is fast and can damage the picture. Called θ in the paper, simthreshd1 in its code. "
-                "It belongs to cdf; topk does not use it and has it for the sake of saved workflows.")
 
 
 class ApplySpargeAttn(io.ComfyNode):
@@ -47,40 +46,30 @@ class ApplySpargeAttn(io.ComfyNode):
                     "selection",
                     options=[
                         io.DynamicCombo.Option("cdf", [
-                            io.Float.Input(
-                                "cdf_threshold", default=0.99, min=0.01, max=1.0, step=0.001,
-                                display_mode=io.NumberDisplay.slider,
-                                tooltip="Blocks are kept until they hold this share of the predicted attention. "
-                                        "Higher is closer to dense attention, lower is faster; try 0.9 to 0.99. "
-                                        "Called τ in the paper, cdfthreshd in its code."),
-                            _similarity_threshold(),
+                            slider("cdf_threshold", 0.99, 0.01, 1.0, 0.001,
+                                   "Blocks are kept until they hold this share of the predicted attention. "
+                                   "Higher is closer to dense attention, lower is faster; try 0.9 to 0.99. "
+                                   "Called τ in the paper, cdfthreshd in its code."),
+                            similarity_threshold(),
                         ]),
                         io.DynamicCombo.Option("topk", [
-                            io.Float.Input(
-                                "keep_percent", default=50.0, min=0.1, max=100.0, step=0.1,
-                                display_mode=io.NumberDisplay.slider,
-                                tooltip="Keeps this share of the blocks, in percent, whatever their similarity; text "
-                                        "blocks (sinks) come on top where the tokens are reordered. Speed is the same "
-                                        "for every prompt, quality is not; try 30 to 60."),
-                            _similarity_threshold(),
+                            slider("keep_percent", 50.0, 0.1, 100.0, 0.1,
+                                   "Keeps this share of the blocks, in percent, whatever their similarity; text "
+                                   "blocks (sinks) come on top where the tokens are reordered. Speed is the same "
+                                   "for every prompt, quality is not; try 30 to 60."),
+                            similarity_threshold(),
                         ]),
                     ],
                     tooltip="How blocks are selected. cdf: as many as are needed to hold a share of the attention, "
                             "more where attention is spread out (the paper's rule). topk: the same share of them for "
                             "every prompt, whatever their similarity."),
-                io.Float.Input(
-                    "pv_threshold", default=PV_THRESHOLD_OFF, min=1.0, max=PV_THRESHOLD_OFF, step=0.5,
-                    display_mode=io.NumberDisplay.slider,
-                    tooltip="Inside a kept block, groups of rows whose probabilities are all below 2^-x of the largest "
-                            "one seen so far skip the product with V. Lower is faster; try 10 to 20. 50 is off. "
-                            "Called -λ in the paper, pvthreshd in its code."),
-                io.Float.Input(
-                    "start_percent", default=0.2, min=0.0, max=1.0, step=0.01, display_mode=io.NumberDisplay.slider,
-                    tooltip="Sampling before this point uses dense attention. The first steps lay out the picture and "
-                            "suffer most from sparse attention; 0 makes all steps sparse."),
-                io.Float.Input(
-                    "end_percent", default=1.0, min=0.0, max=1.0, step=0.01, display_mode=io.NumberDisplay.slider,
-                    tooltip="Sampling after this point uses dense attention. Not below start_percent."),
+                slider("pv_threshold", PV_THRESHOLD_OFF, 1.0, PV_THRESHOLD_OFF, 0.5,
+                       "Inside a kept block, groups of rows whose probabilities are all below 2^-x of the largest "
+                       "one seen so far skip the product with V. Lower is faster; try 10 to 20. 50 is off. "
+                       "Called -λ in the paper, pvthreshd in its code."),
+                start_percent("Sampling before this point uses dense attention. The first steps lay out the picture "
+                              "and suffer most from sparse attention; 0 makes all steps sparse."),
+                end_percent("Sampling after this point uses dense attention. Not below start_percent."),
                 io.Combo.Input(
                     "skipped_blocks", options=["drop", "pooled"], default="drop", advanced=True,
                     tooltip="drop: skipped blocks do not count (the paper). pooled: each still counts with one average "
@@ -95,9 +84,7 @@ class ApplySpargeAttn(io.ComfyNode):
                             "several kinds of blocks, double:0 or single:0-3 names one kind (input, middle, output for "
                             "SD 1.5 and SDXL) and a bare number means that block of each kind. The log names those "
                             "that the model does not have."),
-                io.Int.Input(
-                    "min_tokens", default=2048, min=0, max=1 << 20, step=256, advanced=True,
-                    tooltip="Attention over fewer tokens than this stays dense: there is nothing to gain."),
+                min_tokens("Attention over fewer tokens than this stays dense: there is nothing to gain."),
                 io.Boolean.Input(
                     "verbose", default=False, advanced=True,
                     tooltip="Also write the sparsity of every block and step to the log."),
@@ -121,7 +108,7 @@ class ApplySpargeAttn(io.ComfyNode):
     def validate_inputs(cls, dense_blocks: str | None = None, *, selection: dict | None = None) -> bool | str:
         """Refuse a bad list before anything runs.
 
-        ComfyUI shows an error at every positional argument, so that there is one; and it passes a DynamicCombo always.
+        ComfyUI shows an error at every positional argument, so that there is only one. It always passes a DynamicCombo.
         """
         try:
             ListedBlocks.parse(dense_blocks or "")
@@ -135,9 +122,9 @@ class ApplySpargeAttn(io.ComfyNode):
                 verbose: bool, hilbert: str = "auto", params: TunedParams | None = None) -> io.NodeOutput:
         if start_percent > end_percent:
             raise ValueError(f"start_percent must be at most end_percent; got {start_percent:g} and {end_percent:g}")
-        settings = NodeSettings(_params(selection, pv_threshold), start_percent, end_percent,
-                            ListedBlocks.parse(dense_blocks), min_tokens, skipped_blocks, pv_precision, verbose,
-                            hilbert, _fitting(params, model))
+        settings = NodeSettings(_thresholds(selection, pv_threshold), start_percent, end_percent,
+                                ListedBlocks.parse(dense_blocks), min_tokens, skipped_blocks, pv_precision, verbose,
+                                hilbert, _fitting(params, model))
         patched = model.clone()
         options = patched.model_options["transformer_options"]
         previous = options.get(SLOT)
@@ -154,18 +141,17 @@ class ApplySpargeAttn(io.ComfyNode):
         return io.NodeOutput(patched)
 
 
-def _fitting(params: TunedParams | None, model) -> TunedParams | None:
-    """The parameters, None where they don't fit the model and the user prefers the widgets to an error."""
-    problem = None if params is None else params.architecture.mismatch(Architecture.of(model))
-    if not problem:
-        return params
-    if not params.lenient:
+def _fitting(tuned: TunedParams | None, model) -> TunedParams | None:
+    """The parameters; None where they don't fit the model and the user prefers the widgets to an error."""
+    if tuned is None or not (problem := tuned.architecture.mismatch(Architecture.of(model))):
+        return tuned
+    if not tuned.lenient:
         raise ValueError(f"params must be tuned for this model: {problem}")
     log.warning("SpargeAttn: the tuned parameters are not used: %s", problem)
     return None
 
 
-def _params(selection: dict, pv_threshold: float) -> SpargeParams:
+def _thresholds(selection: dict, pv_threshold: float) -> SpargeParams:
     amount = {"topk": selection["keep_percent"] / 100} if selection["selection"] == "topk" else \
         {"cdf_threshold": selection["cdf_threshold"]}
     return SpargeParams(**amount, similarity_threshold=selection["similarity_threshold"],

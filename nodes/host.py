@@ -7,9 +7,9 @@ import sys
 import folder_paths
 from comfy_execution.utils import get_executing_context
 
-from .run.state import log
+from .log import log
 
-# Windows opens paths of up to 260 characters, of which Triton's own names take about 150.
+# Windows opens paths of up to 260 characters, and Triton's own names take about 150 of them.
 _LONGEST_ON_WINDOWS = 100
 
 
@@ -31,7 +31,10 @@ def show_on_node(text: str) -> None:
 
 
 def keep_compiled_kernels() -> None:
-    """Let Triton keep compiled kernels in ComfyUI's user folder, which outlives a container; the user may choose."""
+    """Let Triton keep compiled kernels in ComfyUI's user folder, which outlives a container.
+
+    A folder that the user has chosen by TRITON_CACHE_DIR stays.
+    """
     folder = folder_paths.get_system_user_directory("triton")
     if sys.platform == "win32" and len(folder) > _LONGEST_ON_WINDOWS:
         return

@@ -1,4 +1,4 @@
-"""The object that takes a model's attention calls: some go sparse, the others to whoever had them before."""
+"""The object that takes a model's attention calls: some go sparse, the others go where they went before."""
 from __future__ import annotations
 
 import functools
@@ -14,17 +14,19 @@ from torch import Tensor
 
 from ..kernels import FastPathError, block_map, sparge_attention
 from ..kernels.failures import is_of_the_device
-from .call.arguments import AttentionCall, UnsupportedCall
+from .call.arguments import AttentionCall
+from .call.entry import enter
 from .call.layer_names import LayerNames, handed_on
-from .call.plan import Dense, NodeSettings, SparsePlan, plan_call
+from .call.plan import Dense, NodeSettings, SparsePlan
 from .call.transformer_blocks import TransformerBlock
+from .call.tuned_setting import free_device_tensors
+from .log import log
 from .report.advice import about_little_skipped
 from .run.compile_notice import announced
 from .run.sigma_window import SigmaWindow
-from .run.state import RunState, log
+from .run.state import RunState
 from .run.stopwatch import Stopwatch
 from .run.summary import RunSummary
-from .tuned.params import free_device_tensors
 
 SLOT = "optimized_attention_override"  # ComfyUI's key in transformer_options; one slot, no chain
 CALLBACK_KEY = "spargeattn"  # of this pack's callbacks and wrappers on a model
@@ -33,14 +35,17 @@ CALLBACK_KEY = "spargeattn"  # of this pack's callbacks and wrappers on a model
 class SpargeOverride:
     """ComfyUI's attention override, and the ModelPatcher callbacks that tell it where the sampling is.
 
-    ComfyUI copies the dictionaries of a model's options at every turn and shares the objects in them, so this one
+    ComfyUI copies the dictionaries of a model's options at every turn and shares the objects in them. So this one
     object serves all clones of one patched model, and its settings are frozen. Calls that stay dense go to
-    `previous`, the override that was found when the node ran, else to the backend chosen on the command line.
+    `previous`, or without one to the backend chosen on the command line.
     """
 
     def __init__(self, settings: NodeSettings, previous: Callable | None = None,
                  show: Callable[[str], None] | None = None):
-        """show: shows the user a line while the model is being sampled, beside the log."""
+        """
+        previous: the override that was on the model when the node ran.
+        show: shows the user a line while the model is being sampled, beside the log.
+        """
         self.settings = settings
         self.previous = previous
         self._show = show
@@ -55,37 +60,33 @@ class SpargeOverride:
 
     def __call__(self, func: Callable, *args, **kwargs) -> Tensor:
         if torch.compiler.is_compiling():
-            # A traced call would keep the decision of the step it was traced in: ComfyUI's node for torch.compile
-            # drops the guards on transformer_options. (As a decorator this would import the compiler for everybody.)
+            # A traced call would keep the decision of the step it was traced in, because ComfyUI's node for
+            # torch.compile drops the guards on transformer_options. As a decorator, `disable` would import the compiler
+            # for everybody.
             return torch.compiler.disable(self._attend)(func, args, kwargs)
         return self._attend(func, args, kwargs)
 
     def _attend(self, func: Callable, args: tuple, kwargs: dict) -> Tensor:
-        try:
-            call = AttentionCall.parse(args, kwargs)
-        except UnsupportedCall as problem:
-            return self._stay_dense(Dense("unsupported call", str(problem)), func, args, kwargs)
-        block = TransformerBlock.of(call.transformer_options)
-        if block is None and self.settings.dense_blocks:
+        entered = enter(args, kwargs, self.settings, self.names, self.run.window.inside)
+        if isinstance(entered, Dense):
+            return self._stay_dense(entered, func, args, kwargs)
+        call, site, plan = entered
+        if site.block is None and self.settings.dense_blocks:
             self.run.say_once("dense_blocks", "dense_blocks has no effect, this model does not number its blocks")
-        layer = self.names.name(call, block)
-        plan = plan_call(call, self.settings, block, self.run.window.inside, layer,
-                         self.names.doubt(layer, call.transformer_options))
         if isinstance(plan, SparsePlan):
-            out = self._go_sparse(plan, call, block)
+            out = self._go_sparse(plan, call, site.block)
             if isinstance(out, Tensor):
                 return out
             plan = out
-        timed = call.queries == call.keys and call.queries >= self.settings.min_tokens
         watch = Stopwatch(call.q.device)
-        with handed_on(layer):
+        with handed_on(site.layer):
             out = self._stay_dense(plan, func, args, kwargs)
-        if timed:
-            self.run.add_call(call, block, watch.stop())
+        if call.q_tokens == call.k_tokens and call.q_tokens >= self.settings.min_tokens:
+            self.run.add_call(call, site.block, watch.stop())
         return out
 
     def _go_sparse(self, plan: SparsePlan, call: AttentionCall, block: TransformerBlock | None) -> Tensor | Dense:
-        """The result as the caller wants it, or why there is none after all."""
+        """The result in the caller's form, or why there is none after all."""
         mask = call.key_mask
         how = {"params": plan.params, "layout": call.layout, "scale": call.scale, "order": plan.order,
                "sink_keys": plan.sink_keys, "pv_dtype": plan.pv_dtype, "impl": plan.impl}
@@ -94,11 +95,11 @@ class SpargeOverride:
             with self._compilation_announced(call, plan):
                 out, stats = sparge_attention(call.q, call.k, call.v, skipped=plan.skipped, return_stats=True, **how,
                                               **mask)
-        # A traceback holds the tensors of what failed: the dense call has to come after these blocks.
+        # A traceback holds the tensors of what failed, so the dense call has to come after these except clauses.
         except FastPathError as problem:
             return self._give_up(Dense("fast kernels failed", str(problem)))
         except torch.OutOfMemoryError:
-            return self._give_up(Dense("out of memory", f"{call.queries} tokens"))
+            return self._give_up(Dense("out of memory", f"{call.q_tokens} tokens"))
         watch.stop()
         curve = self.settings.curve
         if plan.untuned:
@@ -108,30 +109,30 @@ class SpargeOverride:
             tokens = f"{plan.curve} order of {plan.layout}"
         elif curve is not None:
             self.run.say_once(plan.layout, f"tokens keep the model's order, no {curve} order: {plan.layout}")
-        row = self.run.add_call(call, block, watch, stats, tokens)
-        if row is not None:
-            self._keep_map(row, call, how | mask)
+        wanted = self.run.add_call(call, block, watch, stats, tokens)
+        if wanted is not None:
+            self._keep_map(wanted, call, how | mask)
         return call.give_back(out)
 
-    def _keep_map(self, row: TransformerBlock, call: AttentionCall, how: dict[str, Any]) -> None:
-        """Keep the block map of the first of the batch for a report."""
+    def _keep_map(self, block: TransformerBlock, call: AttentionCall, how: dict[str, Any]) -> None:
+        """Keep the block map of the first sample of the batch for a report."""
         how |= {name: how[name][:1] for name in ("key_padding_mask", "key_bias") if name in how}
         try:
-            self.run.add_map(row, block_map(call.q[:1], call.k[:1], **how).mask()[0])
+            self.run.add_map(block, block_map(call.q[:1], call.k[:1], **how).mask()[0])
         except Exception as error:  # the call is done, and a picture in a report is not worth a run
             if is_of_the_device(error):
                 raise
-            log.warning("SpargeAttn: there is no block map of block %s", row, exc_info=True)
+            log.warning("SpargeAttn: there is no block map of block %s", block, exc_info=True)
 
     def _give_up(self, dense: Dense) -> Dense:
-        """Tell the user, once a run; the log has it from the run."""
+        """Tell the user once a run; the run itself writes to the log."""
         if self._show is not None and dense.reason not in self._shown:
             self._shown.add(dense.reason)
             self._show(f"SpargeAttn: dense attention: {dense}")
         return dense
 
     def _compilation_announced(self, call: AttentionCall, plan: SparsePlan) -> AbstractContextManager:
-        if call.q.device.type == "cpu":  # there a call computes
+        if call.q.device.type == "cpu":  # a call computes there, which takes its time
             return nullcontext()
         kind = (call.q.device, call.q.dtype, call.q.shape[-1], *call.key_mask, plan.order is None, plan.pv_dtype,
                 plan.skipped, plan.params.selection)
@@ -144,8 +145,8 @@ class SpargeOverride:
 
     def _stay_dense(self, dense: Dense, func: Callable, args: tuple, kwargs: dict) -> Tensor:
         self.run.add_dense(dense)
-        # An override that puts itself on top at run time takes this one for its predecessor, and may be `previous`
-        # here: a declined call that comes back ends at the backend.
+        # An override that puts itself on top at run time takes this one for its predecessor, and it may be `previous`
+        # here. So a declined call that comes back ends at the backend.
         if self.previous is None or getattr(self._thread, "handing_on", False):
             return func(*args, **kwargs)
         self._thread.handing_on = True
@@ -165,21 +166,21 @@ class SpargeOverride:
         """ModelPatcher callback: the sampler is about to evaluate the model, perhaps once for each condition."""
         options = model_options.get("transformer_options", {})
         self._slot = options.get(SLOT)
-        # Fetched here and not when the node ran: nodes further down may patch the model's sampling.
+        # Not fetched when the node ran, because nodes further down may patch the model's sampling.
         self.run.next_step(timestep, patcher.get_model_object("model_sampling").percent_to_sigma,
                            options.get("sample_sigmas"))
 
     def on_cleanup(self, patcher) -> None:
-        """ModelPatcher callback: sampling has ended, also by an error or an interruption."""
+        """ModelPatcher callback: sampling has ended, perhaps by an error or an interruption."""
         slot, self._slot = self._slot, self
         try:
             summary = self.run.end()
             if summary is not None and summary.steps:
                 self._tell(summary, None if slot is self else slot)
         except Exception:
-            # These are only the books of a run: they must not cost a user a finished picture, nor replace the error
-            # that ended the run. An error of the device is not hidden by this: it stays with the device, and fetching
-            # the picture raises it again.
+            # These are only the books of a run. They must not cost a user a finished picture, nor replace the error
+            # that ended the run. This hides no error of the device: it stays with the device, and fetching the picture
+            # raises it again.
             log.warning("SpargeAttn: the numbers of this run could not be read", exc_info=True)
         finally:
             free_device_tensors()
@@ -201,9 +202,9 @@ class SpargeOverride:
 
 
 def _why_nothing_was_sparse(summary: RunSummary, on_top: object) -> str:
-    """`on_top`: the override that ComfyUI called instead, where another one took this one's place."""
+    """Empty where something was. on_top: the override that took this one's place, None where none did."""
     if summary.sparse or summary.unread or isinstance(on_top, SpargeOverride):
-        return ""  # an interrupted run might have become sparse; another of these overrides reports for both
+        return ""  # an interrupted run might have become sparse; another override of this pack reports for both
     if summary.dense:
         return "every attention call stayed dense"
     if on_top is None:
@@ -213,7 +214,7 @@ def _why_nothing_was_sparse(summary: RunSummary, on_top: object) -> str:
 
 
 def describe(override: object) -> str:
-    """A name for somebody else's override that a user understands: the node or the pack that it comes from."""
+    """A name for another override that a user understands: the node or the pack that it comes from."""
     while isinstance(override, functools.partial):
         override = override.func
     if isinstance(override, SpargeOverride):
@@ -222,6 +223,6 @@ def describe(override: object) -> str:
     if "set_model_optimized_attention" in kind.__qualname__:
         return "the attention that a node such as Model Attention Backend chose"
     package = kind.__module__.split(".")[0]
-    if os.path.dirname(package):  # ComfyUI imports packs under their paths, and writes "_x_" for the dots in them
+    if os.path.dirname(package):  # ComfyUI imports packs under their paths, with "_x_" for the dots in them
         return f"the node pack {os.path.basename(package).replace('_x_', '.')}"
     return f"{kind.__module__}.{kind.__qualname__}".split(".<locals>")[0]

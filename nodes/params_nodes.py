@@ -8,9 +8,8 @@ from pathlib import Path
 import folder_paths
 from comfy_api.latest import io
 
-from .apply_node import SPARGE_PARAMS
-from .run.state import log
-from .schema import CATEGORY, SEARCH_ALIASES
+from .log import log
+from .schema import CATEGORY, SEARCH_ALIASES, SPARGE_PARAMS
 from .tuned import params_file
 from .tuned.params import TunedParams
 from .tuned.params_file import ParamsFileError
@@ -37,7 +36,7 @@ def _files() -> list[str]:
 
 
 def _resolve(name: str) -> Path:
-    """The file of that name in one of the folders. Raises ParamsFileError for a path that leads out of them."""
+    """The file of that name in one of the folders. Raises ParamsFileError where there is none."""
     path = folder_paths.get_full_path(FOLDER, name)
     if path is None or os.path.isabs(name) or ".." in Path(name.replace("\\", "/")).parts:
         raise ParamsFileError(f"filename must be a file in models/{FOLDER}; got {name!r}")
@@ -110,11 +109,11 @@ class SpargeAttnLoadParams(io.ComfyNode):
     def execute(cls, filename: str, if_unusable: str) -> io.NodeOutput:
         lenient = if_unusable == "run untuned"
         try:
-            params = params_file.load(_resolve(filename))
+            tuned = params_file.load(_resolve(filename))
         except ParamsFileError as problem:
             if not lenient:
                 raise
             log.warning("SpargeAttn: running untuned: %s", problem)
             return io.NodeOutput(None)
-        log.info("SpargeAttn: loaded %s: %s", filename, params)
-        return io.NodeOutput(replace(params, lenient=lenient))
+        log.info("SpargeAttn: loaded %s: %s", filename, tuned)
+        return io.NodeOutput(replace(tuned, lenient=lenient))

@@ -7,11 +7,11 @@ from comfy_api.latest import io, ui
 
 from .call.transformer_blocks import ListedBlocks, TransformerBlock
 from .host import running_prompt
+from .log import log
 from .override import CALLBACK_KEY, SpargeOverride
-from .report.page import THEMES, Panels, as_image, draw_report
-from .report.panels import failed_report, run_report
+from .report.page import THEMES, as_image, draw_report
+from .report.panels import Panels, failed_report, run_report
 from .run.block_maps import MapRequest
-from .run.state import log
 from .schema import CATEGORY, SEARCH_ALIASES
 
 
@@ -60,35 +60,35 @@ class SpargeAttnReport(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, samples: dict, block: str, head: int, step: int, theme: str) -> io.NodeOutput:
-        chosen = _one_block(block)
+        wanted = MapRequest(step, _one_block(block), head)
         try:
-            panels = _panels(model, chosen, head, step)
+            panels = _panels(model, wanted)
             image, text = as_image(draw_report(panels, THEMES[theme])), panels.text()
             shown = ui.PreviewImage(image, cls=cls).as_dict()
         except Exception as problem:
-            # The latent goes through this node, and what it has to say is not worth a finished run.
+            # The latent goes through this node, and a report is not worth a finished run.
             log.warning("SpargeAttn: there is no report", exc_info=True)
             image, text, shown = torch.zeros(1, 64, 64, 3), f"There is no report: {problem}", {}
         return io.NodeOutput(samples, image, text, ui={**shown, "text": [text]})
 
 
-def _panels(model, block: TransformerBlock | None, head: int, step: int) -> Panels:
+def _panels(model, wanted: MapRequest) -> Panels:
     override = find_override(model)
     if override is None:
         return failed_report("There is no Apply SpargeAttn on this model",
                              "Connect the model that leaves Apply SpargeAttn.")
-    override.run.map_request = MapRequest(step, block)
-    return run_report(override.run.summary, override.settings, block, head, step, running_prompt())
+    override.run.map_request = wanted
+    return run_report(override.run.summary, override.settings, wanted, running_prompt())
 
 
 def find_override(model) -> SpargeOverride | None:
-    """The outermost SpargeOverride of a model, also where another override has taken its slot."""
+    """The outermost SpargeOverride of a model, even where another override has taken its slot."""
     callbacks = model.get_callbacks(CallbacksMP.ON_PRE_RUN, CALLBACK_KEY)
     return callbacks[-1].__self__ if callbacks else None
 
 
 def _one_block(text: str) -> TransformerBlock | None:
-    """Raises ValueError for anything but one block."""
+    """The transformer block that a text names, None for an empty text. Raises ValueError for anything else."""
     if not text.strip():
         return None
     ranges = ListedBlocks.parse(text).ranges

@@ -1,5 +1,33 @@
-"""Where the editor lists the nodes of the pack, and the words that find every one of them."""
+"""What the nodes share: their category, the words that find them, the socket of tuned parameters, inputs."""
+from comfy_api.latest import io
 
 CATEGORY = "model/patch/SpargeAttn"
 SEARCH_ALIASES = ("sparge", "SpargeAttention", "sage", "sage attention", "sparse attention", "block sparse",
                   "faster attention", "optimize attention", "speed up", "accelerate", "加速", "稀疏注意力")
+SPARGE_PARAMS = io.Custom("SPARGE_PARAMS")
+
+
+def slider(name: str, default: float, low: float, high: float, step: float, tooltip: str) -> io.Float.Input:
+    return io.Float.Input(name, default=default, min=low, max=high, step=step, display_mode=io.NumberDisplay.slider,
+                          tooltip=tooltip)
+
+
+def start_percent(tooltip: str) -> io.Float.Input:
+    return slider("start_percent", 0.2, 0.0, 1.0, 0.01, tooltip)
+
+
+def end_percent(tooltip: str) -> io.Float.Input:
+    return slider("end_percent", 1.0, 0.0, 1.0, 0.01, tooltip)
+
+
+def min_tokens(tooltip: str) -> io.Int.Input:
+    return io.Int.Input("min_tokens", default=2048, min=0, max=1 << 20, step=256, advanced=True, tooltip=tooltip)
+
+
+def similarity_threshold() -> io.Float.Input:
+    return slider(
+        "similarity_threshold", 0.5, -1.0, 1.0, 0.01,
+        "Blocks of tokens that are less alike than this (mean cosine similarity) are always computed, because "
+        "their average does not describe them. Higher is closer to dense attention; 0 and below switch the "
+        "test off, which is fast and can damage the picture. Called θ in the paper, simthreshd1 in its code. "
+        "It belongs to cdf; topk does not use it and has it for the sake of saved workflows.")

@@ -13,11 +13,11 @@ from comfy_api.latest import io
 
 from ..kernels import SpargeParams
 from .call.plan import NodeSettings
-from .params_nodes import SPARGE_PARAMS, params_folder
+from .log import log
+from .params_nodes import params_folder
 from .report.page import as_image
 from .report.tuned_page import TunedPictures
-from .run.state import log
-from .schema import CATEGORY, SEARCH_ALIASES
+from .schema import CATEGORY, SEARCH_ALIASES, SPARGE_PARAMS, end_percent, min_tokens, slider, start_percent
 from .tuned import params_file
 from .tuned.params import Architecture, TunedParams
 from .tuned.search import Bounds
@@ -30,7 +30,6 @@ _PROGRESS = 1000
 class SpargeAttnTune(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        slider = io.NumberDisplay.slider
         return io.Schema(
             node_id="SpargeAttnTune",
             display_name="Tune SpargeAttn",
@@ -53,24 +52,19 @@ class SpargeAttnTune(io.ComfyNode):
                 io.Conditioning.Input("negative", tooltip="The negative prompt."),
                 io.Latent.Input("latent_image", tooltip="The latent to denoise, of the size that you will use."),
                 io.Float.Input("denoise", default=1.0, min=0.0, max=1.0, step=0.01, tooltip="Amount of denoising."),
-                io.Float.Input(
-                    "l1", default=0.05, min=0.001, max=0.5, step=0.001, display_mode=slider,
-                    tooltip="Largest error of a head when blocks are skipped: mean absolute difference to dense "
-                            "attention, relative to it. Lower is closer to dense attention, higher is faster; try "
-                            "0.02 to 0.08."),
-                io.Float.Input(
-                    "l2", default=0.05, min=0.001, max=0.5, step=0.001, display_mode=slider,
-                    tooltip="Largest error when products with V are skipped too (pv_threshold). Up to l1, none are "
-                            "skipped: on an H100 looking for them takes more time than it saves."),
+                slider("l1", 0.05, 0.001, 0.5, 0.001,
+                       "Largest error of a head when blocks are skipped: mean absolute difference to dense "
+                       "attention, relative to it. Lower is closer to dense attention, higher is faster; try "
+                       "0.02 to 0.08."),
+                slider("l2", 0.05, 0.001, 0.5, 0.001,
+                       "Largest error when products with V are skipped too (pv_threshold). Up to l1, none are "
+                       "skipped: on an H100 looking for them takes more time than it saves."),
                 io.Int.Input(
                     "sampled_steps", default=3, min=1, max=100,
                     tooltip="Number of sampling steps that are searched, spread over the window. More takes longer "
                             "and makes the result safer."),
-                io.Float.Input("start_percent", default=0.2, min=0.0, max=1.0, step=0.01, display_mode=slider,
-                               tooltip="As on Apply SpargeAttn: earlier steps are not searched."),
-                io.Float.Input("end_percent", default=1.0, min=0.0, max=1.0, step=0.01, display_mode=slider,
-                               tooltip="As on Apply SpargeAttn: later steps are not searched. Not below "
-                                       "start_percent."),
+                start_percent("As on Apply SpargeAttn: earlier steps are not searched."),
+                end_percent("As on Apply SpargeAttn: later steps are not searched. Not below start_percent."),
                 io.Boolean.Input(
                     "evaluate", default=True,
                     tooltip="Sample a second time with another seed (and other_positive, if connected) and report the "
@@ -78,8 +72,7 @@ class SpargeAttnTune(io.ComfyNode):
                 io.Float.Input(
                     "min_gain", default=0.1, min=0.0, max=0.9, step=0.01, advanced=True,
                     tooltip="Heads of which less than this share can be skipped keep every block."),
-                io.Int.Input("min_tokens", default=2048, min=0, max=1 << 20, step=256, advanced=True,
-                             tooltip="As on Apply SpargeAttn: shorter sequences are not searched."),
+                min_tokens("As on Apply SpargeAttn: shorter sequences are not searched."),
                 SPARGE_PARAMS.Input(
                     "params", optional=True,
                     tooltip="Parameters of an earlier search, to go on with on this prompt: what is found then holds "
@@ -94,7 +87,10 @@ class SpargeAttnTune(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, start_percent: float | None = None, end_percent: float | None = None) -> bool | str:
-        """Refuse an empty window before anything runs. ComfyUI shows the error at both, and checks neither itself."""
+        """Refuse an empty window before anything runs.
+
+        ComfyUI shows the error at both inputs. It leaves the check of inputs that this method takes to this method.
+        """
         if start_percent is None or end_percent is None:  # given by another node
             return True
         if not 0 <= start_percent <= end_percent <= 1:
@@ -107,18 +103,17 @@ class SpargeAttnTune(io.ComfyNode):
                 latent_image: dict, denoise: float, l1: float, l2: float, sampled_steps: int, start_percent: float,
                 end_percent: float, evaluate: bool, min_gain: float, min_tokens: int,
                 params: TunedParams | None = None, other_positive=None) -> io.NodeOutput:
-        params = _beginning(params, model, Bounds(l1, max(l1, l2), min_gain))
         runs, shown = 2 if evaluate else 1, 0
         bar, draw = comfy.utils.ProgressBar(_PROGRESS), TunedPictures()
 
         def progress(share: float) -> None:
             nonlocal shown
-            preview = ("JPEG", draw(tuner.params), _PREVIEW_SIZE) if tuner.searched > shown else None
+            preview = ("JPEG", draw(tuner.tuned), _PREVIEW_SIZE) if tuner.searched > shown else None
             shown = tuner.searched
             bar.update_absolute(int(_PROGRESS * (share + (not tuner.learn)) / runs), _PROGRESS, preview)
 
         settings = NodeSettings(SpargeParams(), start_percent, end_percent, min_tokens=min_tokens)
-        tuner = Tuner(params, settings, sampled_steps, progress,
+        tuner = Tuner(_beginning(params, model, Bounds(l1, max(l1, l2), min_gain)), settings, sampled_steps, progress,
                       comfy.model_management.throw_exception_if_processing_interrupted)
 
         def sample(seed: int, positive) -> dict:
@@ -134,33 +129,33 @@ class SpargeAttnTune(io.ComfyNode):
                 tuner.learn = False
                 sample(seed ^ 1, positive if other_positive is None else other_positive)
             bar.update_absolute(_PROGRESS)
-        except BaseException:  # an interruption is one that is no Exception
+        except BaseException:  # ComfyUI's interruption is no Exception
             _keep_unfinished(tuner)
             raise
-        log.info("SpargeAttn: tuned: %s", tuner.params)
-        return io.NodeOutput(tuner.params, latent, as_image(draw(tuner.params)))
+        log.info("SpargeAttn: tuned: %s", tuner.tuned)
+        return io.NodeOutput(tuner.tuned, latent, as_image(draw(tuner.tuned)))
 
 
-def _beginning(params: TunedParams | None, model, bounds: Bounds) -> TunedParams:
-    """What the search starts from. Raises ValueError where it can't go on from `params`."""
+def _beginning(earlier: TunedParams | None, model, bounds: Bounds) -> TunedParams:
+    """What the search starts from. Raises ValueError where it can't go on from `earlier`."""
     architecture = Architecture.of(model)
     device = model.load_device
-    if params is None:
+    if earlier is None:
         return TunedParams(architecture, bounds, versions=MappingProxyType(params_file.versions(device)))
-    problem = params.architecture.mismatch(architecture)
+    problem = earlier.architecture.mismatch(architecture)
     if problem:
         raise ValueError(f"params must be tuned for this model: {problem}")
-    if not params.continues:
+    if not earlier.continues:
         raise ValueError("params must come from a search with the same candidates to be continued; these come from "
                          "another version, and Apply SpargeAttn alone can use them")
-    if params.bounds != bounds:
-        raise ValueError(f"l1, l2 and min_gain must be those of params, {params.bounds}; got {bounds}")
-    return params
+    if earlier.bounds != bounds:
+        raise ValueError(f"l1, l2 and min_gain must be those of params, {earlier.bounds}; got {bounds}")
+    return earlier
 
 
 def _sample(model, seed: int, steps: int, cfg: float, sampler_name: str, scheduler: str, positive, negative,
             latent: dict, denoise: float) -> dict:
-    """What ComfyUI's KSampler does; the progress is the search's."""
+    """Sample as ComfyUI's KSampler does, without its progress: the search has its own."""
     samples = comfy.sample.fix_empty_latent_channels(
         model, latent["samples"], latent.get("downscale_ratio_spacial"), latent.get("downscale_ratio_temporal"))
     noise = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))
@@ -173,12 +168,12 @@ def _sample(model, seed: int, steps: int, cfg: float, sampler_name: str, schedul
 
 
 def _keep_unfinished(tuner: Tuner) -> None:
-    """Save what a search has found that was stopped, then or in its evaluation, under a name of its own."""
+    """Save what a search had found when it, or its evaluation, was stopped. The file has a name of its own."""
     if not tuner.searched:
         return
-    family = re.sub(r"\W", "_", tuner.params.architecture.family, flags=re.ASCII)[:80]
+    family = re.sub(r"\W", "_", tuner.tuned.architecture.family, flags=re.ASCII)[:80]
     try:
-        path = params_file.save(tuner.params, params_folder(), f"unfinished_{family}")
+        path = params_file.save(tuner.tuned, params_folder(), f"unfinished_{family}")
     except Exception:  # what stopped the search has to reach ComfyUI, whatever becomes of the file
         log.exception("SpargeAttn: what the search found can't be saved")
         return

@@ -12,7 +12,7 @@ def worst(error: Tensor, **values: Tensor) -> str:
 
 
 def assert_near(actual: Tensor, expected: Tensor, *, atol: float | Tensor, what: str = "value") -> None:
-    """|actual - expected| ≤ atol everywhere, NaN nowhere."""
+    """Assert that |actual - expected| ≤ atol everywhere and that no difference is NaN."""
     assert actual.shape == expected.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
     error = (actual.double() - expected.double()).abs()
     atol = torch.as_tensor(atol, dtype=torch.float64, device=error.device).expand_as(error)
@@ -22,13 +22,13 @@ def assert_near(actual: Tensor, expected: Tensor, *, atol: float | Tensor, what:
 
 def assert_within_budget(actual: Tensor, emulated: Tensor, exact: Tensor, *, rms_slack: float = 1.05,
                          max_slack: float = 1.5, floor: float = 0.0) -> float:
-    """The error of `actual` against float64 is no larger than that of an eager emulation of the same arithmetic.
+    """Assert that the error of `actual` against float64 is no larger than that of an eager emulation.
 
-    `emulated` is the emulation before its rounding to the output's dtype; half a unit of that dtype, and float32's own
-    rounding, are added to the budget. The RMS may exceed the emulation's by 5%: both round the same numbers, in
-    another order. The maximum is one draw of a distribution's tail, hence its wider slack. Returns the larger of both
-    as a share of what it may be. floor: error that `actual` may have where the emulation has none, RMS; twice as
-    much at most.
+    `emulated` has the same arithmetic as `actual`, before its rounding to the output's dtype. The budget is its error,
+    plus half a unit of that dtype and float32's own rounding. The RMS error may exceed the budget by 5%, because both
+    round the same numbers in another order. The maximum has a wider slack, because it is one draw of a distribution's
+    tail. `floor` is an RMS error that `actual` may have where the emulation has none; the maximum may have twice as
+    much. Returns the larger of both errors as a share of its limit.
     """
     assert actual.shape == exact.shape and bool(actual.isfinite().all()), f"not finite or misshapen: {actual.shape}"
     error, budget = (actual.double() - exact).abs(), (emulated.double() - exact).abs()

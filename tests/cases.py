@@ -3,19 +3,21 @@ import torch
 from torch import Tensor
 
 
-def random_qkv(batch: int, heads: int, n_q: int, dim: int, *, n_k: int | None = None, kv_heads: int | None = None,
-               dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+def random_qkv(batch: int, heads: int, q_tokens: int, dim: int, *, k_tokens: int | None = None,
+               kv_heads: int | None = None, dtype: torch.dtype = torch.float32, device: str = "cpu",
+               seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """White noise q (B, H, Nq, D), k, v (B, Hkv, Nk, D), with a bias on K that smoothing has to remove."""
     generator = torch.Generator(device).manual_seed(seed)
-    kv = (batch, kv_heads or heads, n_q if n_k is None else n_k, dim)
-    q, k, v = (torch.randn(*shape, generator=generator, device=device) for shape in ((batch, heads, n_q, dim), kv, kv))
+    kv = (batch, kv_heads or heads, q_tokens if k_tokens is None else k_tokens, dim)
+    shapes = (batch, heads, q_tokens, dim), kv, kv
+    q, k, v = (torch.randn(*shape, generator=generator, device=device) for shape in shapes)
     return tuple(x.to(dtype) for x in (q, k + 2.0, v))
 
 
-def drifting_qkv(batch: int, heads: int, n_q: int, dim: int, *, n_k: int | None = None, kv_heads: int | None = None,
-                 dtype: torch.dtype = torch.float32, device: str = "cpu",
+def drifting_qkv(batch: int, heads: int, q_tokens: int, dim: int, *, k_tokens: int | None = None,
+                 kv_heads: int | None = None, dtype: torch.dtype = torch.float32, device: str = "cpu",
                  seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens that drift slowly along the sequence: neighbours are alike, so that block means describe their blocks.
+    """q, k, v whose tokens drift slowly along the sequence. Neighbours are similar, so means describe their blocks.
 
     Every head has its own contrast; its attention is local where the contrast is high.
     """
@@ -24,7 +26,7 @@ def drifting_qkv(batch: int, heads: int, n_q: int, dim: int, *, n_k: int | None 
     def randn(*shape):
         return torch.randn(*shape, generator=generator, device=device)
 
-    n_k, kv_heads = n_q if n_k is None else n_k, kv_heads or heads
+    k_tokens, kv_heads = q_tokens if k_tokens is None else k_tokens, kv_heads or heads
     frequency = randn(1, 1, 1, dim) * 0.02
     phase = randn(1, 1, 1, dim) * 3
 
@@ -33,8 +35,8 @@ def drifting_qkv(batch: int, heads: int, n_q: int, dim: int, *, n_k: int | None 
         contrast = torch.linspace(1.0, 2.5, heads, device=device)[:, None, None]
         return (position * frequency + phase).cos() * contrast + 0.2 * randn(batch, heads, n, dim)
 
-    q, k = drift(heads, n_q), drift(kv_heads, n_k)
-    v = randn(batch, kv_heads, n_k, dim)
+    q, k = drift(heads, q_tokens), drift(kv_heads, k_tokens)
+    v = randn(batch, kv_heads, k_tokens, dim)
     return tuple(x.to(dtype) for x in (q, k + randn(1, kv_heads, 1, dim), v))
 
 
@@ -43,8 +45,8 @@ def video_qkv(grid: tuple[int, int, int], heads: int, dim: int, *, batch: int = 
               contrast: tuple[float, float] = (6.0, 14.0), seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v (batch, heads, T·H·W + text, dim) whose attention is local in a (T, H, W) grid.
 
-    Random Fourier features of the grid position plus noise; heads differ in length scale and contrast, K carries a
-    common bias, V is white. Text tokens come last and are not local.
+    Q and K are random Fourier features of the grid position plus noise. Heads differ in length scale and contrast, K
+    carries a common bias, and V is white noise. Text tokens come last and are not local.
     """
     generator = torch.Generator(device).manual_seed(seed)
 

@@ -1,4 +1,4 @@
-"""Importing the kernels needs torch alone, and says nothing; a missing Triton is reported once, when it is missed."""
+"""Importing the kernels needs torch alone and logs nothing. A missing Triton is reported once, when a call needs it."""
 import os
 import subprocess
 import sys

@@ -36,8 +36,8 @@ class AttendConfig:
         return options if self.maxnreg is None else options | dict(maxnreg=self.maxnreg)
 
 
-# family -> head_dim padded to a power of two -> configuration (fp16 P·V, fp8 P·V)
-_TABLE: dict[str, dict[int, tuple[AttendConfig, AttendConfig | None]]] = {
+# family -> head_dim padded to a power of two -> configurations: fp16 P·V, then fp8 P·V where the hardware has it
+_TABLE: dict[str, dict[int, tuple[AttendConfig, ...]]] = {
     "sm90": {
         64: (AttendConfig(BlockShape(64, 128), 4, 3, 168, tma=True),
              AttendConfig(BlockShape(64, 128), 4, 3, 168, tma=True)),
@@ -53,9 +53,9 @@ _TABLE: dict[str, dict[int, tuple[AttendConfig, AttendConfig | None]]] = {
     },
     # A100: 163 KB of shared memory.
     "sm80": {
-        64: (AttendConfig(BlockShape(128, 64), 8, 3), None),
-        128: (AttendConfig(BlockShape(128, 64), 8, 3), None),
-        256: (AttendConfig(BlockShape(64, 64), 8, 2), None),
+        64: (AttendConfig(BlockShape(128, 64), 8, 3),),
+        128: (AttendConfig(BlockShape(128, 64), 8, 3),),
+        256: (AttendConfig(BlockShape(64, 64), 8, 2),),
     },
     # RTX 30, 40 and 50: 99 KB of shared memory.
     "consumer": {
@@ -65,27 +65,27 @@ _TABLE: dict[str, dict[int, tuple[AttendConfig, AttendConfig | None]]] = {
     },
     # AMD: 64 KB of LDS a work group.
     "amd": {
-        64: (AttendConfig(BlockShape(128, 64), 8, 2), None),
-        128: (AttendConfig(BlockShape(128, 64), 8, 1), None),
-        256: (AttendConfig(BlockShape(64, 32), 8, 1), None),
+        64: (AttendConfig(BlockShape(128, 64), 8, 2),),
+        128: (AttendConfig(BlockShape(128, 64), 8, 1),),
+        256: (AttendConfig(BlockShape(64, 32), 8, 1),),
     },
     # Intel, and Triton's interpreter.
     "other": {
-        64: (AttendConfig(BlockShape(128, 64), 4, 2), None),
-        128: (AttendConfig(BlockShape(128, 64), 8, 2), None),
-        256: (AttendConfig(BlockShape(64, 64), 8, 2), None),
+        64: (AttendConfig(BlockShape(128, 64), 4, 2),),
+        128: (AttendConfig(BlockShape(128, 64), 8, 2),),
+        256: (AttendConfig(BlockShape(64, 64), 8, 2),),
     },
 }
 _FAMILIES = {"sm80": "sm80", "sm90": "sm90", "sm100": "sm100", "sm103": "sm100"}
 
 
 def attend_config(arch: str, padded_dim: int, fp8: bool) -> AttendConfig:
-    """The configuration for an architecture ("sm90", "gfx942", …), a power-of-two head_dim and a P·V format."""
+    """The configuration for an architecture ("sm90", "gfx942", …), a power-of-two head_dim and a P·V format.
+
+    fp8: what `capability.uses_fp8` says of the architecture.
+    """
     family = _FAMILIES.get(arch) or {"sm": "consumer", "gf": "amd"}.get(arch[:2], "other")
-    config = _TABLE[family][max(64, padded_dim)][fp8]
-    if config is None:
-        raise RuntimeError(f"pv_dtype='fp8' needs hardware for float8_e4m3fn (NVIDIA sm89 and newer); got {arch}")
-    return config
+    return _TABLE[family][max(64, padded_dim)][fp8]
 
 
 # (warps, stages) that SPARGEATTN_AUTOTUNE=1 tries for the attention kernel, once a process and kind of kernel. The

@@ -1,16 +1,13 @@
 """The fast path of a call: prepare → map → attend. Nothing here waits for the device."""
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from ..capability import FP8_NEEDS, arch_of, supports_fp8
+from ..call import CallSpec
+from ..capability import arch_of, uses_fp8
 from ..formats import LOG2E, ROW_GROUP
-from ..reference import centred_bias
-from ..types import BlockMap, BlockShape, TokenRanges
+from ..types import BlockMap, BlockShape, SpargeStats, TokenRanges
 from .attend import attend
 from .block_lists import BlockLists
 from .blockmap import select_blocks
@@ -23,76 +20,37 @@ from .prepared import PreparedKeys, PreparedQueries, PreparedValues
 from .primitives import padded_dim
 
 
-def _on_its_device(run: Callable) -> Callable:
-    """Make the GPU that holds q the current one, on which Triton launches."""
-    @functools.wraps(run)
-    def guarded(q: Tensor, *args, **kwargs):
-        with torch.cuda.device_of(q):
-            return run(q, *args, **kwargs)
-    return guarded
+def attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor, call: CallSpec) -> SpargeStats | None:
+    """Write the attention of q (B, H, Nq, D), k, v (B, Hkv, Nk, D) into out like q; the statistics if asked.
 
-
-@_on_its_device
-def attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor, *, pv_dtype: str, order: Tensor | None,
-              key_padding_mask: Tensor | None, per_head: Tensor | None, key_bias: Tensor | None = None,
-              block_mask: Tensor | None = None, **call) -> tuple[Tensor | None, Tensor | None]:
-    """`sparge_attention` of q (B, H, Nq, D), k, v (B, Hkv, Nk, D) into out like q; (kept, pv_skipped) if asked.
-
-    `block_mask`, bool (B or 1, H or 1, nq, nk), takes the place of the predicted map. Heads are taken in groups where
-    memory is short.
+    Takes the heads in groups where memory is short.
     """
-    config, fp8 = _configure(q, pv_dtype)
-    bias, padding = _bias_and_padding(key_bias, key_padding_mask, call["causal"])
-    call |= dict(config=config, fp8=fp8, bias=bias, padding=padding)
-    size = q, k, fp8, config.block, call["skipped"] == "pooled"
-    if not is_short(*size):
-        try:
-            return _attention(q, k, v, out, order=order, per_head=per_head, block_mask=block_mask, **call)
-        except torch.OutOfMemoryError:
-            pass  # what the attempt held is free once this handler is left
-    group = q.shape[1] // k.shape[1]
-    parts = []
-    for first, last in groups_of_heads(*size):
-        of_keys, of_queries = slice(first, last), slice(first * group, last * group)
-        parts.append(_attention(
-            q[:, of_queries], k[:, of_keys], v[:, of_keys], out[:, of_queries],
-            order=order if order is None or order.ndim == 1 else order[of_keys],
-            per_head=None if per_head is None else per_head[:, of_queries].contiguous(),
-            block_mask=block_mask if block_mask is None or block_mask.shape[1] == 1 else block_mask[:, of_queries],
-            **call))
-    return tuple(None if part[0] is None else torch.cat(part, 1) for part in zip(*parts))
+    config, fp8 = _configure(q, call.pv_dtype)
+    call.check_blocks(config.block, q.shape[2], k.shape[2])
+    size = q, k, fp8, config.block, call.pooled
+    with torch.cuda.device_of(q):  # Triton launches on the current GPU
+        if not is_short(*size):
+            try:
+                return _attention(q, k, v, out, call, config, fp8)
+            except torch.OutOfMemoryError:
+                pass  # what the attempt held is free once this handler is left
+        group = q.shape[1] // k.shape[1]
+        stats = []
+        for first, last in groups_of_heads(*size):
+            of_queries, of_keys = slice(first * group, last * group), slice(first, last)
+            stats.append(_attention(q[:, of_queries], k[:, of_keys], v[:, of_keys], out[:, of_queries],
+                                    call.heads(first, last, group), config, fp8))
+    if not call.return_stats:
+        return None
+    return SpargeStats(torch.cat([x.kept for x in stats], 1), torch.cat([x.pv_skipped for x in stats], 1))
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor, *, config: AttendConfig, fp8: bool, order: Tensor | None,
-               per_head: Tensor | None, thresholds: list[float], causal: bool, skipped: str, return_stats: bool,
-               **call) -> tuple[Tensor | None, Tensor | None]:
-    order = None if order is None else order.contiguous()
-    queries, keys, values, lists = _prepare(q, k, v, config=config, fp8=fp8, pooled=skipped == "pooled", order=order,
-                                            per_head=per_head, thresholds=thresholds, causal=causal, **call)
-    skips = attend(queries, keys, values, lists, out, k_tokens=k.shape[2], order=order, per_head=per_head,
-                   pv_threshold=thresholds[2], causal=causal, config=config, count_skips=return_stats)
-    if not return_stats:
-        return None, None
-    _, n_kept, n_visible = lists.counts.tensor().sum(2, dtype=torch.float32).unbind(-1)
-    kept = n_kept / n_visible.clamp(min=1)
-    if skips is None:
-        return kept, torch.zeros_like(kept)
-    return kept, skips.sum(-1) / (n_kept * (config.block.q // ROW_GROUP)).clamp(min=1)
-
-
-@_on_its_device
-def predict(q: Tensor, k: Tensor, *, per_head: Tensor | None, thresholds: list[float], selection: str,
-            scale: float | None, causal: bool, key_padding_mask: Tensor | None, key_bias: Tensor | None,
-            order: Tensor | None, sink_keys: TokenRanges | None, dense_queries: TokenRanges | None,
-            pv_dtype: str) -> BlockMap:
+def predict(q: Tensor, k: Tensor, call: CallSpec) -> BlockMap:
     """The block map alone."""
-    config, _ = _configure(q, pv_dtype)
-    bias, padding = _bias_and_padding(key_bias, key_padding_mask, causal)
-    lists = _prepare(q, k, None, config=config, fp8=False, pooled=False, per_head=per_head, thresholds=thresholds,
-                     selection=selection, scale=scale, causal=causal, padding=padding, bias=bias,
-                     order=None if order is None else order.contiguous(), sink_keys=sink_keys,
-                     dense_queries=dense_queries)[-1]
-    return lists.public(config.block)
+    config, _ = _configure(q, call.pv_dtype)
+    with torch.cuda.device_of(q):
+        *_, lists = _prepare(q, k, None, call, config, fp8=False, order=_contiguous(call.order))
+        return lists.public(config.block)
 
 
 def block_of(q: Tensor, pv_dtype: str) -> BlockShape:
@@ -101,40 +59,55 @@ def block_of(q: Tensor, pv_dtype: str) -> BlockShape:
 
 
 def _configure(q: Tensor, pv_dtype: str) -> tuple[AttendConfig, bool]:
+    """The launch configuration, and whether P·V is multiplied in float8."""
     arch = arch_of(q.device)
-    fp8 = pv_dtype == "fp8" or (pv_dtype == "auto" and supports_fp8(arch))
-    if fp8 and not supports_fp8(arch):
-        raise RuntimeError(f"pv_dtype='fp8' needs {FP8_NEEDS}; got {arch}")
+    fp8 = uses_fp8(pv_dtype, arch)
     return attend_config(arch, padded_dim(q.shape[-1]), fp8), fp8
 
 
-def _prepare(q: Tensor, k: Tensor, v: Tensor | None, *, config: AttendConfig, fp8: bool, pooled: bool,
-             per_head: Tensor | None, thresholds: list[float], selection: str, scale: float | None, causal: bool,
-             padding: Tensor | None, bias: Tensor | None, order: Tensor | None, sink_keys: TokenRanges | None,
-             dense_queries: TokenRanges | None, block_mask: Tensor | None = None,
-             ) -> tuple[PreparedQueries, PreparedKeys, PreparedValues | None, BlockLists]:
+def _attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor, call: CallSpec, config: AttendConfig,
+               fp8: bool) -> SpargeStats | None:
+    """`attention` of all heads together."""
+    order = _contiguous(call.order)
+    queries, keys, values, lists = _prepare(q, k, v, call, config, fp8, order)
+    skips = attend(queries, keys, values, lists, out, k_tokens=k.shape[2], order=order,
+                   per_head=call.thresholds.per_head, pv_threshold=call.thresholds.numbers[2], causal=call.causal,
+                   config=config, count_skips=call.return_stats)
+    return _statistics(lists, skips, config.block) if call.return_stats else None
+
+
+def _prepare(q: Tensor, k: Tensor, v: Tensor | None, call: CallSpec, config: AttendConfig, fp8: bool,
+             order: Tensor | None) -> tuple[PreparedQueries, PreparedKeys, PreparedValues | None, BlockLists]:
+    """All that attention reads: prepared tensors and the lists of kept blocks. Without v, what the map needs alone."""
     q, k, v = (x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    queries, statistics = prepare_queries(q, k, v, factor=scale * LOG2E, order=order, flags=_flags(dense_queries, q),
-                                          padding=padding, block=config.block)
-    keys, values = prepare_keys(k, v, statistics, order=order, flags=_flags(sink_keys, k), padding=padding,
-                                block=config.block, fp8=fp8, pooled=pooled, bias=bias)
-    if block_mask is not None:
-        return queries, keys, values, lists_from_mask(
-            block_mask, keys, values, heads=q.shape[1], q_tokens=q.shape[2], causal=causal, block=config.block,
-            pooled=pooled)
-    lists = select_blocks(queries, keys, values, scale=scale, per_head=per_head, thresholds=thresholds,
-                          selection=selection, causal=causal, q_tokens=q.shape[2], block=config.block, pooled=pooled)
+    bias, padding = (_contiguous(x) for x in call.bias_and_padding())
+    block, scale, pooled = config.block, call.scale_for(q.shape[-1]), call.pooled
+    queries, statistics = prepare_queries(q, k, v, factor=scale * LOG2E, order=order,
+                                          flags=_flags(call.dense_queries, q), padding=padding, block=block)
+    keys, values = prepare_keys(k, v, statistics, order=order, flags=_flags(call.sink_keys, k), padding=padding,
+                                block=block, fp8=fp8, pooled=pooled, bias=bias)
+    if call.block_mask is not None:
+        lists = lists_from_mask(call.block_mask, keys, values, heads=q.shape[1], q_tokens=q.shape[2],
+                                causal=call.causal, block=block, pooled=pooled)
+    else:
+        thresholds = call.thresholds
+        lists = select_blocks(queries, keys, values, scale=scale, per_head=thresholds.per_head,
+                              thresholds=thresholds.numbers, selection=thresholds.selection, causal=call.causal,
+                              q_tokens=q.shape[2], block=block, pooled=pooled)
     return queries, keys, values, lists
 
 
-def _bias_and_padding(bias: Tensor | None, padding: Tensor | None,
-                      causal: bool) -> tuple[Tensor | None, Tensor | None]:
-    """The bias of keys, float32 (B, N) in log2 units with 0 as a row's largest, and bool (B, N), keys to ignore."""
-    if bias is None:
-        return None, None if padding is None else padding.contiguous()
-    bias, hidden = centred_bias(bias.float(), padding, causal)
-    return bias.contiguous(), hidden.contiguous()
+def _statistics(lists: BlockLists, skips: Tensor | None, block: BlockShape) -> SpargeStats:
+    """skips: int32 (B, H, q_blocks), the row groups whose P·V was skipped; None where none could be."""
+    _, n_kept, n_visible = lists.counts.tensor().sum(2, dtype=torch.float32).unbind(-1)
+    kept = n_kept / n_visible.clamp(min=1)
+    if skips is None:
+        return SpargeStats(kept, torch.zeros_like(kept))
+    return SpargeStats(kept, skips.sum(-1) / (n_kept * (block.q // ROW_GROUP)).clamp(min=1))
+
+
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
 
 
 def _flags(ranges: TokenRanges | None, x: Tensor) -> Tensor | None:

@@ -1,1 +1,1 @@
-"""One attention call: its arguments, its layer, its tokens, and what becomes of it. Nothing here imports ComfyUI."""
+"""One attention call: its arguments, its layer, its tokens, and what becomes of it."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -22,17 +22,28 @@ _KEYWORDS = {*_POSITIONAL, "scale", "enable_gqa", "low_precision_attention", "tr
 
 
 class UnsupportedCall(ValueError):
-    """The arguments of a call are not of the form described above; dense attention has to deal with them."""
+    """The arguments of a call do not have the form described above; dense attention has to deal with them."""
+
+
+class KeyMask(TypedDict, total=False):
+    """A mask of keys, (B, k_tokens), under the name by which `sparge_attention` takes it; empty where there is none."""
+
+    key_padding_mask: Tensor
+    key_bias: Tensor
 
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """One attention call; q, k and v are 4-D views of the caller's tensors.
+    """One attention call.
 
+    q, k, v: 4-D views of the caller's tensors.
     layout: "BNHD" or "BHND", of q, k, v and of the kernel's result. It is the layout that the caller wants its result
         in, whatever its inputs had, so that `give_back` never copies.
-    mask: as the caller passed it. scale: None for head_dim ** -0.5.
+    mask: as the caller passed it.
+    scale: None for head_dim ** -0.5.
+    enable_gqa: whether k and v may have fewer heads than q.
     low_precision: False where the model refuses quantised attention.
+    transformer_options: what ComfyUI tells of the evaluation.
     """
 
     q: Tensor
@@ -51,7 +62,7 @@ class AttentionCall:
         if len(args) > len(_POSITIONAL):
             raise UnsupportedCall(f"{len(args)} positional arguments")
         given = dict(zip(_POSITIONAL, args)) | kwargs
-        # An argument that a newer ComfyUI invented may change what attention means, unless it is switched off.
+        # An argument of a newer ComfyUI may change what attention means, unless it is switched off.
         unknown = sorted(name for name in given.keys() - _KEYWORDS if given[name] is not None
                          and given[name] is not False)
         if unknown:
@@ -71,8 +82,8 @@ class AttentionCall:
         skip_reshape = bool(given.get("skip_reshape"))
         layout = "BHND" if given.get("skip_output_reshape") else "BNHD"
         head_dim = q.shape[-1] if skip_reshape else q.shape[-1] // heads
-        return cls(*(_split_heads(x, head_dim, skip_reshape, layout) for x in (q, k, v)), layout,
-                   mask=mask, scale=given.get("scale"), enable_gqa=bool(given.get("enable_gqa")),
+        q, k, v = (_split_heads(x, head_dim, skip_reshape, layout) for x in (q, k, v))
+        return cls(q, k, v, layout, mask=mask, scale=given.get("scale"), enable_gqa=bool(given.get("enable_gqa")),
                    low_precision=given.get("low_precision_attention") is not False,
                    transformer_options=given.get("transformer_options") or {})
 
@@ -81,11 +92,11 @@ class AttentionCall:
         return self.q.shape[0]
 
     @property
-    def queries(self) -> int:
+    def q_tokens(self) -> int:
         return self.q.shape[self._token_axis]
 
     @property
-    def keys(self) -> int:
+    def k_tokens(self) -> int:
         return self.k.shape[self._token_axis]
 
     @property
@@ -98,11 +109,11 @@ class AttentionCall:
         return 2 if self.layout == "BHND" else 1
 
     @functools.cached_property
-    def key_mask(self) -> dict[str, Tensor] | None:
-        """The mask as `sparge_attention` takes it: {"key_padding_mask": …} or {"key_bias": …}, each (B, keys).
+    def key_mask(self) -> KeyMask | None:
+        """The mask as `sparge_attention` takes it, None for one that depends on more than the key.
 
-        Empty without a mask, None for one that depends on more than the key. Decided from dtype and shape alone:
-        values are out of reach without waiting for the device, so that a floating mask is a bias whatever it holds.
+        Dtype and shape alone decide, because reading the values would wait for the device: a floating mask is a bias,
+        whatever it holds.
         """
         mask = self.mask
         if mask is None:
@@ -111,10 +122,10 @@ class AttentionCall:
             return None
         # ComfyUI reads fewer than four dimensions as (Nq, Nk) and (B, Nq, Nk).
         batch, heads = {2: (1, 1), 3: (mask.shape[0], 1), 4: mask.shape[:2]}[mask.ndim]
-        rows, keys = mask.shape[-2:]
-        if heads != 1 or rows != 1 or keys != self.keys or batch not in (1, self.batch):
+        rows, columns = mask.shape[-2:]
+        if heads != 1 or rows != 1 or columns != self.k_tokens or batch not in (1, self.batch):
             return None
-        by_key = mask.reshape(batch, keys).expand(self.batch, keys)
+        by_key = mask.reshape(batch, columns).expand(self.batch, columns)
         if mask.dtype == torch.bool:
             return {"key_padding_mask": ~by_key}  # ComfyUI's are True where a key takes part
         return {"key_bias": by_key} if mask.dtype in DTYPES else None

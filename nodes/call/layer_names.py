@@ -21,11 +21,12 @@ _thread = threading.local()
 class LayerNames:
     """Names the self-attention calls of a model, and tells where a name is in doubt.
 
-    A layer is "single:3" and the like, "single:3#2" for the second self-attention of that block, and "#5" where the
-    model does not number its blocks. Such a layer is known by its place in the evaluation alone, and where one is left
-    out (skip-layer guidance, a cache) those behind it would take each other's names. How many calls an evaluation makes
-    shows at its end: where it made fewer than another, or than were tuned, all of its kind are in doubt from then on.
-    Evaluations with replaced blocks, which is how ComfyUI skips them, are in doubt from the first.
+    A layer is "single:3" and the like, "single:3#2" for the second self-attention of that transformer block, and "#5"
+    where the model does not number its blocks. A layer without a number is known by its place in the evaluation alone.
+    Where one is left out (skip-layer guidance, a cache), those behind it would take each other's names. An evaluation
+    shows at its end how many calls it made. If it made fewer than another one, or than were tuned, all evaluations of
+    its kind are in doubt from then on. Evaluations with replaced blocks are in doubt from the first, because ComfyUI
+    skips blocks by replacing them.
     """
 
     def __init__(self, tuned: Iterable[str] = ()):
@@ -43,19 +44,21 @@ class LayerNames:
               control: dict | None = None, transformer_options: dict | None = None, **conds):
         """An APPLY_MODEL wrapper: counts the calls of an evaluation of the model."""
         options = {**(transformer_options or {})}
-        calls = options.setdefault(_KEY, Counter())  # that of another node on this model, where there is one
+        # Another node on this model may have put its counter there.
+        calls: Counter[TransformerBlock | None] = options.setdefault(_KEY, Counter())
         out = executor(x, t, c_concat, c_crossattn, control, options, **conds)
-        self.blocks |= calls.keys() - {None}
-        if calls[None]:  # an evaluation that comes out of a cache makes none
+        self.blocks |= {block for block in calls if block is not None}
+        unnumbered = calls[None]
+        if unnumbered:  # an evaluation that comes out of a cache makes none
             kind = _kind(options)
-            self._fewest[kind] = min(calls[None], self._fewest.get(kind, calls[None]))
-            self._most = max(calls[None], self._most)
+            self._fewest[kind] = min(unnumbered, self._fewest.get(kind, unnumbered))
+            self._most = max(unnumbered, self._most)
         return out
 
     def name(self, call: AttentionCall, block: TransformerBlock | None) -> str | None:
-        """None for cross-attention and outside an evaluation. To be asked once a call."""
+        """The layer's name, None for cross-attention and outside an evaluation. Ask once a call: asking counts it."""
         calls = call.transformer_options.get(_KEY)
-        if calls is None or call.queries != call.keys:
+        if calls is None or call.q_tokens != call.k_tokens:
             return None
         given = getattr(_thread, "name", None)
         if given is not None:
@@ -77,7 +80,7 @@ class LayerNames:
 
 @contextmanager
 def handed_on(name: str | None) -> Iterator[None]:
-    """While an override hands its call to another one, which must not count it again."""
+    """Hold a name while an override hands its call to another one, which must not count the call again."""
     before, _thread.name = getattr(_thread, "name", None), name
     try:
         yield
@@ -86,6 +89,6 @@ def handed_on(name: str | None) -> Iterator[None]:
 
 
 def _kind(transformer_options: dict) -> tuple[tuple, frozenset]:
-    """What evaluations of the same layers share: conditions, and the blocks that a node has replaced."""
+    """What evaluations of the same layers share: conditions, and the transformer blocks that a node has replaced."""
     replaced = transformer_options.get("patches_replace") or {}
     return tuple(transformer_options.get("cond_or_uncond") or ()), frozenset(replaced.get("dit") or ())

@@ -1,18 +1,19 @@
-"""Which attention calls go sparse, and how: a pure decision, from what is known before anything is launched."""
+"""Which attention calls go sparse, and how: a pure decision, made before anything is launched."""
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from ...kernels import SpargeParams, select_implementation
 from ...kernels.capability import DTYPES, MAX_HEAD_DIM, arch_of, supports_fp8
-from ..tuned.params import TunedParams, order_of, params_on, setting_for
+from ..tuned.params import TunedParams
 from .arguments import AttentionCall
-from .model_rules import UNSEEN, TokenLayout, token_layout
+from .token_layout import UNSEEN, TokenLayout, token_layout
 from .transformer_blocks import ListedBlocks, TransformerBlock
+from .tuned_setting import order_of, params_on, setting_for
 
 # The eager path is for trying things out; on longer sequences it would keep a CPU busy for minutes a call.
 MAX_CPU_TOKENS = 16384
@@ -25,10 +26,13 @@ HILBERT_CHOICES = {"auto": None, "on": "hilbert", "off": None}
 class NodeSettings:
     """What the user chose on the node.
 
-    start_percent, end_percent: the part of the sampling, from 0 to 1, that may go sparse. min_tokens: shorter sequences
-    stay dense. dense_blocks: blocks that stay dense. skipped, pv_dtype: as in `sparge_attention`. verbose: log the
-    sparsity of every block and step. hilbert: a choice of `CURVES`. tuned: replaces params, skipped, pv_dtype and
-    hilbert in the layers that it knows.
+    start_percent, end_percent: the part of the sampling, from 0 to 1, that may go sparse.
+    dense_blocks: transformer blocks that stay dense.
+    min_tokens: shorter sequences stay dense.
+    skipped, pv_dtype: as in `sparge_attention`.
+    verbose: log the sparsity of every transformer block and step.
+    hilbert: a key of `HILBERT_CHOICES`.
+    tuned: replaces params, skipped, pv_dtype and hilbert in the layers that it knows.
     """
 
     params: SpargeParams
@@ -48,12 +52,30 @@ class NodeSettings:
 
 
 @dataclass(frozen=True)
+class CallSite:
+    """Where in the model and in the run a call is made.
+
+    block: None where the model does not number its transformer blocks.
+    layer: the name by which tuned parameters know the call, None where it has none.
+    doubt: why the call may be another layer's, empty where it is certain.
+    in_window: whether the sampling step lies between start_percent and end_percent.
+    """
+
+    block: TransformerBlock | None = None
+    layer: str | None = None
+    doubt: str = ""
+    in_window: bool = True
+
+
+@dataclass(frozen=True)
 class SparsePlan:
     """How a call goes sparse.
 
-    impl, skipped, pv_dtype: as in `sparge_attention`. order: token order for blocking, as there; None keeps the
-    model's. layout: of the tokens, or why it is not known. curve: name of the order. untuned: why the tuned parameters
-    have nothing for this call, where there are any.
+    impl, skipped, pv_dtype: as in `sparge_attention`.
+    order: the token order for blocking, as there; None keeps the model's.
+    layout: of the tokens, or why it is not known.
+    curve: name of the order.
+    untuned: why the tuned parameters have nothing for this call; empty where they have, or where there are none.
     """
 
     params: SpargeParams
@@ -67,8 +89,8 @@ class SparsePlan:
 
     @property
     def sink_keys(self) -> tuple[tuple[int, int], ...]:
-        """Text and other tokens outside the grid, where the grid's tokens are reordered without them."""
-        return () if self.order is None else self.layout.others
+        """The tokens outside the grid, where the grid's tokens are reordered without them."""
+        return () if self.order is None or isinstance(self.layout, str) else self.layout.others
 
 
 @dataclass(frozen=True)
@@ -82,67 +104,61 @@ class Dense:
         return f"{self.reason} ({self.detail})" if self.detail else self.reason
 
 
-def plan_call(call: AttentionCall, settings: NodeSettings, block: TransformerBlock | None, in_window: bool,
-              layer: str | None = None, doubt: str = "") -> SparsePlan | Dense:
-    """What becomes of a call.
-
-    in_window: the sampling step lies between start_percent and end_percent. layer: name by which tuned parameters know
-    the call. doubt: why it may be another layer's.
-    """
-    declined = _not_wanted(call, settings, block, in_window) or _no_implementation_takes(call)
+def plan_call(call: AttentionCall, settings: NodeSettings, site: CallSite = CallSite()) -> SparsePlan | Dense:
+    """What becomes of a call."""
+    declined = _not_wanted(call, settings, site) or _no_implementation_takes(call)
     if declined:
         return declined
     impl = _implementation_here(call, settings)
     if isinstance(impl, Dense):
         return impl
-    layout = token_layout(call.queries, call.transformer_options)
-    untuned = ""
+    layout = token_layout(call.q_tokens, call.transformer_options)
+    plan = SparsePlan(settings.params, impl, layout=layout, skipped=settings.skipped, pv_dtype=settings.pv_dtype)
     if settings.tuned is not None:
-        plan = doubt or _tuned_plan(call, settings.tuned, layer, layout, impl)
-        if not isinstance(plan, str):
-            return plan
-        untuned = plan
-    how = dict(layout=layout, skipped=settings.skipped, pv_dtype=settings.pv_dtype, untuned=untuned)
+        tuned = site.doubt or _tuned_plan(call, settings.tuned, site.layer, layout, impl)
+        if not isinstance(tuned, str):
+            return tuned
+        plan = replace(plan, untuned=tuned)
     if settings.curve is None or isinstance(layout, str):
-        return SparsePlan(settings.params, impl, **how)
-    return SparsePlan(settings.params, impl, layout.order(settings.curve, call.q.device), curve=settings.curve, **how)
+        return plan
+    return replace(plan, order=layout.order(settings.curve, call.q.device), curve=settings.curve)
 
 
 def _tuned_plan(call: AttentionCall, tuned: TunedParams, layer: str | None, layout: TokenLayout | str,
                 impl: str) -> SparsePlan | Dense | str:
-    """As tuned, or why there is nothing tuned for this call."""
+    """The plan as tuned, or why there is nothing tuned for this call."""
     setting = setting_for(tuned, layer, call)
     if isinstance(setting, str):
         return setting
     if setting is None:
         return Dense("tuned to stay dense", f"layer {layer}")
     order = order_of(setting.curves, layout, call.q.device)
-    if order is False:
-        return f"an order was tuned that needs the grid of the tokens: {layout}"
+    if isinstance(order, str):
+        return f"an order was tuned that needs the grid of the tokens: {order}"
     # A card without FP8 is at least as exact with fp16.
     pv_dtype = "auto" if setting.pv_dtype == "fp8" else setting.pv_dtype
     curve = setting.curves[0] if len(set(setting.curves)) == 1 else "mixed"
     return SparsePlan(params_on(setting, call.q.device), impl, order, layout, setting.skipped, pv_dtype, curve)
 
 
-def _not_wanted(call: AttentionCall, settings: NodeSettings, block: TransformerBlock | None, in_window: bool) -> Dense | None:
-    if call.queries != call.keys:
-        return Dense("cross-attention", f"{call.queries} queries, {call.keys} keys")
-    if call.queries < settings.min_tokens:
-        return Dense("fewer tokens than min_tokens", f"{call.queries} < {settings.min_tokens}")
+def _not_wanted(call: AttentionCall, settings: NodeSettings, site: CallSite) -> Dense | None:
+    if call.q_tokens != call.k_tokens:
+        return Dense("cross-attention", f"{call.q_tokens} queries, {call.k_tokens} keys")
+    if call.q_tokens < settings.min_tokens:
+        return Dense("fewer tokens than min_tokens", f"{call.q_tokens} < {settings.min_tokens}")
     if not call.low_precision:
         return Dense("the model asks for full precision")
-    if block is not None and block in settings.dense_blocks:
-        return Dense("listed in dense_blocks", f"block {block}")
-    if not in_window:
+    if site.block is not None and site.block in settings.dense_blocks:
+        return Dense("listed in dense_blocks", f"block {site.block}")
+    if not site.in_window:
         return Dense("outside start_percent … end_percent")
     return None
 
 
 def _no_implementation_takes(call: AttentionCall) -> Dense | None:
-    q, k, v = call.q, call.k, call.v
+    q, k, v, mask = call.q, call.k, call.v, call.mask
     q_heads, k_heads = call.heads
-    tensors = {"q": q, "k": k, "v": v} | ({} if call.mask is None else {"mask": call.mask})
+    tensors = {"q": q, "k": k, "v": v} | ({} if mask is None else {"mask": mask})
     if q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:
         return Dense("unsupported dtype", f"q {q.dtype}, k {k.dtype}, v {v.dtype}")
     if len({x.device for x in tensors.values()}) > 1:
@@ -153,10 +169,10 @@ def _no_implementation_takes(call: AttentionCall) -> Dense | None:
         return Dense("shapes of q, k and v do not fit", f"{tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
     if k_heads != q_heads and not (call.enable_gqa and q_heads % k_heads == 0):
         return Dense("unsupported numbers of heads", f"{q_heads} of q, {k_heads} of k")
-    if call.key_mask is None:
-        by_query = call.mask.ndim > 1 and call.mask.shape[-2] > 1
+    if mask is not None and call.key_mask is None:
+        by_query = mask.ndim > 1 and mask.shape[-2] > 1
         return Dense("mask that differs from query to query" if by_query else "unsupported mask",
-                     f"{call.mask.dtype} {tuple(call.mask.shape)}")
+                     f"{mask.dtype} {tuple(mask.shape)}")
     if call.scale is not None and not (isinstance(call.scale, (int, float)) and math.isfinite(call.scale)):
         return Dense("unsupported scale", f"{type(call.scale).__name__}")
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
@@ -169,11 +185,12 @@ def _implementation_here(call: AttentionCall, settings: NodeSettings) -> str | D
     device = call.q.device
     name, reason = select_implementation(call.q)
     if name != "reference":
-        if settings.pv_dtype == "fp8" and not supports_fp8(arch_of(device)):
-            return Dense("pv_precision fp8 is not supported here", f"{arch_of(device)}; choose auto or fp16")
+        arch = arch_of(device)
+        if settings.pv_dtype == "fp8" and not (arch and supports_fp8(arch)):
+            return Dense("pv_precision fp8 is not supported here", f"{arch}; choose auto or fp16")
         return name
     if device.type != "cpu":
-        return Dense("no fast kernel", reason)
-    if call.queries > MAX_CPU_TOKENS:
-        return Dense("too many tokens for the CPU", f"{call.queries} > {MAX_CPU_TOKENS}")
+        return Dense("no fast kernel", reason or "")
+    if call.q_tokens > MAX_CPU_TOKENS:
+        return Dense("too many tokens for the CPU", f"{call.q_tokens} > {MAX_CPU_TOKENS}")
     return name

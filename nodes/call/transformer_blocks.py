@@ -1,4 +1,4 @@
-"""Blocks of a diffusion model: how ComfyUI names them, and how a user lists them."""
+"""Transformer blocks of a diffusion model: how ComfyUI names them, and how a user lists them."""
 from __future__ import annotations
 
 import re
@@ -32,7 +32,7 @@ class TransformerBlock:
         return cls(transformer_options.get("block_type") or "", index)
 
     def names(self, other: TransformerBlock) -> bool:
-        """Whether `other` is this block; one without a kind stands for that index of any kind."""
+        """Whether this names `other`; a block without a kind names that index of any kind."""
         return self.index == other.index and self.kind in ("", other.kind)
 
     def __str__(self) -> str:
@@ -41,16 +41,19 @@ class TransformerBlock:
 
 @dataclass(frozen=True)
 class ListedBlocks:
-    """A user's choice of blocks, such as "0, 1, 47-49, single:0-3"; a bare number means that index of every kind.
+    """A user's choice of transformer blocks, such as "0, 1, 47-49, single:0-3".
 
-    Commas, semicolons, also those of Chinese text, and spaces stand between the items.
+    A bare number means that index of every kind. Commas, semicolons (also those of Chinese text) and spaces separate
+    the items.
+
+    ranges: (kind, first index, last index) of each item; the kind is None for every kind.
     """
 
     ranges: tuple[tuple[str | None, int, int], ...] = ()
 
     @classmethod
     def parse(cls, text: str) -> ListedBlocks:
-        """Raises ValueError naming the item that is not a block number, a range, or one of them after `kind:`."""
+        """Raises ValueError naming the item that is no block number, no range, and neither of them after `kind:`."""
         ranges = []
         for item in filter(None, _BETWEEN.split(_INSIDE.sub(r"\1", text))):
             match = _ITEM.fullmatch(item)
@@ -66,7 +69,8 @@ class ListedBlocks:
 
     def without(self, blocks: Iterable[TransformerBlock]) -> ListedBlocks:
         """The items that name none of `blocks`."""
-        return ListedBlocks(tuple(item for item in self.ranges if not any(map(ListedBlocks((item,)).__contains__, blocks))))
+        return ListedBlocks(tuple(item for item in self.ranges
+                                  if not any(block in ListedBlocks((item,)) for block in blocks)))
 
     def __contains__(self, block: TransformerBlock) -> bool:
         return any(first <= block.index <= last and kind in (None, block.kind) for kind, first, last in self.ranges)

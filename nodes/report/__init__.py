@@ -1,1 +1,1 @@
-"""A run or a search in words and pictures. Nothing here imports ComfyUI."""
+"""A run or a search in words and pictures."""

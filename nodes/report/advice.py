@@ -1,10 +1,11 @@
-"""What a user can do about a run that was sparse little or not at all, for the log and for the report."""
+"""What a user can do about a run that skipped little or nothing, for the log and for the report."""
 from __future__ import annotations
 
 from ..call.plan import NodeSettings
 from ..run.summary import RunSummary
 
-# By the start of a reason to stay dense. These are faults: a report tells them also where other calls went sparse.
+# Advice by the start of a reason to stay dense. These reasons are faults: a report tells them even where other calls
+# went sparse.
 _FAULTS = {
     "fast kernels failed": "The fast kernels failed. Cause and remedy stand in brackets in the list of calls; mostly a "
                            "C compiler is missing, or Triton does not fit torch (on Windows: triton-windows). Restart "
@@ -15,7 +16,7 @@ _FAULTS = {
     "pv_precision fp8": "Choose pv_precision auto.",
     "unsupported call": "This model calls attention in a way that is not known yet: please report it with this text.",
 }
-# The other reasons need nothing done.
+# Reasons that stand nowhere here call for nothing.
 _ADVICE = _FAULTS | {
     "no fast kernel": "The fast kernels need Triton and an NVIDIA GPU from RTX 30 or A100 on, or an AMD GPU from RDNA3 "
                       "or CDNA3 on. Triton comes with torch on Linux; on Windows: pip install triton-windows.",
@@ -32,7 +33,7 @@ _ADVICE = _FAULTS | {
 
 
 def about_dense_calls(summary: RunSummary) -> list[str]:
-    """A sentence or two for each reason that is known; where most calls went sparse, for faults alone."""
+    """A sentence or two for each reason that is known; for faults alone, unless most of the run stayed dense."""
     known = _FAULTS if summary.sparse and not summary.mostly_dense else _ADVICE
     return [advice for reason in summary.dense for start, advice in known.items() if reason.startswith(start)]
 

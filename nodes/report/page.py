@@ -5,16 +5,17 @@ background, so that it reads the same in dark and light themes.
 """
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, pairwise, repeat
+from itertools import chain, repeat
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from ..call.transformer_blocks import TransformerBlock
+from .panels import SPARSE, Panels
 
 WIDTH = 768
 _MARGIN = 24
@@ -23,20 +24,28 @@ _LABELS = 110  # width of the names of a heat map's rows
 _MAP = 340  # side of the block map
 # The font that Pillow brings has no other glyphs than these.
 _GLYPHS = str.maketrans({"×": "x", "–": "-", "θ": "theta", "τ": "tau", "λ": "lambda"})
-SPARSE = "sparse"  # the label of the calls that went sparse
 Color = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
 class Theme:
-    """scale: from nothing skipped to everything. dense: of calls that stayed dense, one a reason."""
+    """Colours of a page.
+
+    ramp: of a share, from nothing to everything.
+    dense: of calls that stayed dense, one a reason.
+    """
 
     background: Color
     text: Color
     faint: Color
     alarm: Color
-    scale: tuple[Color, ...]
+    ramp: tuple[Color, ...]
     dense: tuple[Color, ...] = ((130, 134, 142), (178, 122, 72), (152, 104, 160), (86, 128, 168), (168, 90, 90))
+
+    def shades(self) -> np.ndarray:
+        """The ramp in 256 steps: uint8 (256, 3)."""
+        at, ends = np.linspace(0, 1, 256), np.linspace(0, 1, len(self.ramp))
+        return np.stack([np.interp(at, ends, channel) for channel in zip(*self.ramp)], 1).round().astype(np.uint8)
 
 
 THEMES = {
@@ -45,28 +54,6 @@ THEMES = {
     "light": Theme((250, 250, 252), (28, 30, 36), (104, 108, 118), (196, 46, 28),
                    ((225, 238, 222), (165, 215, 178), (72, 172, 160), (24, 110, 145), (34, 42, 94))),
 }
-
-
-@dataclass(frozen=True)
-class Panels:
-    """What the picture shows.
-
-    cells: {(row, step): sparsity, None for dense}. calls: [(label, count)], the sparse ones first. block_map: uint8
-    (rows, columns), 255 attended. map_title: of the block map, or why there is none. settings: lines of text.
-    """
-
-    headline: str
-    notes: Sequence[str]
-    failed: bool
-    cells: dict[tuple[TransformerBlock, int], float | None]
-    calls: Sequence[tuple[str, int]]
-    block_map: Tensor | None
-    map_title: str
-    settings: Sequence[str]
-
-    def text(self) -> str:
-        calls = [f"{count} calls {label}" for label, count in self.calls]
-        return "\n".join([self.headline, *self.notes, *calls, *self.settings])
 
 
 def draw_report(panels: Panels, theme: Theme) -> Image.Image:
@@ -100,6 +87,7 @@ class Page:
         self.image = Image.new("RGB", (WIDTH, 4096), theme.background)
         self.draw = ImageDraw.Draw(self.image)
         self.y = _MARGIN
+        self._shades = theme.shades()
 
     def finish(self) -> Image.Image:
         return self.image.crop((0, 0, WIDTH, min(self.y + _MARGIN, self.image.height)))
@@ -114,40 +102,47 @@ class Page:
         self.text(text, 24, self.theme.text)
         self.y += 4
 
-    def heat_map(self, cells: Mapping[tuple[Hashable, int], float | None], height: int = 480,
+    def heat_map(self, cells: Mapping[tuple[Any, int], float | None], height: int = 480,
                  ends: tuple[str, str] = ("0%", "100%")) -> None:
         """cells: {(row, column): share from 0 to 1, None for dense}, rows in order. ends: what 0 and 1 are."""
-        rows = list(dict.fromkeys(row for row, _ in cells))
+        rows = {row: i for i, row in enumerate(dict.fromkeys(row for row, _ in cells))}
         first, last = min(column for _, column in cells), max(column for _, column in cells)
-        wide = (_INNER - _LABELS) / (last - first + 1)
-        tall = max(3.0, min(26.0, height / len(rows)))
-        tops = {row: self.y + tall * index for index, row in enumerate(rows)}
-        gap = 1 if min(wide, tall) >= 6 else 0
+        colors = np.full((len(rows), last - first + 1, 3), self.theme.background, np.uint8)
         for (row, column), share in cells.items():
-            left, top = _MARGIN + _LABELS + wide * (column - first), tops[row]
-            color = self.theme.dense[0] if share is None else self._shade(share)
-            self.draw.rectangle((left, top, left + wide - 1 - gap, top + tall - 1 - gap), fill=color)
-        for row in rows[::max(1, round(24 / tall))]:
-            self._small(str(row), _MARGIN, tops[row] - 2)
-        self.y = round(self.y + tall * len(rows)) + 6
-        for column in range(first, last + 1, max(1, round(60 / wide))):
-            self._small(str(column), _MARGIN + _LABELS + wide * (column - first), self.y)
-        self.y += 32
-        self._scale(*ends)
+            colors[rows[row], column - first] = self.theme.dense[0] if share is None else self._shade(share)
 
-    def _scale(self, low: str, high: str) -> None:
-        left, width = _MARGIN + _LABELS, 260
-        for x in range(width):
-            self.draw.line((left + x, self.y + 2, left + x, self.y + 20), fill=self._shade(x / width))
+        wide = (_INNER - _LABELS) / colors.shape[1]
+        tall = max(3.0, min(26.0, height / len(rows)))
+        down, across = _cells_of_pixels(len(rows), tall), _cells_of_pixels(colors.shape[1], wide)
+        pixels = colors[down][:, across]
+        if min(wide, tall) >= 6:  # a gap after each cell
+            pixels[np.diff(down, append=-1) != 0] = self.theme.background
+            pixels[:, np.diff(across, append=-1) != 0] = self.theme.background
+        left = _MARGIN + _LABELS
+        self.image.paste(Image.fromarray(pixels), (left, self.y))
+
+        names = list(rows)
+        for i in range(0, len(names), max(1, round(24 / tall))):
+            self._small(str(names[i]), _MARGIN, self.y + tall * i - 2)
+        self.y += len(down) + 6
+        for column in range(first, last + 1, max(1, round(60 / wide))):
+            self._small(str(column), left + wide * (column - first), self.y)
+        self.y += 32
+        self._legend(*ends)
+
+    def _legend(self, low: str, high: str) -> None:
+        left, width, tall = _MARGIN + _LABELS, 260, 19
+        ramp = self._shades[_cells_of_pixels(256, width / 256)]
+        self.image.paste(Image.fromarray(np.repeat(ramp[None], tall, axis=0)), (left, self.y + 2))
         self._small(low, left - 34, self.y)
         self._small(high, left + width + 8, self.y)
-        self.draw.rectangle((left + 380, self.y + 2, left + 398, self.y + 20), fill=self.theme.dense[0])
+        self.image.paste(self.theme.dense[0], (left + 380, self.y + 2, left + 399, self.y + 2 + tall))
         self._small("stayed dense", left + 406, self.y)
         self.y += 30
 
     def bar(self, calls: Sequence[tuple[str, int]]) -> None:
         dense = chain(self.theme.dense, repeat(self.theme.dense[-1]))
-        colors = [self.theme.scale[2] if label == SPARSE else next(dense) for label, _ in calls]
+        colors = [self.theme.ramp[2] if label == SPARSE else next(dense) for label, _ in calls]
         total, left = sum(count for _, count in calls), float(_MARGIN)
         for (_, count), color in zip(calls, colors):
             right = left + _INNER * count / total
@@ -158,13 +153,10 @@ class Page:
             self.draw.rectangle((_MARGIN, self.y + 4, _MARGIN + 16, self.y + 20), fill=color)
             self.text(f"{count} ({count / total:.0%})  {label}", 20, self.theme.faint, left=_MARGIN + 28)
 
-    def block_map(self, pixels: Tensor) -> None:
-        rows, columns = pixels.shape
-        palette = [self._shade(1 - value / 255) for value in range(256)]
-        image = Image.new("RGB", (columns, rows))
-        image.putdata([palette[value] for value in pixels.flatten().tolist()])
-        image = image.resize((_MAP, _MAP), Image.Resampling.NEAREST)
-        self.image.paste(image, (_MARGIN, self.y))
+    def block_map(self, attended: Tensor) -> None:
+        """attended: uint8 (rows, columns), 255 where every pair of a pixel is attended."""
+        image = Image.fromarray(self._shades[255 - attended.numpy()])
+        self.image.paste(image.resize((_MAP, _MAP), Image.Resampling.NEAREST), (_MARGIN, self.y))
         bottom = self.y + _MAP
         for line in ("down: blocks of queries", "across: blocks of keys", "", "colour: share skipped, as above"):
             self.text(line or " ", 20, self.theme.faint, left=_MARGIN * 2 + _MAP)
@@ -173,12 +165,9 @@ class Page:
     def _small(self, text: str, x: float, y: float) -> None:
         self.draw.text((round(x), round(y)), text.translate(_GLYPHS), font=_font(19), fill=self.theme.faint)
 
-    def _shade(self, share: float) -> Color:
-        """The color of a share from 0 to 1 on the theme's scale."""
-        pairs = list(pairwise(self.theme.scale))
-        at = min(max(share, 0.0), 1.0) * len(pairs)
-        index = min(int(at), len(pairs) - 1)
-        return tuple(round(a + (b - a) * (at - index)) for a, b in zip(*pairs[index]))
+    def _shade(self, share: float) -> np.ndarray:
+        """The colour of a share from 0 to 1."""
+        return self._shades[round(255 * min(max(share, 0.0), 1.0))]
 
     def _wrap(self, text: str, size: int, width: int) -> list[str]:
         lines = [""]
@@ -191,7 +180,13 @@ class Page:
         return lines
 
 
-def _font(size: int) -> ImageFont.FreeTypeFont:
+def _cells_of_pixels(cells: int, size: float) -> np.ndarray:
+    """The index of the cell that each pixel shows, for cells of `size` pixels: (round(cells · size),)."""
+    pixels = round(cells * size)
+    return np.arange(pixels) * cells // pixels
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size)
 
 

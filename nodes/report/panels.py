@@ -3,24 +3,54 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from ..call.plan import NodeSettings
 from ..call.transformer_blocks import ListedBlocks, TransformerBlock
+from ..run.block_maps import MapRequest
 from ..run.summary import RunSummary
 from .advice import about_dense_calls, about_little_skipped
-from .page import SPARSE, Panels
+
+SPARSE = "sparse"  # the label of the calls that went sparse
+
+
+@dataclass(frozen=True)
+class Panels:
+    """What a report says and shows.
+
+    failed: whether the user should be alarmed.
+    cells: {(transformer block, step): sparsity, None where all calls stayed dense}.
+    calls: [(label, count)], the sparse ones first.
+    block_map: uint8 (rows, columns), 255 where every pair of a pixel is attended.
+    map_title: of the block map, or why there is none.
+    settings: lines of text.
+    """
+
+    headline: str
+    notes: Sequence[str]
+    failed: bool
+    cells: Mapping[tuple[TransformerBlock, int], float | None] = field(default_factory=dict)
+    calls: Sequence[tuple[str, int]] = ()
+    block_map: Tensor | None = None
+    map_title: str = ""
+    settings: Sequence[str] = ()
+
+    def text(self) -> str:
+        calls = [f"{count} calls {label}" for label, count in self.calls]
+        return "\n".join([self.headline, *self.notes, *calls, *self.settings])
 
 
 def failed_report(headline: str, *notes: str) -> Panels:
-    return Panels(headline, notes, True, {}, (), None, "", ())
+    return Panels(headline, notes, failed=True)
 
 
-def run_report(summary: RunSummary | None, settings: NodeSettings, block: TransformerBlock | None, head: int, step: int,
+def run_report(summary: RunSummary | None, settings: NodeSettings, wanted: MapRequest = MapRequest(),
                prompt: str | None = None) -> Panels:
-    """block, head, step: of the block map; None and 0 for the first that was kept. prompt: that asks for the report."""
+    """The report of a run, None for no run yet. prompt: ComfyUI's id of the prompt that asks for the report."""
     if summary is None:
         return failed_report("This model has not been sampled yet",
                              "Connect the model to the sampler, and the sampler's output to this node.")
@@ -31,8 +61,8 @@ def run_report(summary: RunSummary | None, settings: NodeSettings, block: Transf
     calls = ([(SPARSE, summary.sparse)] if summary.sparse else []) + [
         (f"dense: {reason}" + (f" ({summary.details[reason]})" if reason in summary.details else ""), count)
         for reason, count in summary.dense.items()]
-    pixels, title = _block_map(summary, settings, block, head, step)
-    return Panels(headline, notes, not summary.sparse, summary.cells, calls, pixels, title,
+    block_map, map_title = _block_map(summary, settings, wanted)
+    return Panels(headline, notes, not summary.sparse, summary.cells, calls, block_map, map_title,
                   _settings(settings, summary))
 
 
@@ -54,9 +84,8 @@ def _outcome(summary: RunSummary, settings: NodeSettings) -> list[str]:
 def _speed(summary: RunSummary) -> list[str]:
     if summary.reference:
         return ["Computed on the CPU, where sparse attention shows what it skips and saves no time."]
-    compared = [times for times in summary.times if times.dense is not None]
-    if compared:
-        sparse = sum(times.calls * times.sparse for times in compared) / 1000
+    if summary.saved is not None:
+        sparse = sum(times.calls * times.sparse for times in summary.times if times.dense is not None) / 1000
         dense = sparse + summary.saved
         change = f"{dense / sparse:.2f} × faster" if sparse <= dense else f"{sparse / dense:.2f} × slower"
         return [f"Sparse calls took {sparse:.3g} s in place of {dense:.3g} s: {change}. The run took "
@@ -71,15 +100,15 @@ def _sentence(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def _block_map(summary: RunSummary, settings: NodeSettings, block: TransformerBlock | None, head: int,
-               step: int) -> tuple[torch.Tensor | None, str]:
+def _block_map(summary: RunSummary, settings: NodeSettings, wanted: MapRequest) -> tuple[Tensor | None, str]:
     """Pixels and title of the block map; without pixels the title says why."""
+    block, head, step = wanted.block, wanted.head, wanted.step
     kept = summary.maps
     if kept is None or not summary.sparse:
         return None, ""
     if not kept.maps:
         return None, f"No block map: {_missing_step(summary, step)}"
-    found = next(filter(block.names, kept.maps), None) if block else next(iter(kept.maps))
+    found = next((kept_block for kept_block in kept.maps if block is None or block.names(kept_block)), None)
     if found is None:
         return None, f"No block map of block {block}: {_missing_block(summary, settings, block)}"
     heads = kept.maps[found]
@@ -97,17 +126,17 @@ def _missing_step(summary: RunSummary, step: int) -> str:
     return f"step {step} will be kept in the next run" if step in summary.by_step else f"step {step} was not sparse"
 
 
-def _missing_block(summary: RunSummary, settings: NodeSettings, block: TransformerBlock) -> str:
-    cells = [share for (row, _), share in summary.cells.items() if block.names(row)]
+def _missing_block(summary: RunSummary, settings: NodeSettings, block: TransformerBlock | None) -> str:
+    cells = [share for (other, _), share in summary.cells.items() if block is not None and block.names(other)]
     if any(share is not None for share in cells):
         return "it will be kept in the next run"
     if cells:
         return "it stayed dense"
-    return f"the blocks with at least {settings.min_tokens} tokens are {_listed(row for row, _ in summary.cells)}"
+    return f"the blocks with at least {settings.min_tokens} tokens are {_listed(other for other, _ in summary.cells)}"
 
 
 def _listed(blocks: Iterable[TransformerBlock]) -> str:
-    """Such as "double:0-18, single:0-37"."""
+    """The transformer blocks as a user lists them, such as "double:0-18, single:0-37"."""
     ranges: list[tuple[str, int, int]] = []
     for block in sorted(set(blocks)):
         kind, first, last = ranges[-1] if ranges else ("", 0, -2)
@@ -135,7 +164,7 @@ def _settings(settings: NodeSettings, summary: RunSummary) -> list[str]:
     return lines
 
 
-def _value(value: float | torch.Tensor) -> str:
-    if isinstance(value, torch.Tensor):
+def _value(value: float | Tensor) -> str:
+    if isinstance(value, Tensor):
         return "one a head"
     return "off" if value == math.inf else f"{value:g}"

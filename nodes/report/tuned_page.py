@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from PIL import Image
 
-from ..run.state import log
+from ..log import log
 from ..tuned.params import TunedParams
 from .page import THEMES, WIDTH, Page
 
@@ -11,39 +11,39 @@ _TALL = 320  # of a heat map, so that three are seen at once
 
 
 class TunedPictures:
-    """Draws searches. Where that fails, pages are blank and the log says so once: no search ends over its picture."""
+    """Draws searches. Where that fails, the pages are blank and the log says so once: no picture ends a search."""
 
     def __init__(self):
         self._failed = False
 
-    def __call__(self, params: TunedParams) -> Image.Image:
+    def __call__(self, tuned: TunedParams) -> Image.Image:
         if not self._failed:
             try:
-                return draw_tuned(params)
-            except Exception:  # of fonts, of the imaging library: whatever it is, minutes of search are worth more
+                return draw_tuned(tuned)
+            except Exception:  # fonts or the imaging library may fail in any way, and minutes of search are worth more
                 self._failed = True
                 log.warning("SpargeAttn: the report of the search can't be drawn", exc_info=True)
         return Image.new("RGB", (WIDTH, _TALL), THEMES["dark"].background)
 
 
-def draw_tuned(params: TunedParams) -> Image.Image:
+def draw_tuned(tuned: TunedParams) -> Image.Image:
     """Sparsity, then the errors on the calls tuned on and, where there are any, on others."""
     page = Page(THEMES["dark"])
-    page.text(f"{params.sparsity:.1%} of the attention can be skipped", 34, page.theme.text)
-    page.text(str(params), 20, page.theme.faint)
+    page.text(f"{tuned.sparsity:.1%} of the attention can be skipped", 34, page.theme.text)
+    page.text(str(tuned), 20, page.theme.faint)
     page.title("Attention skipped, by layer (down) and head (across)")
-    page.heat_map(_cells(params, "sparsity", 1.0), _TALL)
-    most = params.bounds.l2
+    page.heat_map(_cells(tuned, "sparsity", 1.0), _TALL)
+    most = tuned.bounds.l2
     page.title("Error (L1) when tuned")
-    page.heat_map(_cells(params, "error", most), _TALL, ("0", f"{most:g}"))
-    if params.unseen_error is not None:
+    page.heat_map(_cells(tuned, "error", most), _TALL, ("0", f"{most:g}"))
+    if tuned.unseen_error is not None:
         page.title("Error (L1) with another seed")
-        page.heat_map(_cells(params, "unseen", most), _TALL, ("0", f"{most:g}"))
+        page.heat_map(_cells(tuned, "unseen", most), _TALL, ("0", f"{most:g}"))
     return page.finish()
 
 
-def _cells(params: TunedParams, name: str, most: float) -> dict[tuple[str, int], float | None]:
+def _cells(tuned: TunedParams, name: str, most: float) -> dict[tuple[str, int], float | None]:
     """A field of every layer's search, as a share of `most`; None where the layer stays dense."""
-    return {(layer, head): None if tuned.search.setting is None else value / most
-            for layer, tuned in params.layers.items()
-            for head, value in enumerate(getattr(tuned.search, name).tolist())}
+    return {(key, head): None if layer.search.setting is None else value / most
+            for key, layer in tuned.layers.items()
+            for head, value in enumerate(getattr(layer.search, name).tolist())}

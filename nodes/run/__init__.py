@@ -1,1 +1,1 @@
-"""One sampling run: where it is, and what became of its calls. Nothing here imports ComfyUI."""
+"""One sampling run: where it is, and what became of its calls."""

@@ -1,4 +1,4 @@
-"""Block maps kept for a report: of every block of the model, at one step of a run."""
+"""Block maps kept for a report: of the model's transformer blocks, at one step of a run."""
 from __future__ import annotations
 
 import math
@@ -15,31 +15,38 @@ _FULL_COST_STEPS = 16
 
 @dataclass(frozen=True)
 class MapRequest:
-    """Which step to keep the maps of, and a block that must be among them.
+    """The block map that a user asks to see.
 
-    step: counted from 1; 0 for the first step that is sparse. block: None for any.
+    step: counted from 1; 0 for the first step that is sparse.
+    block: None for the first transformer block whose maps were kept. A run keeps the maps of a block that is named.
+    head: of the transformer block.
     """
 
     step: int = 0
     block: TransformerBlock | None = None
+    head: int = 0
 
 
 @dataclass
 class BlockPictures:
-    """The maps of one run: {block: uint8 (H, rows, columns)}, 255 where every pair of a pixel is attended.
+    """The block maps of one run.
 
-    Predicting a map again costs a small part of a call. At one step of many that is nothing; in a run of a few steps
-    only every n-th block is kept, so that it stays below one call in `_FULL_COST_STEPS`.
+    Predicting a map again costs a small part of a call. At one step of many that is nothing. In a run of few steps only
+    every n-th transformer block is kept, so that the cost stays below one call in `_FULL_COST_STEPS`.
+
+    steps: of the run, as scheduled; 0 where nothing tells.
+    step: the step whose maps are kept, 0 before it comes.
+    maps: uint8 (H, rows, columns) of each transformer block, 255 where every pair of a pixel is attended.
     """
 
     request: MapRequest = field(default_factory=MapRequest)
-    steps: int = 0  # of the run, as scheduled; 0 where nothing tells
-    step: int = 0  # the step that is kept, 0 before it comes
+    steps: int = 0
+    step: int = 0
     maps: dict[TransformerBlock, Tensor] = field(default_factory=dict)
     _seen: int = 0
 
     def wants(self, step: int, block: TransformerBlock) -> bool:
-        """Whether to keep the map of this call; a block called twice in a step is kept once."""
+        """Whether to keep the map of this call; a transformer block called twice in a step is kept once."""
         if step != (self.step or self.request.step or step) or block in self.maps:
             return False
         self.step = step
@@ -49,7 +56,7 @@ class BlockPictures:
         return chosen or (self._seen - 1) % stride == 0
 
     def add(self, block: TransformerBlock, mask: Tensor) -> None:
-        """mask: bool (H, nq, nk), on any device; nothing waits for it."""
+        """mask: bool (H, q_blocks, k_blocks), on any device; nothing waits for it."""
         self.maps[block] = shrink(mask)
 
     def fetch(self) -> BlockPictures:
@@ -59,12 +66,13 @@ class BlockPictures:
 
 
 def shrink(mask: Tensor, largest: int = LARGEST) -> Tensor:
-    """bool (H, nq, nk) → uint8 (H, ≤ largest, ≤ largest): the share of True among the entries of each pixel, × 255."""
+    """bool (H, q_blocks, k_blocks) → uint8 (H, ≤ largest, ≤ largest): the share of True in each pixel, × 255."""
     heads, *size = mask.shape
     tall, wide = (math.ceil(n / largest) for n in size)
     mask = torch.nn.functional.pad(mask, (0, -size[1] % wide, 0, -size[0] % tall))
     rows, columns = mask.shape[1] // tall, mask.shape[2] // wide
     kept = mask.view(heads, rows, tall, columns, wide).sum(dim=(2, 4), dtype=torch.int32)
-    whole = [(n - step * torch.arange(count, device=mask.device)).clamp(max=step)
-             for n, count, step in zip(size, (rows, columns), (tall, wide))]
-    return (kept * 255 / (whole[0][:, None] * whole[1])).round().to(torch.uint8)
+    # The pixels at the lower and right edge may hold fewer entries than the others.
+    down, across = ((n - edge * torch.arange(count, device=mask.device)).clamp(max=edge)
+                    for n, count, edge in zip(size, (rows, columns), (tall, wide)))
+    return (kept * 255 / (down[:, None] * across)).round().to(torch.uint8)

@@ -14,9 +14,9 @@ _started: set[Hashable] = set()
 
 @contextmanager
 def announced(kind: Hashable, say: Callable[[str], None]) -> Iterator[None]:
-    """Around a call that only hands work to a GPU: the first of its kind that takes longer than that is compiling.
+    """Wrap a call that only hands work to a GPU. The first of a kind that takes longer than `PATIENCE` is compiling.
 
-    `say` may be called from another thread, in the context of this one.
+    say: shows the user a line; it may be called from another thread, in the context of this one.
     """
     if kind in _started:
         yield

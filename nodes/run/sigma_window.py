@@ -9,12 +9,23 @@ from itertools import pairwise
 _TOLERANCE = 1e-5
 
 
+def sigma_range(start_percent: float, end_percent: float,
+                percent_to_sigma: Callable[[float], float]) -> tuple[float, float]:
+    """(lowest, highest) noise level between two percentages of the sampling; infinite where a percentage is no bound.
+
+    percent_to_sigma: of the model's sampling; it falls.
+    """
+    lowest = float(percent_to_sigma(end_percent)) * (1 - _TOLERANCE) if end_percent < 1 else -math.inf
+    highest = float(percent_to_sigma(start_percent)) * (1 + _TOLERANCE) if start_percent > 0 else math.inf
+    return lowest, highest
+
+
 class SigmaWindow:
     """Tells for each model evaluation whether its noise level lies between the two percentages, both included.
 
     The noise level usually lives on the GPU, and reading it waits for everything queued there. It is read only where
-    the answer is open: the n-th evaluation of a falling schedule is not beyond the n-th step, which settles the
-    evaluations before the window, and once inside a falling schedule only an `end_percent` below 1 can end it.
+    the answer is open. The n-th evaluation of a falling schedule is not beyond the n-th step, which settles the
+    evaluations before the window. Once inside a falling schedule, only an `end_percent` below 1 can end the window.
     """
 
     def __init__(self, start_percent: float, end_percent: float):
@@ -25,7 +36,7 @@ class SigmaWindow:
     def reset(self) -> None:
         """End of a run. Without a run nothing tells the noise level, and only a window without bounds includes it."""
         self.inside = not self.bounded
-        self._highest, self._lowest = math.inf, -math.inf
+        self._lowest, self._highest = -math.inf, math.inf
         self._schedule: Sequence[float] = ()
         self._falls = False
         self._evaluations = 0
@@ -33,11 +44,7 @@ class SigmaWindow:
     def begin(self, percent_to_sigma: Callable[[float], float], schedule: Sequence[float]) -> None:
         """Start a run. percent_to_sigma: of the model's sampling. schedule: noise levels of the run, in order."""
         self.reset()
-        start, end = self.percents
-        if start > 0:
-            self._highest = float(percent_to_sigma(start)) * (1 + _TOLERANCE)
-        if end < 1:
-            self._lowest = float(percent_to_sigma(end)) * (1 - _TOLERANCE)
+        self._lowest, self._highest = sigma_range(*self.percents, percent_to_sigma)
         self._schedule = schedule
         self._falls = all(a >= b for a, b in pairwise(schedule))
 

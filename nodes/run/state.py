@@ -1,7 +1,6 @@
 """One sampling run of a patched model: where it is, and what became of its attention calls."""
 from __future__ import annotations
 
-import logging
 import sys
 import threading
 import time
@@ -15,16 +14,15 @@ from ...kernels import SpargeStats
 from ..call.arguments import AttentionCall
 from ..call.plan import Dense
 from ..call.transformer_blocks import TransformerBlock
+from ..log import log
 from .block_maps import BlockPictures, MapRequest
 from .sigma_window import SigmaWindow
 from .stopwatch import Stopwatch
 from .summary import CallRecord, RunSummary
 
-log = logging.getLogger("comfyui_spargeattn")
-
 
 class RunState:
-    """What a run collects; several threads may add to it. It holds tensors only between `begin` and `end`."""
+    """What a run collects. Several threads may add to it. It holds tensors only between `begin` and `end`."""
 
     def __init__(self, window: SigmaWindow):
         self.window = window
@@ -59,7 +57,9 @@ class RunState:
     def next_step(self, timestep: Tensor, percent_to_sigma: Callable[[float], float], schedule: Tensor | None) -> None:
         """Announce an evaluation of the model; the same `timestep` tensor again is still the same evaluation.
 
-        timestep: noise levels (B,). percent_to_sigma: of the model's sampling. schedule: noise levels of the run.
+        timestep: noise levels (B,).
+        percent_to_sigma: of the model's sampling.
+        schedule: noise levels of the run.
         """
         if timestep is self._timestep:
             return
@@ -73,27 +73,31 @@ class RunState:
         self.steps += 1
         self._calls_of_step = 0
 
-    def add_call(self, call: AttentionCall, block: TransformerBlock | None, watch: Stopwatch, stats: SpargeStats | None = None,
-                 tokens: str = "") -> TransformerBlock | None:
+    def add_call(self, call: AttentionCall, block: TransformerBlock | None, watch: Stopwatch,
+                 stats: SpargeStats | None = None, tokens: str = "") -> TransformerBlock | None:
         """Record a self-attention call of at least min_tokens, dense where it has no `stats`.
 
-        Returns the row of the heat map it belongs to where the run wants its block map too.
+        block: None where the model does not number its transformer blocks.
+        tokens: as in `CallRecord`.
+
+        Returns the block under which to add the call's block map, None where the run does not want the map.
         """
         with self._lock:
             if not self.running:
                 return None
-            row = block or TransformerBlock("call", self._calls_of_step)
+            numbered = block is not None
+            block = block or TransformerBlock("call", self._calls_of_step)
             self._calls_of_step += 1
-            shape = call.q.dtype, call.batch, *call.heads, call.keys, call.q.shape[-1], call.mask is None
-            work = call.batch * call.heads[0] * call.queries * call.keys
-            self._calls.append(CallRecord(self.steps, row, block is not None, shape, work, watch, stats, tokens))
-            return row if stats is not None and self._maps.wants(self.steps, row) else None
+            shape = call.q.dtype, call.batch, *call.heads, call.k_tokens, call.q.shape[-1], call.mask is None
+            work = call.batch * call.heads[0] * call.q_tokens * call.k_tokens
+            self._calls.append(CallRecord(self.steps, block, numbered, shape, work, watch, stats, tokens))
+            return block if stats is not None and self._maps.wants(self.steps, block) else None
 
-    def add_map(self, row: TransformerBlock, mask: Tensor) -> None:
-        """mask: bool (H, nq, nk)."""
+    def add_map(self, block: TransformerBlock, mask: Tensor) -> None:
+        """mask: bool (H, q_blocks, k_blocks)."""
         with self._lock:
             if self.running:
-                self._maps.add(row, mask)
+                self._maps.add(block, mask)
 
     def add_dense(self, dense: Dense) -> None:
         with self._lock:
@@ -105,7 +109,7 @@ class RunState:
         self.say_once(dense.reason, f"dense attention: {dense}")
 
     def say_once(self, key: str, message: str) -> None:
-        """Log a message, the first of its key in this run."""
+        """Log a message, unless this run has logged one with this key."""
         with self._lock:
             if not self.running or key in self._said:
                 return
@@ -115,7 +119,7 @@ class RunState:
     def end(self) -> RunSummary | None:
         """Close the run, drop its tensors and return its summary; None where no run is open.
 
-        Raises what reading the statistics raises, when the run is closed and its summary has the counts.
+        Raises what reading the statistics raises. By then the run is closed, and its summary has the counts.
         """
         with self._lock:
             if not self.running:
@@ -124,10 +128,10 @@ class RunState:
             interrupted = error is not None and error is not self._handled
             self.summary = None
             try:
-                # First what is known on the host: it stands where the device can't be read.
+                # What is known on the host comes first, and stays where the device can't be read.
                 self.summary = self._summarise("the run was interrupted" if interrupted else
                                                "the numbers of this run could not be read, the log says why")
-                # Where an error or an interruption ends the run, the device may be in no state to be read.
+                # After an error or an interruption, the device may be in no state to be read.
                 if not interrupted:
                     self.summary = self._summarise()
             finally:

@@ -7,15 +7,15 @@ import torch
 
 
 class Stopwatch:
-    """The time from `start` to `stop` on one device; `milliseconds` waits for the device, so it is asked after a run.
+    """The time from creation to `stop` on one device. `milliseconds` waits for the device: it is asked after a run.
 
-    On a GPU two events in the stream measure it, on a CPU the clock does. Other devices are not timed.
+    Two events in the stream measure it on a GPU, the clock on a CPU. Other devices are not timed.
     """
 
     def __init__(self, device: torch.device):
         self.device = device
         self._start = self._now()
-        self._stop = None
+        self._stop: float | torch.cuda.Event | None = None
 
     def stop(self) -> Stopwatch:
         self._stop = self._now()
@@ -23,12 +23,13 @@ class Stopwatch:
 
     def milliseconds(self) -> float | None:
         """None where the device is not timed."""
-        if self._start is None or self._stop is None:
-            return None
-        if isinstance(self._start, float):
-            return 1000 * (self._stop - self._start)
-        self._stop.synchronize()
-        return self._start.elapsed_time(self._stop)
+        start, stop = self._start, self._stop
+        if isinstance(start, float) and isinstance(stop, float):
+            return 1000 * (stop - start)
+        if isinstance(start, torch.cuda.Event) and isinstance(stop, torch.cuda.Event):
+            stop.synchronize()
+            return start.elapsed_time(stop)
+        return None
 
     def _now(self) -> float | torch.cuda.Event | None:
         if self.device.type == "cpu":

@@ -19,15 +19,20 @@ LITTLE = 0.05  # a run that skips less of its attention than this has gained nex
 
 @dataclass(frozen=True)
 class CallRecord:
-    """A self-attention call of at least min_tokens; its statistics may still be on their way to the device.
+    """A self-attention call of at least min_tokens; its statistics may still be on the device.
 
-    row: its block, or its place in the step, as the block `call:n`, where the model does not number its blocks.
-    stats: None where it stayed dense. tokens: their order and grid in words, empty where the grid is not known.
-    shape: what its time depends on. work: products of a query and a key that dense attention takes.
+    step: counted from 1.
+    block: its transformer block; where the model does not number them, its place in the step, as the block `call:n`.
+    numbered: whether the model numbers its transformer blocks.
+    shape: what its time depends on.
+    work: products of a query and a key that dense attention takes.
+    time: how long it took.
+    stats: None where it stayed dense.
+    tokens: order and grid of its tokens in words, empty where the grid is not known.
     """
 
     step: int
-    row: TransformerBlock
+    block: TransformerBlock
     numbered: bool
     shape: tuple
     work: int
@@ -38,9 +43,11 @@ class CallRecord:
 
 @dataclass(frozen=True)
 class CallTimes:
-    """Sparse calls of one shape: how many, and the median milliseconds of one.
+    """The sparse calls of one shape.
 
-    dense: median of the calls of this shape that stayed dense in the same run, None where there was none.
+    calls: how many.
+    sparse: median milliseconds of one.
+    dense: the same of the calls of this shape that stayed dense in the same run, None where there was none.
     """
 
     calls: int
@@ -55,19 +62,27 @@ class CallTimes:
 
 @dataclass(frozen=True)
 class RunSummary:
-    """Counts and means of a run.
+    """Counts and means of a run. Shares are None where none was read.
 
-    steps: evaluations of the model by the sampler. sparse: calls that went sparse. dense: calls that did not, by
-    reason. sparsity, pv_skipped: mean share of skipped block pairs, and of skipped P·V products among the others, over
-    the sparse calls; None where none was read. skipped: share of the products Q·K and P·V of all self-attention of at
-    least min_tokens, dense calls included; None likewise. by_block, by_step: mean sparsity of each; steps count from 1,
-    and a model that does not number its blocks has an empty `by_block`. tokens: sparse calls by the order and grid of
-    their tokens, those whose grid is known. details: an example for each reason in `dense` that has one. cells: mean
-    sparsity of each row (as in `CallRecord`) and step, None where all its calls stayed dense. times: one for each shape
-    of a timed sparse call. reference: it was computed on a CPU, where nothing is gained. seconds: from the start of the
-    run to its end, which was at `ended`, in seconds of `time.time`. prompt: ComfyUI's id of the prompt that it was part
-    of. problem: why nothing was sparse, empty where something was. unread: why sparsity and what else takes the device
-    is not known, empty where it was read.
+    steps: evaluations of the model by the sampler.
+    sparse: number of calls that went sparse.
+    dense: number of calls that did not, by reason.
+    sparsity: mean share of skipped block pairs over the sparse calls.
+    pv_skipped: mean share of skipped P·V products among the other block pairs, over the sparse calls.
+    skipped: share of the products Q·K and P·V of all self-attention of at least min_tokens, dense calls included.
+    by_block: mean sparsity of each transformer block; empty where the model does not number them.
+    by_step: mean sparsity of each step, counted from 1.
+    tokens: number of sparse calls by order and grid of their tokens, where the grid is known.
+    details: an example for each reason in `dense` that has one.
+    cells: mean sparsity of each transformer block (as in `CallRecord`) and step, None where all calls stayed dense.
+    times: one for each shape of a timed sparse call.
+    reference: whether sparse calls were computed on a CPU, where nothing is gained.
+    seconds: from the start of the run to its end.
+    ended: when, in seconds of `time.time`.
+    prompt: ComfyUI's id of the prompt that the run was part of.
+    maps: the block maps that were kept.
+    problem: why nothing was sparse, empty where something was.
+    unread: why sparsity and all else that lies on the device is not known, empty where it was read.
     """
 
     steps: int
@@ -93,24 +108,23 @@ class RunSummary:
     @classmethod
     def of(cls, steps: int, dense: Counter[str], calls: Sequence[CallRecord], unread: str = "") -> RunSummary:
         """Summarise. Without a reason in `unread` this fetches the statistics, which waits for the device."""
-        dense = dict(dense.most_common())
-        sparse = [call for call in calls if call.stats is not None]
-        tokens = dict(Counter(call.tokens for call in sparse if call.tokens).most_common())
-        known = cls(steps, len(sparse), dense, tokens=tokens, unread=unread,
-                    reference=any(call.time.device.type == "cpu" for call in sparse))
+        sparse = [(call, call.stats) for call in calls if call.stats is not None]
+        tokens = Counter(call.tokens for call, _ in sparse if call.tokens)
+        known = cls(steps, len(sparse), dict(dense.most_common()), tokens=dict(tokens.most_common()), unread=unread,
+                    reference=any(call.time.device.type == "cpu" for call, _ in sparse))
         if unread or not sparse:
             return known
-        kept = _read([call.stats.kept.mean() for call in sparse])
-        pv_skipped = _read([call.stats.pv_skipped.mean() for call in sparse])
-        sparsity = [1 - x for x in kept]
-        cells = {(call.row, call.step): None for call in calls}
-        cells |= _means(((call.row, call.step), x) for call, x in zip(sparse, sparsity))
+        kept = _read([stats.kept.mean() for _, stats in sparse])
+        pv_skipped = _read([stats.pv_skipped.mean() for _, stats in sparse])
+        sparsity = [(call, 1 - share) for (call, _), share in zip(sparse, kept)]
+        cells = dict.fromkeys((call.block, call.step) for call in calls)
+        cells |= _means(((call.block, call.step), x) for call, x in sparsity)
         # P·V is half of the products, and is skipped wholly with a block pair.
-        skipped = sum(call.work * (1 - share * (1 - pv / 2)) for call, share, pv in zip(sparse, kept, pv_skipped))
-        return replace(known, sparsity=fmean(sparsity), pv_skipped=fmean(pv_skipped),
+        skipped = sum(call.work * (1 - share * (1 - pv / 2)) for (call, _), share, pv in zip(sparse, kept, pv_skipped))
+        return replace(known, sparsity=fmean(x for _, x in sparsity), pv_skipped=fmean(pv_skipped),
                        skipped=skipped / sum(call.work for call in calls),
-                       by_block=_means((call.row, x) for call, x in zip(sparse, sparsity) if call.numbered),
-                       by_step=_means((call.step, x) for call, x in zip(sparse, sparsity)),
+                       by_block=_means((call.block, x) for call, x in sparsity if call.numbered),
+                       by_step=_means((call.step, x) for call, x in sparsity),
                        cells=dict(sorted(cells.items())), times=_times(calls))
 
     @property
@@ -121,7 +135,7 @@ class RunSummary:
     @property
     def mostly_dense(self) -> bool:
         """Whether it skipped little because most of its attention stayed dense."""
-        return self.skipped_little and self.sparsity >= 2 * LITTLE
+        return self.skipped_little and self.sparsity is not None and self.sparsity >= 2 * LITTLE
 
     @property
     def saved(self) -> float | None:
@@ -142,7 +156,7 @@ class RunSummary:
         return text
 
     def table(self) -> str:
-        """Sparsity of every block and step, for a log."""
+        """Sparsity of every transformer block and step, for a log."""
         rows = [("block", self.by_block), ("step", self.by_step)]
         return "\n".join(f"sparsity by {name}: " + ", ".join(f"{key} {value:.1%}" for key, value in values.items())
                          for name, values in rows if values)
@@ -150,7 +164,7 @@ class RunSummary:
 
 def _times(calls: Sequence[CallRecord]) -> tuple[CallTimes, ...]:
     """Medians, because the first call of a shape may include the compilation of its kernels."""
-    groups = defaultdict(lambda: ([], []))
+    groups: dict[tuple, tuple[list[float], list[float]]] = defaultdict(lambda: ([], []))
     for call in calls:
         milliseconds = call.time.milliseconds()
         if milliseconds is not None:

@@ -1,1 +1,1 @@
-"""Tuned parameters: the search, what it found, and files of that. Nothing here imports ComfyUI."""
+"""Tuned parameters: the search, what it found, and the file of it."""

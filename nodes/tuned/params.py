@@ -1,25 +1,17 @@
-"""Tuned parameters of a model: what travels between nodes as SPARGE_PARAMS, and how a call uses it."""
+"""Tuned parameters of a model: what travels between the nodes as SPARGE_PARAMS."""
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from ...hilbert import free_device_orders
-from ...hilbert.permutation import OrderCache
-from ...kernels import SpargeParams
-from ..call.arguments import AttentionCall
-from ..call.model_rules import TokenLayout
-from .search import Bounds, LayerSearch, TunedSetting
+from .search import Bounds, LayerSearch
 
 _PLAIN = bool, int, float, str, type(None)
-_orders = OrderCache(capacity=1 << 24)  # 64 MiB of orders that differ from head to head
-_on_device: WeakKeyDictionary[TunedSetting, dict[torch.device, SpargeParams]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -51,7 +43,12 @@ class Architecture:
 
 @dataclass(frozen=True)
 class TunedLayer:
-    """search: what was found. head_dim: of its calls. tokens: descriptions of the sequences it was tuned on."""
+    """What is known of one layer.
+
+    search: what was found.
+    head_dim: of its calls.
+    tokens: descriptions of the sequences that it was tuned on.
+    """
 
     search: LayerSearch
     head_dim: int
@@ -65,9 +62,11 @@ class TunedLayer:
 class TunedParams:
     """SPARGE_PARAMS.
 
-    layers: by the names of `layers.layer_name`. versions: of the software and hardware that tuned. continues: False for
-    a file whose search had other candidates than this version's: it serves, and can't be tuned further. lenient: the
-    user prefers the widgets to an error where the parameters don't fit the model.
+    layers: by the names that `LayerNames` gives.
+    versions: of the software and hardware that tuned.
+    continues: False for a file whose search had other candidates than this version's. It can be applied, and can't be
+        tuned further.
+    lenient: the user prefers the widgets to an error where the parameters don't fit the model.
     """
 
     architecture: Architecture
@@ -106,55 +105,6 @@ class TunedParams:
         if self.unseen_error is not None:
             text += ", with another seed {:.4f} (largest {:.4f})".format(*self.unseen_error)
         return text
-
-
-def setting_for(params: TunedParams, layer: str | None, call: AttentionCall) -> TunedSetting | None | str:
-    """What was tuned for a call: a setting, None for dense attention, or why there is nothing for it.
-
-    Raises ValueError where the layer has other heads than the call, unless the parameters are lenient.
-    """
-    tuned = params.layers.get(layer) if layer else None
-    if tuned is None:
-        return f"nothing was tuned for layer {layer}"
-    mine = tuned.search.heads, tuned.search.kv_heads, tuned.head_dim
-    its = *call.heads, call.q.shape[-1]
-    if mine == its:
-        return tuned.search.setting
-    problem = "layer {} was tuned for {} heads of q, {} of k and head_dim {}".format(layer, *mine)
-    problem += ", this call has {}, {} and {}".format(*its)
-    if not params.lenient:
-        raise ValueError(f"params must fit the model: {problem}")
-    return problem
-
-
-def params_on(setting: TunedSetting, device: torch.device) -> SpargeParams:
-    """The thresholds on `device`; copied once, because a copy waits for the device."""
-    copies = _on_device.setdefault(setting, {})
-    if device not in copies:
-        copies[device] = setting.params.to(device)
-    return copies[device]
-
-
-def order_of(curves: tuple[str, ...], layout: TokenLayout | str, device: torch.device) -> Tensor | None | bool:
-    """The order of a call, as in `sparge_attention`: one for all heads, or one row a head of K.
-
-    None keeps the model's order. False where the layout is not known and a curve needs it.
-    """
-    if set(curves) == {"row-major"} and (isinstance(layout, str) or not layout.others):
-        return None
-    if isinstance(layout, str):
-        return False
-    if len(set(curves)) == 1:
-        return layout.order(curves[0], device)
-    device = torch.empty(0, device=device).device
-    return _orders.get((curves, layout, device), lambda: torch.stack([layout.order(c, device) for c in curves]))
-
-
-def free_device_tensors() -> None:
-    """Drop what is kept on devices for the calls of a run: copies of orders and thresholds."""
-    free_device_orders()
-    _orders.keep_on_host()
-    _on_device.clear()
 
 
 def plain(value: Any) -> Any:

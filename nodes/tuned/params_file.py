@@ -26,13 +26,13 @@ from .search import AMOUNTS, CANDIDATES, PV_THRESHOLDS, SEARCHED_CURVES, Bounds,
 FORMAT, VERSION = "comfyui_spargeattn.tuned", "1"
 SUFFIX = ".safetensors"
 _MAX_FILE, _MAX_HEADER = 64 << 20, 8 << 20
-_MAX_LAYERS, _MAX_HEADS, _MAX_HEAD_DIM, _MAX_RULES = 4096, 1024, 256, 4096
+_MAX_LAYERS, _MAX_HEADS, _MAX_HEAD_DIM, _MAX_CANDIDATES = 4096, 1024, 256, 4096
 _LAYER = re.compile(r"[A-Za-z0-9_:#]{1,64}")
 _FILE_NAME = re.compile(r"[\w][\w .+-]{0,99}")
 _RESERVED = re.compile(r"(con|prn|aux|nul|(com|lpt)[0-9¹²³]) *(\..*)?", re.IGNORECASE)  # devices, on Windows
 _MAX_NUMBER = 99_999
 _MAX_NAME = 255 - len(f"_{_MAX_NUMBER}{SUFFIX}")  # bytes, of the 255 that file systems take
-# Tensors of a layer, dtype and whether they have a row for each rule. The thresholds are absent where it is dense.
+# Tensors of a layer, with dtype and whether they have a row for each candidate. A dense layer has no thresholds.
 _THRESHOLDS = "amount", "similarity_threshold", "pv_threshold"
 _EVIDENCE = {"levels": (torch.uint8, True), "kept": (torch.float32, True), "pv_levels": (torch.uint8, False),
              "error": (torch.float32, False), "unseen": (torch.float32, False), "sparsity": (torch.float32, False)}
@@ -43,7 +43,7 @@ class ParamsFileError(ValueError):
 
 
 def versions(device: torch.device) -> dict[str, str]:
-    """Of what tunes on `device`, for the file."""
+    """Versions of the software and hardware that tune on `device`."""
     found = {"torch": torch.__version__, "python": platform.python_version(), "device": str(device.type)}
     if find_spec("triton"):
         from importlib.metadata import PackageNotFoundError, version
@@ -58,7 +58,10 @@ def versions(device: torch.device) -> dict[str, str]:
 
 
 def checked_name(name: str) -> str:
-    """The name of a file without its suffix. Raises ValueError for one that is no plain file name on every system."""
+    """The name of a file without its suffix.
+
+    Raises ValueError for a name that is no plain file name on every system.
+    """
     name = name.strip().removesuffix(SUFFIX)
     if not _FILE_NAME.fullmatch(name) or name.endswith((".", " ")):
         raise ValueError("filename must be letters, digits, spaces and . _ + -, beginning with a letter or digit, "
@@ -71,13 +74,13 @@ def checked_name(name: str) -> str:
     return name
 
 
-def save(params: TunedParams, folder: Path, name: str, overwrite: bool = False) -> Path:
-    """Write `folder`/`name`.safetensors; where it exists, with a number added to the name unless `overwrite`.
+def save(tuned: TunedParams, folder: Path, name: str, overwrite: bool = False) -> Path:
+    """Write `folder`/`name`.safetensors. Where it exists, the name gets a number, unless `overwrite`.
 
-    The file comes to exist complete or not at all. Raises ValueError for a name that `checked_name` refuses, and
+    The file appears whole or not at all. Raises ValueError for a name that `checked_name` refuses, and
     OSError where the folder can't be written.
     """
-    name, data = checked_name(name), _serialise(params)
+    name, data = checked_name(name), _serialise(tuned)
     folder.mkdir(parents=True, exist_ok=True)
     part = folder / f".{uuid4().hex}.part"
     try:
@@ -96,7 +99,7 @@ def save(params: TunedParams, folder: Path, name: str, overwrite: bool = False) 
 
 
 def _move_where_free(part: Path, path: Path) -> bool:
-    """Give a file its name, unless that exists, also where it has just come to exist."""
+    """Give a file its name and return True, or False where the name exists, even where it has only just appeared."""
     try:
         os.link(part, path)
         return True
@@ -124,11 +127,11 @@ def load(path: Path) -> TunedParams:
         raise ParamsFileError(f"{Path(path).name} can't be used as tuned parameters: {problem}") from problem
 
 
-def _serialise(params: TunedParams) -> bytes:
+def _serialise(tuned: TunedParams) -> bytes:
     from safetensors.torch import save as to_bytes
 
     tensors, layers = {}, {}
-    for name, layer in params.layers.items():
+    for name, layer in tuned.layers.items():
         search, setting = layer.search, layer.search.setting
         about = {"heads": search.heads, "kv_heads": search.kv_heads, "head_dim": layer.head_dim,
                  "calls": search.calls, "unseen_calls": search.unseen_calls, "tokens": list(layer.tokens)}
@@ -141,11 +144,11 @@ def _serialise(params: TunedParams) -> bytes:
                 value = torch.as_tensor(getattr(setting.params, key), dtype=torch.float32)
                 tensors[f"{name}.{key}"] = value.expand(search.heads).clone()
         layers[name] = about
-    bounds = params.bounds
-    about = {"family": params.architecture.family, "config": dict(params.architecture.config),
+    bounds = tuned.bounds
+    about = {"family": tuned.architecture.family, "config": dict(tuned.architecture.config),
              "bounds": {"l1": bounds.l1, "l2": bounds.l2, "min_gain": bounds.min_gain},
-             "rules": plain(CANDIDATES), "versions": dict(params.versions), "layers": layers,
-             "sparsity": params.sparsity, "error": params.error, "unseen_error": params.unseen_error}
+             "rules": plain(CANDIDATES), "versions": dict(tuned.versions), "layers": layers,
+             "sparsity": tuned.sparsity, "error": tuned.error, "unseen_error": tuned.unseen_error}
     return to_bytes(tensors, metadata={"format": FORMAT, "version": VERSION, "tuning": json.dumps(about)})
 
 
@@ -185,10 +188,10 @@ def _deserialise(about: Any, tensors: dict[str, Tensor]) -> TunedParams:
         bounds = Bounds(*(_get(numbers, key, float) for key in ("l1", "l2", "min_gain")))
     except ValueError as problem:
         raise ParamsFileError(str(problem)) from problem
-    rules = _get(about, "rules", list)
-    _expect(0 < len(rules) <= _MAX_RULES, f"1 to {_MAX_RULES} rules", len(rules))
-    known = rules == plain(CANDIDATES)
-    found = {name: _layer(name, value, tensors, bounds, len(rules), known) for name, value in layers.items()}
+    candidates = _get(about, "rules", list)
+    _expect(0 < len(candidates) <= _MAX_CANDIDATES, f"1 to {_MAX_CANDIDATES} rules", len(candidates))
+    known = candidates == plain(CANDIDATES)
+    found = {name: _layer(name, value, tensors, bounds, len(candidates), known) for name, value in layers.items()}
     if tensors:
         raise ParamsFileError(f"it holds unknown tensors, such as {min(tensors)[:80]!r}")
     config, about_versions = (_get(about, key, dict) for key in ("config", "versions"))
@@ -198,15 +201,20 @@ def _deserialise(about: Any, tensors: dict[str, Tensor]) -> TunedParams:
                        MappingProxyType({key[:40]: str(value)[:200] for key, value in about_versions.items()}), known)
 
 
-def _layer(name: str, about: Any, tensors: dict[str, Tensor], bounds: Bounds, rules: int, known: bool) -> TunedLayer:
-    """Takes the layer's tensors out of `tensors`."""
+def _layer(name: str, about: Any, tensors: dict[str, Tensor], bounds: Bounds, candidates: int,
+           known: bool) -> TunedLayer:
+    """The layer, whose tensors this takes out of `tensors`.
+
+    candidates: how many the file's search had.
+    known: whether they are this version's.
+    """
     if not _LAYER.fullmatch(name):
         raise ParamsFileError(f"{name[:80]!r} is no name of a layer")
     heads, kv_heads = (_count(about, key, _MAX_HEADS) for key in ("heads", "kv_heads"))
     _expect(heads % kv_heads == 0, f"{name}: heads to be a multiple of kv_heads", f"{heads} and {kv_heads}")
     values = {}
-    for key, (dtype, by_rule) in _EVIDENCE.items():
-        values[key] = _take(tensors, f"{name}.{key}", dtype, (rules, heads) if by_rule else (heads,))
+    for key, (dtype, by_candidate) in _EVIDENCE.items():
+        values[key] = _take(tensors, f"{name}.{key}", dtype, (candidates, heads) if by_candidate else (heads,))
         if dtype == torch.uint8:
             values[key] = values[key].long()
         else:

@@ -34,7 +34,7 @@ _HOST_BELOW = 8192  # tokens; longer calls fill the queue, and the host would wa
 
 
 def six_cases(cases: dict[str, dict], repeats: int) -> list[dict]:
-    """One row a case and method; what a method raises stands in its row."""
+    """One row for each case and method; if a method raises an error, the error stands in its row."""
     rows = []
     for name, shape in cases.items():
         q, k, v = video_qkv(**shape)
@@ -57,7 +57,7 @@ def six_cases(cases: dict[str, dict], repeats: int) -> list[dict]:
 
 
 def measured(method: Method, q: Tensor, k: Tensor, v: Tensor, dense: Tensor, repeats: int) -> dict:
-    """Gate, error against dense attention, and, where the gate is passed, times."""
+    """Gate and error against dense attention, and times if the gate is passed."""
     out, row = method.run(q, k, v), {}
     if method.gate is None:
         passed = bool(out.isfinite().all())

@@ -1,14 +1,15 @@
-"""What the order of visual tokens is worth: `python -m tests.bench.bench_orders --out orders.json`.
+"""Measure what the order of visual tokens is worth: `python -m tests.bench.bench_orders --out orders.json`.
 
-For every order of a (T, H, W) grid: how alike the tokens of a block are, how many blocks attention needs for a given
-error, with the self-similarity judge off and on, and the time of a call; on structured random inputs and on the
-self-attention calls of the demo's trained model, there also the PSNR of a whole clip.
+For every order of a (T, H, W) grid this measures how similar the tokens of a block are, how many blocks attention needs
+for a given error, with the self-similarity judge off and on, and the time of a call. The inputs are structured random
+ones and the self-attention calls of the demo's trained model; for the model it also measures the PSNR of a whole clip.
 """
 from __future__ import annotations
 
 import argparse
 import json
 import math
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +19,8 @@ from torch import Tensor
 from comfyui_spargeattn.hilbert import CURVES, sequence_order
 from comfyui_spargeattn.kernels import SpargeParams, block_shape, sparge_attention
 from comfyui_spargeattn.kernels.reference import compress
-from tests.bench.measure import device_ms, error
+from tests.assertions import relative_l1
+from tests.bench.measure import device_ms
 from tests.cases import video_qkv
 from tests.demo import compare
 from tests.demo.clips import prompt
@@ -36,6 +38,8 @@ def orders(device: str) -> dict[str, Tensor | None]:
     """Name → order; None is the model's own, row-major."""
     generator = torch.Generator().manual_seed(0)
     found = {"random": torch.randperm(math.prod(GRID), generator=generator).int().to(device), "row-major": None}
+    # Frame by frame, each column from top to bottom.
+    found["column-major"] = torch.arange(math.prod(GRID), dtype=torch.int32, device=device).view(GRID).mT.flatten()
     return found | {curve: sequence_order(GRID, curve=curve, device=device) for curve in CURVES if curve != "row-major"}
 
 
@@ -64,23 +68,32 @@ def similarity(calls: list[Call], order: Tensor | None) -> tuple[float, float]:
     return means[0], means[1]
 
 
-def sparsity_at_error(calls: list[Call], dense: list[Tensor], order: Tensor | None, theta: float) -> float:
-    """Largest mean sparsity, over one cdf_threshold for all calls, whose mean L1 is below the target."""
+def largest_sparsity(at: Callable[[float], tuple[float, float]], halvings: int) -> float:
+    """Bisect the cdf_threshold for the largest sparsity below the target L1; `at(threshold)` is (L1, sparsity)."""
     low, high, best = 0.3, 1.0, 0.0
-    for _ in range(9):
+    for _ in range(halvings):
         middle = (low + high) / 2
-        params = SpargeParams(cdf_threshold=middle, similarity_threshold=theta)
-        results = [sparge_attention(*call, params=params, order=order, return_stats=True) for call in calls]
-        mean = sum(error(out, exact)["L1"] for (out, _), exact in zip(results, dense)) / len(calls)
-        if mean <= TARGET_L1:
-            high, best = middle, sum(stats.sparsity.mean().item() for _, stats in results) / len(calls)
+        l1, sparsity = at(middle)
+        if l1 <= TARGET_L1:
+            high, best = middle, sparsity
         else:
             low = middle
     return best
 
 
+def sparsity_at_error(calls: list[Call], dense: list[Tensor], order: Tensor | None, theta: float) -> float:
+    """Largest mean sparsity, over one cdf_threshold for all calls, whose mean L1 is below the target."""
+    def at(tau: float) -> tuple[float, float]:
+        params = SpargeParams(cdf_threshold=tau, similarity_threshold=theta)
+        results = [sparge_attention(*call, params=params, order=order, return_stats=True) for call in calls]
+        l1 = sum(relative_l1(out, exact) for (out, _), exact in zip(results, dense)) / len(calls)
+        return l1, sum(stats.sparsity.mean().item() for _, stats in results) / len(calls)
+
+    return largest_sparsity(at, 9)
+
+
 def measure(name: str, calls: list[Call], device: str) -> list[dict]:
-    """One row an order."""
+    """One row for each order."""
     dense, rows = [scaled_dot_product(*call) for call in calls], []
     topk = SpargeParams(topk=0.3, similarity_threshold=-1.0)
     for label, order in orders(device).items():

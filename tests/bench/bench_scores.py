@@ -1,9 +1,10 @@
-"""What better block scores than the product of means would be worth: `python -m tests.bench.bench_scores --out x.json`.
+"""Measure what better block scores would be worth: `python -m tests.bench.bench_scores --out scores.json`.
 
-The map is built in PyTorch from four scores, for every order and judge, and attended by the kernels as a given map:
-
-mean: q̄·k̄, what the kernels predict from. k2: adds ½ q̄²·var(K_j), the second order of log E[exp(q·k)] over the keys of a
-block. qk2: over its queries as well. oracle: the true share of each block, averaged over the queries of the block.
+For every order and judge, PyTorch builds a map from each of four scores, and the kernels attend over the given map:
+- mean: q̄·k̄, from which the kernels predict.
+- k2: adds ½ q̄²·var(K_j), the second order of log E[exp(q·k)] over the keys of a block.
+- qk2: adds the second order over the queries of a block as well.
+- oracle: the true share of each block, averaged over the queries of the block.
 """
 from __future__ import annotations
 
@@ -15,15 +16,8 @@ import torch
 from torch import Tensor
 
 from comfyui_spargeattn.kernels import block_shape, block_sparse_attention
-from tests.bench.bench_orders import (
-    GRID,
-    JUDGES,
-    TARGET_L1,
-    WORDS,
-    Call,
-    demo_calls,
-    orders,
-)
+from tests.assertions import relative_l1
+from tests.bench.bench_orders import GRID, JUDGES, WORDS, Call, demo_calls, largest_sparsity, orders
 from tests.cases import video_qkv
 from tests.demo import compare
 from tests.demo.clips import prompt
@@ -46,7 +40,7 @@ def blocks_of(x: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def shares(q: Tensor, k: Tensor, block) -> Tensor:
-    """log of the true share (B, H, nq, nk) of each block of keys, averaged over the queries of a block."""
+    """Log of each key block's true share, averaged over the queries of a block: (B, H, q_blocks, k_blocks)."""
     columns = torch.arange(k.shape[2], device=k.device) // block.k
     rows = []
     for start in range(0, q.shape[2], block.q):
@@ -56,7 +50,7 @@ def shares(q: Tensor, k: Tensor, block) -> Tensor:
 
 
 def scores_of(call: Call, order: Tensor | None, block, names=SCORES) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """Scores (B, H, nq, nk) in natural-log units by name, similarity of the blocks of Q and of K."""
+    """Scores (B, H, q_blocks, k_blocks) in natural-log units by name, similarity of the blocks of Q and of K."""
     q, k = (x.float() if order is None else x[:, :, order.long()].float() for x in call[:2])
     k = k - k.mean(2, keepdim=True)
     scale = q.shape[-1] ** -0.5
@@ -70,7 +64,7 @@ def scores_of(call: Call, order: Tensor | None, block, names=SCORES) -> tuple[di
 
 
 def top_cdf(scores: Tensor, q_alike: Tensor, k_alike: Tensor, theta: float, tau: float) -> Tensor:
-    """The block map, bool (B, H, nq, nk), by the rules of `reference.predict_map`."""
+    """The block map, bool (B, H, q_blocks, k_blocks), by the rules of `reference.predict_map`."""
     always = (k_alike < theta)[:, :, None]
     p = scores.masked_fill(always, float("-inf")).softmax(-1).nan_to_num(0.0)
     ranked, index = p.sort(-1, descending=True)
@@ -80,22 +74,17 @@ def top_cdf(scores: Tensor, q_alike: Tensor, k_alike: Tensor, theta: float, tau:
 
 def sparsity_at_error(calls, dense, prepared, name, order, theta, pv_dtype) -> float:
     """Largest mean sparsity, over one τ for all calls, whose mean L1 is below the target."""
-    low, high, best = 0.3, 1.0, 0.0
-    for _ in range(8):
-        tau = (low + high) / 2
+    def at(tau: float) -> tuple[float, float]:
         masks = [top_cdf(scores[name], q, k, theta, tau) for scores, q, k in prepared]
         outs = [block_sparse_attention(*call, mask, order=order, pv_dtype=pv_dtype) for call, mask in zip(calls, masks)]
-        errors = [(out.float() - exact.float()).abs().sum() / exact.float().abs().sum()
-                  for out, exact in zip(outs, dense)]
-        if torch.stack(errors).mean().item() <= TARGET_L1:
-            high, best = tau, 1 - torch.stack([mask.float().mean() for mask in masks]).mean().item()
-        else:
-            low = tau
-    return best
+        l1 = sum(map(relative_l1, outs, dense)) / len(calls)
+        return l1, 1 - torch.stack([mask.float().mean() for mask in masks]).mean().item()
+
+    return largest_sparsity(at, 8)
 
 
 def measure(inputs: str, calls: list[Call], device: str) -> list[dict]:
-    """One row an order and score."""
+    """One row for each order and score."""
     dense, rows = [scaled_dot_product(*call) for call in calls], []
     for pv_dtype in ("fp16", "fp8"):  # their block shapes differ
         block = block_shape(calls[0][0], pv_dtype=pv_dtype)
@@ -114,7 +103,7 @@ def measure(inputs: str, calls: list[Call], device: str) -> list[dict]:
 
 
 def boundary(device: str) -> list[dict]:
-    """A call with text behind the visual tokens, where a block holds both and where it does not."""
+    """A call whose text follows the visual tokens, with a block that holds both and without such a block."""
     rows = []
     for pv_dtype in ("fp16", "fp8"):
         call = video_qkv((28, 30, 26), 24, 128, text=256)

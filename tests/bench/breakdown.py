@@ -14,11 +14,11 @@ _CALLS = 5
 
 
 def breakdown(cases: dict[str, dict], repeats: int) -> list[dict]:
-    """One row a case and format, at topk 0.5.
+    """One row for each case and format, at topk 0.5.
 
-    kernels_ms: device time by kernel; other_ms: all of them but the attention kernel, which is preparation and map.
-    copy_floor_ms: a device copy that reads and writes as many bytes as reading Q, K, V and writing their quantised
-    copies. extra_mib: peak memory beyond inputs and output; expected_mib: quantised copies and block list alone.
+    kernels_ms: device time by kernel; other_ms: the kernels of preparation and map together, without attention.
+    copy_floor_ms: a device copy of as many bytes as preparation reads (Q, K, V) and writes (their quantised copies).
+    extra_mib: peak memory beyond inputs and output; expected_mib: quantised copies and block list alone.
     """
     rows = []
     for case, shape in cases.items():
@@ -56,9 +56,10 @@ def kernel_ms(run) -> dict[str, float]:
 def memory(run, q, k, v, pv_dtype: str) -> tuple[int, int]:
     """(peak bytes of a call beyond inputs and output, bytes of the block list)."""
     from comfyui_spargeattn.kernels import block_shape
-    nq, nk = block_shape(q, pv_dtype=pv_dtype, impl="triton").counts(q.shape[2], k.shape[2])
+    q_blocks, k_blocks = block_shape(q, pv_dtype=pv_dtype, impl="triton").counts(q.shape[2], k.shape[2])
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     out = run()
-    return torch.cuda.max_memory_allocated() - before - out.nbytes, q.shape[0] * q.shape[1] * nq * (4 * nk + 12)
+    listed = q.shape[0] * q.shape[1] * q_blocks * (4 * k_blocks + 12)
+    return torch.cuda.max_memory_allocated() - before - out.nbytes, listed

@@ -18,7 +18,7 @@ _SLEEP = 2_000_000  # cycles, about a millisecond: the host has launched the cal
 
 
 def device_ms(run: Callable, repeats: int = 10) -> float:
-    """Median device time of a call. The device is kept busy while the host launches, so that its latency isn't in."""
+    """Median device time of a call. The device sleeps while the host launches, so host latency does not count."""
     for _ in range(3):
         run()
     times = []
@@ -34,7 +34,7 @@ def device_ms(run: Callable, repeats: int = 10) -> float:
 
 
 def host_us(run: Callable, calls: int = 100) -> float:
-    """Host time of a call that does not wait for the device; of use where the queue does not fill up (short calls)."""
+    """Host time of a call that does not wait for the device. Use it for short calls, which do not fill the queue."""
     run()
     torch.cuda.synchronize()
     start = time.perf_counter()
@@ -52,12 +52,12 @@ def error(out: Tensor, exact: Tensor) -> dict[str, float]:
 
 
 def exact_sample(q: Tensor, k: Tensor, v: Tensor, chosen: BlockMap | None, start: int, rows: int) -> Tensor:
-    """float32 attention of query rows [start, start + rows), over the chosen blocks where there are any."""
+    """float32 attention of query rows [start, start + rows), over the chosen blocks if `chosen` is given."""
     scores = q[:, :, start:start + rows].float() @ k.float().mT * q.shape[-1] ** -0.5
     if chosen is not None:
-        i, nk = start // chosen.block.q, chosen.indices.shape[-1]
+        i, k_blocks = start // chosen.block.q, chosen.indices.shape[-1]
         listed = BlockMap(chosen.indices[:, :, i:i + 1], chosen.counts[:, :, i:i + 1], chosen.block)
-        mask = listed.mask().repeat_interleave(chosen.block.k, -1)[..., :min(k.shape[2], nk * chosen.block.k)]
+        mask = listed.mask().repeat_interleave(chosen.block.k, -1)[..., :min(k.shape[2], k_blocks * chosen.block.k)]
         scores.masked_fill_(~mask, float("-inf"))
     return scores.softmax(-1).nan_to_num_(0.0) @ v.float()
 
@@ -73,6 +73,6 @@ def gate_error(out: Tensor, q: Tensor, k: Tensor, v: Tensor, chosen: BlockMap | 
 
 
 def card() -> dict[str, str]:
-    """What the numbers of a report were measured on."""
+    """The card and the versions on which a report was measured."""
     import triton
     return dict(card=torch.cuda.get_device_name(), torch=torch.__version__, triton=triton.__version__)

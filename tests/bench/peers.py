@@ -1,4 +1,4 @@
-"""The methods a case compares: peers that can be imported, and this project."""
+"""The methods that a case compares: peers that can be imported, and this project."""
 from __future__ import annotations
 
 import math
@@ -39,12 +39,12 @@ def ours(params: SpargeParams, pv_dtype: str, **call) -> Callable:
 
 
 def fixed_share(topk: float, pv_threshold: float = math.inf) -> SpargeParams:
-    """Keep a share of the blocks whatever they look like."""
+    """Parameters that keep a fixed share of the blocks, whatever the blocks look like."""
     return SpargeParams(topk=topk, similarity_threshold=-1.0, pv_threshold=pv_threshold)
 
 
 def methods() -> list[Method]:
-    """Peers that are installed, then this project at fixed shares of kept blocks and at its defaults."""
+    """The installed peers, then this project at fixed shares of kept blocks and at its defaults."""
     found = [Method("SDPA flash", partial(sdpa, SDPBackend.FLASH_ATTENTION), "exact"), Method(BASELINE, cudnn, "exact")]
     for peer in (_flash_attn, _comfy_kitchen, _sol_attn, _sageattention, _spas_sage_attn):
         try:
@@ -72,7 +72,7 @@ def _comfy_kitchen() -> list[Method]:
 
 
 def _sol_attn() -> list[Method]:
-    """comfy-kitchen's sparse attention: thresholds, with single tokens beside the chosen blocks and without."""
+    """comfy-kitchen's sparse attention at several thresholds, with and without single tokens beside its blocks."""
     from comfy_kitchen import sol_attn, sol_attn_is_available
 
     def run(q, k, v, **settings):

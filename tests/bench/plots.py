@@ -1,4 +1,4 @@
-"""Pictures of the benchmark's JSON files: `python -m tests.bench.plots DIR` writes a PNG beside each (matplotlib)."""
+"""Plot the benchmark's JSON files: `python -m tests.bench.plots DIR` writes a PNG beside each. Needs matplotlib."""
 from __future__ import annotations
 
 import argparse
@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 
 
 def grouped(rows: list[dict], *names: str) -> dict:
-    """The rows by the values of some columns, without those that have no time."""
+    """The rows that have a time, grouped by the values of some columns."""
     groups = defaultdict(list)
     for row in rows:
         if "ms" in row:

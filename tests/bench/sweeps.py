@@ -16,7 +16,7 @@ LENGTHS = tuple(1024 * n for n in (2, 4, 8, 16, 32, 64, 128))
 HEAD_DIMS = (40, 64, 72, 80, 96, 128, 160, 256)
 L1_LIMIT = 0.05
 _SMALLEST = 128  # tokens of the largest block of keys
-_LONG = 40_000  # tokens from which the error sweep takes few points
+_LONG = 40_000  # tokens; from here on the error sweep takes few points
 
 
 def noise(heads: int, n: int, dim: int) -> list[torch.Tensor]:
@@ -33,10 +33,10 @@ def sparsity(cases: dict[str, dict], repeats: int) -> list[dict]:
         rows.append(dict(case=case, method="SDPA cuDNN", sparsity=0.0, ms=device_ms(partial(cudnn, q, k, v), repeats)))
         for pv_dtype in FORMATS:
             block = block_shape(q, pv_dtype=pv_dtype, impl="triton")
-            nq, nk = block.counts(q.shape[2], k.shape[2])
+            q_blocks, k_blocks = block.counts(q.shape[2], k.shape[2])
             for share in SPARSITIES:
-                drawn = torch.rand(1, q.shape[1], nq, nk, device="cuda")
-                mask = drawn.argsort(-1).argsort(-1) < round((1 - share) * nk)
+                drawn = torch.rand(1, q.shape[1], q_blocks, k_blocks, device="cuda")
+                mask = drawn.argsort(-1).argsort(-1) < round((1 - share) * k_blocks)
                 run = partial(block_sparse_attention, q, k, v, mask, pv_dtype=pv_dtype, impl="triton")
                 l1 = gate_error(run(), q, k, v, BlockMap.from_mask(mask, block))
                 rows.append(dict(case=case, method=f"ours {pv_dtype}", sparsity=1 - mask.float().mean().item(),
@@ -47,8 +47,8 @@ def sparsity(cases: dict[str, dict], repeats: int) -> list[dict]:
 
 
 def length(cases: dict[str, dict], repeats: int) -> list[dict]:
-    """Fixed shares of blocks from 2K to 128K tokens; `linear` says whether t(s) ≤ (1−s)·t(0) + preparation + 5% t(0),
-    preparation being the time with one or two blocks a row."""
+    """Fixed shares of blocks from 2K to 128K tokens; `linear` says whether t(s) ≤ (1−s)·t(0) + preparation + 5% t(0).
+    Preparation is the time with one or two blocks in a map row."""
     rows = []
     for n in LENGTHS:
         q, k, v = noise(12, n, 128)
@@ -79,7 +79,7 @@ def head_dim(cases: dict[str, dict], repeats: int) -> list[dict]:
 
 
 def settings(n: int) -> list[tuple[SpargeParams, str]]:
-    """(params, skipped) of the error sweep: a grid for short cases, the telling points for long ones."""
+    """(params, skipped) of the error sweep: a full grid for short cases, the most telling points for long ones."""
     percent, cdfs, thetas = range(50, 9, -2), (0.98, 0.95, 0.9), (-1.0, 0.3, 0.5)
     if n > _LONG:
         percent, cdfs, thetas = (50, *range(30, 9, -2)), (0.95, 0.9), (-1.0,)

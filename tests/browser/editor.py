@@ -64,7 +64,7 @@ class Editor:
                                    "return JSON.stringify([workflow, output]) }"))
 
     def fit(self):
-        """Scale the canvas so that the whole graph is seen beside the menus; returns its box on the page, in pixels."""
+        """Scale the canvas so that the whole graph shows beside the menus; returns its box on the page in pixels."""
         box = self.run("""() => {
             const nodes = app.graph._nodes, ds = app.canvas.ds, title = 40, margin = 20
             const left = Math.min(...nodes.map(n => n.pos[0])) - margin
@@ -83,7 +83,7 @@ class Editor:
         return box
 
     def plain_canvas(self):
-        """No overlays on the canvas, and text at every scale: for screenshots."""
+        """For screenshots: remove overlays from the canvas and draw text at every scale."""
         for name, value in (("Comfy.Minimap.Visible", False), ("Comfy.Graph.CanvasInfo", False),
                             ("Comfy.Graph.CanvasMenu", False), ("LiteGraph.Canvas.MinFontSizeForLOD", 0)):
             self.setting(name, value)
@@ -102,7 +102,7 @@ class Editor:
         try:
             self.page.wait_for_function(f"wanted => wanted.every(title => {titles}.includes(title))", arg=wanted)
         except TimeoutError:
-            pass  # what is there now tells a caller more
+            pass  # the titles that are there now tell a caller more
         return self.run(f"() => {titles}")
 
     def place(self, node):

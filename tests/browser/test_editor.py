@@ -1,6 +1,6 @@
 """The pack in ComfyUI's real editor, as a new user meets it: search, examples, tooltips and help, in two languages.
 
-Screenshots of every stage are left in the folder that SPARGEATTN_SCREENSHOTS names.
+Every stage leaves screenshots in the folder that SPARGEATTN_SCREENSHOTS names.
 """
 import json
 import os

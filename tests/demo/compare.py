@@ -9,6 +9,7 @@ from torch import Tensor
 
 from comfyui_spargeattn.kernels import SpargeParams, block_map, sparge_attention
 
+from ..assertions import relative_l1
 from .clips import encode, preview
 from .model import scaled_dot_product
 from .sampling import sample, shifted
@@ -16,7 +17,7 @@ from .sampling import sample, shifted
 
 @dataclass
 class Run:
-    """One generated clip. ``kept`` is the share of block pairs computed in the sparse calls, 1 where there are none."""
+    """One generated clip. ``kept`` is the share of block pairs that its sparse calls computed, 1 without such calls."""
 
     name: str
     latent: Tensor
@@ -93,15 +94,15 @@ def step_at(model, attention, prompt: Tensor, clip: Tensor, level: float, seed: 
 def probe(model, prompt: Tensor, clip: Tensor, params: list[SpargeParams], level: float = 0.5, seed: int = 0):
     """Single attention calls inside one step of a dense run, on the clip (16, T, H, W) at a noise level.
 
-    Returns the mean relative L1 error of each params, and the block maps of the last: bool (layers, heads, nq, nk).
+    Returns the mean relative L1 error of each params, and the block maps of the last: bool (layers, heads, q_blocks,
+    k_blocks).
     """
     errors, maps = [[] for _ in params], []
 
     def attention(q, k, v):
         dense = scaled_dot_product(q, k, v)
         for p, e in zip(params, errors):
-            sparse = sparge_attention(q, k, v, params=p)
-            e.append(((sparse.float() - dense.float()).abs().sum() / dense.float().abs().sum()).item())
+            e.append(relative_l1(sparge_attention(q, k, v, params=p), dense))
         maps.append(block_map(q, k, params=params[-1]).mask()[0].cpu())
         return dense
 

@@ -20,7 +20,7 @@ def orthogonalise(g: Tensor, steps: int = 5) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Matrices of one shape are updated together; steps are scaled to the size of Adam's (RMS 0.2 lr).
 
-    ``lr`` is a 0-d tensor on the parameters' device, so that a CUDA graph reads its present value.
+    ``lr`` is a 0-d tensor on the parameters' device, so that a CUDA graph reads its current value.
     """
 
     def __init__(self, params, lr: Tensor, momentum: float = 0.95, weight_decay: float = 0.01):

@@ -34,16 +34,19 @@ def side_by_side(path: Path, captions: list[str], latents: list[Tensor]) -> None
 
 
 def block_maps(path: Path, maps: Tensor, tile: int = 240) -> None:
-    """PNG of bool (layers, heads, nq, nk): a row for each head, a column for each layer, computed blocks bright."""
-    layers, heads, nq, nk = maps.shape
+    """PNG of bool (layers, heads, q_blocks, k_blocks): a row for each head, a column for each layer.
+
+    Computed blocks are bright.
+    """
+    layers, heads, q_blocks, k_blocks = maps.shape
     page = Image.new("RGB", (layers * (tile + GAP) - GAP, heads * (tile + BAR + GAP) - GAP), PAPER)
     for layer in range(layers):
         for head in range(heads):
             one = maps[layer, head]
             x, y = layer * (tile + GAP), head * (tile + BAR + GAP)
-            mask = Image.frombytes("L", (nk, nq), (one.byte() * 255).contiguous().numpy().tobytes())
-            # Averaged where a map has more blocks than the tile has pixels, sharp squares where it has fewer.
-            filtering = Image.Resampling.BOX if max(nq, nk) > tile else Image.Resampling.NEAREST
+            mask = Image.frombytes("L", (k_blocks, q_blocks), (one.byte() * 255).contiguous().numpy().tobytes())
+            # A map with more blocks than the tile has pixels is averaged; with fewer blocks it keeps sharp squares.
+            filtering = Image.Resampling.BOX if max(q_blocks, k_blocks) > tile else Image.Resampling.NEAREST
             page.paste(SKIPPED, (x, y + BAR, x + tile, y + BAR + tile))
             page.paste(KEPT, (x, y + BAR), mask.resize((tile, tile), filtering))
             _caption(page, x, y, f"block {layer}, head {head}: {one.float().mean().item():.0%} computed")

@@ -21,8 +21,8 @@ def sample(model, prompts: Tensor, grid: tuple[int, int, int], steps: int = 20, 
            before_step=None) -> Tensor:
     """Latents (B, 16, T, H, W) in fp32 for prompts (B, 11).
 
-    The noise is drawn on the CPU, so that a seed means the same clip on every device.
-    ``before_step(i)``, if given, is called ahead of each step.
+    The CPU draws the noise, so that a seed gives the same clip on every device. ``before_step(i)``, if given, is called
+    ahead of each step.
     """
     weight = model.head.head.weight
     context = encode(prompts).to(weight.device, weight.dtype)

@@ -36,10 +36,10 @@ def learning_rate(progress: float) -> float:
 
 
 def noise_levels(count: int, tokens: int, device) -> torch.Tensor:
-    """Logit-normal levels, shifted towards noise; one in ten uniform so that no level is left out.
+    """Logit-normal levels, shifted towards noise; one in ten is uniform, so that no level is left out.
 
-    The more tokens a clip has, the more noise it takes to hide where things are: the shift grows with the
-    square root of their number, else large clips never learn to agree with themselves about their layout.
+    The more tokens a clip has, the more noise is needed to hide its layout. So the shift grows with the square root of
+    their number; without that, the model never learns a consistent layout of large clips.
     """
     shift = 4.0 * math.sqrt(tokens / 1280)
     normal = shifted(torch.randn(count, device=device).sigmoid(), shift)
@@ -115,7 +115,7 @@ class Trainer:
         return loss.clone()
 
     def warm_up(self, grids: list, steps: int = 3) -> None:
-        """A few steps at learning rate 0 on every grid, so as to fail early; then record the graphs."""
+        """Take a few steps at learning rate 0 on every grid, to fail early if at all; then record the graphs."""
         stream = None
         if self.device == "cuda":
             stream = torch.cuda.Stream()  # recording wants its warm-up off the default stream
@@ -145,7 +145,7 @@ class Trainer:
 
 
 def train(trainer: Trainer, minutes: float, log: Path, grids: list) -> None:
-    """Run until the clock says so; write the mean loss of each grid every few seconds."""
+    """Train until the time is up, and write the mean loss of each grid every few seconds."""
     choose = torch.Generator().manual_seed(0)
     start, reported, losses = time.perf_counter(), 0.0, {}
     with log.open("w", newline="") as file:

@@ -1,1 +1,1 @@
-"""Random calls, each from one integer, held against the reference: `python -m comfyui_spargeattn.tests.fuzz --help`."""
+"""Random calls, each drawn from one integer: `python -m comfyui_spargeattn.tests.fuzz --help`."""

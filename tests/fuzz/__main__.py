@@ -1,10 +1,10 @@
-"""Run many random calls in worker processes, which a watchdog ends where a call hangs.
+"""Run many random calls in worker processes. A watchdog ends a process whose call hangs.
 
     python -m comfyui_spargeattn.tests.fuzz --calls 10000 --seed 0              on a GPU
     python -m comfyui_spargeattn.tests.fuzz --calls 2000 --device cpu           the reference
     python -m comfyui_spargeattn.tests.fuzz --calls 300 --device cpu --impl triton    Triton's interpreter
 
-A call that fails is run again by `--seed ITS_SEED --calls 1`.
+`--seed ITS_SEED --calls 1` repeats a call that failed.
 """
 from __future__ import annotations
 

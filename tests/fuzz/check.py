@@ -1,4 +1,4 @@
-"""What a random call has to come to, whatever it is."""
+"""The checks that every random call has to pass."""
 from __future__ import annotations
 
 import math
@@ -18,6 +18,7 @@ from comfyui_spargeattn.kernels import (
 )
 from comfyui_spargeattn.tests.assertions import assert_near
 from comfyui_spargeattn.tests.fuzz.draw import Call, Limits, draw
+from comfyui_spargeattn.tests.kernels import eager
 from comfyui_spargeattn.tests.kernels._triton.harness import (
     DEVICE,
     DTYPES,
@@ -41,7 +42,7 @@ TRITON = ON_THE_GPU if ON_GPU else INTERPRETED
 
 @contextmanager
 def small_kernels():
-    """Where there is no GPU, blocks and samples small enough for a hundred tokens to make a call of interest."""
+    """Without a GPU, make blocks and samples so small that a hundred tokens make an interesting call."""
     if ON_GPU:
         yield
         return
@@ -56,7 +57,7 @@ def small_kernels():
 
 
 def check(seed: int, limits: Limits) -> float:
-    """The error of a call as a share of what it may be. Raises AssertionError where the call is not as it should be."""
+    """The error of a call as a share of its limit. Raises AssertionError if the call is wrong."""
     if limits.impl == "reference":
         return check_reference(draw(seed, limits))
     with small_kernels():
@@ -77,7 +78,7 @@ def run(call: Call, **changes) -> tuple[Tensor, object]:
 
 
 def check_kernels(call: Call) -> float:
-    """The kernels against the emulation of their arithmetic over the map that the reference predicts."""
+    """Compare the kernels with the emulation of their arithmetic over the map that the reference predicts."""
     inputs = [x.clone() for x in (call.q, call.k, call.v)]
     with poisoned_memory(), recorded_maps() as maps:
         out, stats = run(call, impl="triton")
@@ -99,7 +100,7 @@ def check_kernels(call: Call) -> float:
 
 
 def check_reference(call: Call) -> float:
-    """The public call with the reference against the reference with tidy tensors, and that against plain loops."""
+    """Compare the public call with the reference on contiguous tensors, and the latter with plain loops."""
     out, stats = run(call, impl="reference")
     assert same(out, run(call, impl="reference")[0]), "another result the second time"
     q, k, v, out = (as_bhnd(call, x).contiguous() for x in (call.q, call.k, call.v, out))
@@ -108,7 +109,7 @@ def check_reference(call: Call) -> float:
         check_not_finite(q, k, v, out, arguments, call.block_map, reference.BLOCK)
         return 0.0
     mask = call.block_map.mask() if isinstance(call.block_map, BlockMap) else call.block_map
-    expected, _, expected_stats = reference.sparge_attention(q, k, v, params=call.params, block_mask=mask, **arguments)
+    expected, _, expected_stats = eager.sparge_attention(q, k, v, params=call.params, block_mask=mask, **arguments)
     scale_of_v = v.float().nan_to_num(0.0, 0.0, 0.0).abs().max()
     error = (out.double() - expected.double()).abs().max().item()
     allowed = 1e-5 * scale_of_v.item() + 1e-30
@@ -122,18 +123,18 @@ def check_reference(call: Call) -> float:
 
 def check_loops(q: Tensor, k: Tensor, v: Tensor, params: SpargeParams, arguments: dict) -> None:
     """The first tokens of a call, in float64 and small blocks."""
-    n_q, n_k = min(q.shape[2], 70), min(k.shape[2], 70)
+    q_tokens, k_tokens = min(q.shape[2], 70), min(k.shape[2], 70)
     if "order" in arguments:
-        n_q = n_k = min(n_q, n_k)
+        q_tokens = k_tokens = min(q_tokens, k_tokens)
         order = arguments["order"]
-        kept = order[order < n_k] if order.ndim == 1 else torch.stack([row[row < n_k] for row in order])
+        kept = order[order < k_tokens] if order.ndim == 1 else torch.stack([row[row < k_tokens] for row in order])
         arguments = arguments | dict(order=kept)
     arguments = arguments | {name: [(a, b) for a, b in arguments[name] if b <= n]
-                             for name, n in (("sink_keys", n_k), ("dense_queries", n_q)) if name in arguments}
+                             for name, n in (("sink_keys", k_tokens), ("dense_queries", q_tokens)) if name in arguments}
     if "key_padding_mask" in arguments:
-        arguments = arguments | dict(key_padding_mask=arguments["key_padding_mask"][:, :n_k])
-    q, k, v = q[:, :, :n_q].double(), k[:, :, :n_k].double(), v[:, :, :n_k].double()
-    found, block_map, stats = reference.sparge_attention(q, k, v, params=params, block=BLOCK, **arguments)
+        arguments = arguments | dict(key_padding_mask=arguments["key_padding_mask"][:, :k_tokens])
+    q, k, v = q[:, :, :q_tokens].double(), k[:, :, :k_tokens].double(), v[:, :, :k_tokens].double()
+    found, block_map, stats = eager.sparge_attention(q, k, v, params=params, block=BLOCK, **arguments)
     named = {"padding" if name == "key_padding_mask" else name: value for name, value in arguments.items()}
     expected, mask, kept, skipped = all_heads(q, k, v, params, **named)
     assert torch.equal(block_map.mask(), mask), "another map than the loops'"
@@ -144,7 +145,7 @@ def check_loops(q: Tensor, k: Tensor, v: Tensor, params: SpargeParams, arguments
 
 def check_not_finite(q: Tensor, k: Tensor, v: Tensor, out: Tensor, arguments: dict,
                      block_map: BlockMap | Tensor | None, block: BlockShape) -> None:
-    """What dense attention, over the blocks that a map gives, would turn into NaN or infinity is no number here."""
+    """Assert that the output is not finite wherever dense attention, over the blocks of a map if given, is not."""
     visible = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
     visible = visible.tril() if arguments["causal"] else visible
     padding = hidden_keys(arguments)
@@ -174,7 +175,7 @@ def given_tokens(block_map: BlockMap | Tensor, block: BlockShape, order: Tensor 
 
 
 def plain_arguments(call: Call) -> dict:
-    """What the reference takes besides q, k, v and the thresholds."""
+    """The arguments that the reference takes besides q, k, v and the thresholds."""
     return {name: value for name, value in call.arguments.items() if name not in ("layout", "return_stats", "pv_dtype")}
 
 

@@ -30,7 +30,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Kind:
-    """What kernels are compiled for: there are `KINDS` of them, so that values and shapes cost no compilation."""
+    """The properties that kernels are compiled for. There are only `KINDS` kinds: values and shapes compile nothing."""
 
     dim: int
     dtype: torch.dtype
@@ -85,14 +85,15 @@ def draw(seed: int, limits: Limits) -> Call:
     few = tokens != limits.tokens
     batch, kv_heads, group = (1 if few else rng.randint(1, limits.heads) for _ in range(3))
     heads = kv_heads * group
-    n_k = tokens if few else _length(rng, tokens)
-    n_q = n_k if kind.order or few or rng.random() < 0.5 else _length(rng, tokens)
-    q, k, v, finite, plain = _values(rng, generator, (batch, heads, n_q, kind.dim), (batch, kv_heads, n_k, kind.dim))
+    k_tokens = tokens if few else _length(rng, tokens)
+    q_tokens = k_tokens if kind.order or few or rng.random() < 0.5 else _length(rng, tokens)
+    q, k, v, finite, plain = _values(rng, generator, (batch, heads, q_tokens, kind.dim),
+                                     (batch, kv_heads, k_tokens, kind.dim))
     q, k, v = (x.clamp(-6e4, 6e4).to(kind.dtype) for x in (q, k, v))
-    scale, padding = _scale(rng, q, k), torch.zeros(batch, n_k, dtype=torch.bool, device=limits.device)
+    scale, padding = _scale(rng, q, k), torch.zeros(batch, k_tokens, dtype=torch.bool, device=limits.device)
     if kind.padding:
-        padding = torch.rand(batch, n_k, generator=generator, device=limits.device) < rng.choice((0.1, 0.5, 0.95))
-        padding[rng.randrange(batch), rng.randint(0, n_k):] = True
+        padding = torch.rand(batch, k_tokens, generator=generator, device=limits.device) < rng.choice((0.1, 0.5, 0.95))
+        padding[rng.randrange(batch), rng.randint(0, k_tokens):] = True
         if rng.random() < 0.2:
             padding[rng.randrange(batch)] = True
         poison = rng.choice((0.0, math.nan, math.inf))
@@ -109,15 +110,15 @@ def draw(seed: int, limits: Limits) -> Call:
     if kind.padding:
         arguments["key_padding_mask"] = _spread(rng, padding)
     if kind.bias:
-        arguments["key_bias"] = _spread(rng, _bias(rng, generator, batch, n_k, limits.device))
+        arguments["key_bias"] = _spread(rng, _bias(rng, generator, batch, k_tokens, limits.device))
     if kind.order:
-        arguments["order"] = _spread(rng, _order(rng, generator, kv_heads, n_k, limits.device).to(kind.order))
+        arguments["order"] = _spread(rng, _order(rng, generator, kv_heads, k_tokens, limits.device).to(kind.order))
     block_map = None
     if kind.given:
         shape = block_shape(q, impl=limits.impl, **{x: y for x, y in arguments.items() if x == "pv_dtype"})
-        block_map = _given(rng, generator, (batch, heads), shape, n_q, n_k)
+        block_map = _given(rng, generator, (batch, heads), shape, q_tokens, k_tokens)
     else:
-        for name, wanted, n in (("sink_keys", kind.sinks, n_k), ("dense_queries", kind.dense_queries, n_q)):
+        for name, wanted, n in (("sink_keys", kind.sinks, k_tokens), ("dense_queries", kind.dense_queries, q_tokens)):
             if wanted:
                 arguments[name] = [tuple(sorted((rng.randint(0, n), rng.randint(0, n)))) if rng.random() < 0.2 else
                                    (at, min(n, at + rng.randint(0, 3))) for at in (rng.randrange(n), rng.randrange(n))]
@@ -137,7 +138,7 @@ def _length(rng: random.Random, most: int) -> int:
 
 
 def _values(rng, generator, q_shape, k_shape) -> tuple[Tensor, Tensor, Tensor, bool, bool]:
-    """q, k, v in float32, whether they are to stay finite, and whether they are plain."""
+    """q, k, v in float32, whether they have to stay finite, and whether they are plain."""
     def randn(*shape):
         return torch.randn(*shape, generator=generator, device=generator.device)
 
@@ -172,7 +173,7 @@ def _values(rng, generator, q_shape, k_shape) -> tuple[Tensor, Tensor, Tensor, b
 
 
 def _spoil(rng, x: Tensor, padding: Tensor) -> bool:
-    """Write NaN or infinity into a token of x (B, H, N, D) that is not padding; whether there was one."""
+    """Write NaN or infinity into a token of x (B, H, N, D) unless it is padding; returns whether it was written."""
     batch, token = rng.randrange(len(x)), rng.randrange(x.shape[2])
     if token < padding.shape[1] and padding[batch, token]:
         return False
@@ -182,7 +183,7 @@ def _spoil(rng, x: Tensor, padding: Tensor) -> bool:
 
 
 def _scale(rng, q: Tensor, k: Tensor) -> float | None:
-    """None, or a factor that gives scores of a chosen size, unless they were beyond float32's precision."""
+    """None, or a factor that gives scores of a chosen size within float32's precision."""
     q, k = q.float(), k.float()
     apart, whole = ((x.norm(dim=-1).max() * q.norm(dim=-1).max()).item() for x in (k - k.mean(2, keepdim=True), k))
     largest = max(apart, 1e-3 * whole)  # keys that are all alike differ by rounding alone
@@ -192,9 +193,9 @@ def _scale(rng, q: Tensor, k: Tensor) -> float | None:
 
 
 def _restride(rng, x: Tensor, aligned: bool, padded: bool) -> Tensor:
-    """The same values with other strides; all of them, and the address, multiples of 16 bytes where `aligned`.
+    """The same values with other strides. If `aligned`, all strides and the address are multiples of 16 bytes.
 
-    Or the first batch or head for all of them, unless batches differ in their padding.
+    One way repeats the first head or batch for all of them, the batch only if batches share their padding.
     """
     batch, heads, n, dim = x.shape
     step = 8 if aligned else 1
@@ -221,7 +222,7 @@ def _restride(rng, x: Tensor, aligned: bool, padded: bool) -> Tensor:
 
 
 def _spread(rng, x: Tensor) -> Tensor:
-    """The same values, now and then not contiguous."""
+    """The same values, sometimes not contiguous."""
     way = rng.random()
     if way < 0.2:
         return torch.stack([x, x], -1)[..., 0]
@@ -247,10 +248,11 @@ def _order(rng, generator, heads: int, n: int, device: str) -> Tensor:
     return one() if rng.random() < 0.5 else torch.stack([one() for _ in range(heads)])
 
 
-def _given(rng, generator, leading: tuple[int, int], shape, n_q: int, n_k: int) -> BlockMap | Tensor:
+def _given(rng, generator, leading: tuple[int, int], shape, q_tokens: int, k_tokens: int) -> BlockMap | Tensor:
     leading = [1 if rng.random() < 0.3 else x for x in leading]
     density = rng.choice((0.0, 0.2, 0.6, 1.0))
-    mask = torch.rand(*leading, *shape.counts(n_q, n_k), generator=generator, device=generator.device) < density
+    drawn = torch.rand(*leading, *shape.counts(q_tokens, k_tokens), generator=generator, device=generator.device)
+    mask = drawn < density
     if rng.random() < 0.2:
         return BlockMap.from_mask(mask, shape)
     if rng.random() < 0.3:

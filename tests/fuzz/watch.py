@@ -1,4 +1,4 @@
-"""Worker processes that check one call after the other, and the watchdog that ends them where a call hangs."""
+"""Worker processes that check one call after the other, and the watchdog that ends a process whose call hangs."""
 from __future__ import annotations
 
 import multiprocessing
@@ -14,7 +14,7 @@ class Found:
 
 
 class Worker:
-    """A process that checks one seed after the other, and another in its place where it ended."""
+    """A process that checks one seed after the other. Another process takes its place when it ends."""
 
     def __init__(self, seeds: list[int], impl: str):
         self.seeds, self.impl = seeds, impl
@@ -35,7 +35,7 @@ class Worker:
 
 
 def watch(workers: list[Worker], hang: float) -> Found:
-    """Hear every worker out; a silent or a dead one fails at its next seed and goes on behind it."""
+    """Collect the results of every worker. A silent or dead one fails at its next seed and continues after it."""
     found, workers = Found(), list(workers)
     while workers:
         ready = multiprocessing.connection.wait([worker.pipe for worker in workers], timeout=1)
@@ -82,7 +82,7 @@ def check_all(pipe, seeds: list[int], impl: str) -> None:
             ratio = check.check(seed, limits)
         except AssertionError as error:
             failure = str(error).strip()
-        except Exception as error:  # whatever a call raises is found, not lost; the device may be beyond use
+        except Exception as error:  # a call may raise anything, and the device may be unusable afterwards
             failure, ends = f"{type(error).__name__}: {error}", True
         pipe.send((seed, ratio, failure, ends))
         if ends:

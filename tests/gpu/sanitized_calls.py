@@ -12,7 +12,7 @@ F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 TOPK, CDF = SpargeParams(topk=0.5), SpargeParams(cdf_threshold=0.7, similarity_threshold=0.3)
 SKIPPING = SpargeParams(cdf_threshold=0.7, pv_threshold=2.0)
 PER_HEAD = SpargeParams(topk=torch.tensor([0.3, 0.5, 0.7, 1.0]), pv_threshold=torch.tensor([1.0, 2.0, 4.0, math.inf]))
-# (tokens of q, of k, head_dim, dtype, heads, heads of k, the call); True stands for a tensor of the call's size.
+# (q_tokens, k_tokens, head_dim, dtype, heads, heads of k, the call); True stands for a tensor of the call's size.
 VARIANTS = [
     (1, 1, 64, F16, 2, 2, dict(params=CDF)),
     (129, 200, 40, BF16, 2, 1, dict(params=CDF, sink_keys=[(0, 1), (60, 70)], dense_queries=[(0, 1)])),
@@ -30,19 +30,20 @@ VARIANTS = [
 ]
 
 
-def call_variant(n_q, n_k, dim, dtype, heads, kv_heads, call, pv_dtype):
-    q, k, v = drifting_qkv(2, heads, n_q, dim, n_k=n_k, kv_heads=kv_heads, dtype=dtype, device="cuda")
+def call_variant(q_tokens, k_tokens, dim, dtype, heads, kv_heads, call, pv_dtype):
+    q, k, v = drifting_qkv(2, heads, q_tokens, dim, k_tokens=k_tokens, kv_heads=kv_heads, dtype=dtype, device="cuda")
     call = dict(call, pv_dtype=pv_dtype, impl="triton")
     if "key_padding_mask" in call:
-        call["key_padding_mask"] = torch.arange(n_k, device="cuda").expand(2, -1) % 3 == 1
+        call["key_padding_mask"] = torch.arange(k_tokens, device="cuda").expand(2, -1) % 3 == 1
     if "key_bias" in call:
-        call["key_bias"] = torch.randn(2, n_k, device="cuda").masked_fill(torch.arange(n_k, device="cuda") > 250, -1e30)
+        far = torch.arange(k_tokens, device="cuda") > 250
+        call["key_bias"] = torch.randn(2, k_tokens, device="cuda").masked_fill(far, -1e30)
     if "order" in call:
-        order = torch.arange(n_k, device="cuda", dtype=torch.int32)
+        order = torch.arange(k_tokens, device="cuda", dtype=torch.int32)
         call["order"] = order.flip(0) if call["order"] == "one" else torch.stack([order.roll(7 * i)
                                                                                   for i in range(kv_heads)])
     if call.pop("block_map", False):
-        counts = block_shape(q, pv_dtype=pv_dtype, impl="triton").counts(n_q, n_k)
+        counts = block_shape(q, pv_dtype=pv_dtype, impl="triton").counts(q_tokens, k_tokens)
         mask = (torch.arange(math.prod(counts), device="cuda") % 3 > 0).view(1, 1, *counts)
         block_sparse_attention(q, k, v, mask, **call)
         return

@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from comfyui_spargeattn.kernels import SpargeParams, dense_attention, sparge_attention
+from comfyui_spargeattn.tests.assertions import relative_l1
 from comfyui_spargeattn.tests.cases import drifting_qkv, video_qkv
-from comfyui_spargeattn.tests.gpu.device import needs_gpu, relative_l1
+from comfyui_spargeattn.tests.gpu.device import needs_gpu
 from comfyui_spargeattn.tests.kernels._triton.harness import PV_FORMATS, check_call
 
 pytestmark = needs_gpu

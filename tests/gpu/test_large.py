@@ -3,8 +3,9 @@ import pytest
 import torch
 
 from comfyui_spargeattn.kernels import BlockMap, SpargeParams, sparge_attention
+from comfyui_spargeattn.tests.assertions import relative_l1
 from comfyui_spargeattn.tests.cases import drifting_qkv, video_qkv
-from comfyui_spargeattn.tests.gpu.device import needs_gpu, relative_l1
+from comfyui_spargeattn.tests.gpu.device import needs_gpu
 from comfyui_spargeattn.tests.kernels._triton.harness import PV_FORMATS, check_call, recorded_maps
 
 pytestmark = needs_gpu
@@ -13,7 +14,7 @@ BOUNDS = {"fp16": 0.02, "fp8": 0.045}
 
 
 def exact_rows(q, k, v, found: BlockMap, rows: slice):
-    """float64 attention of some query rows over the blocks that the map keeps for them; q, k, v of one head each."""
+    """float64 attention of some query rows over the blocks that the map keeps for them; q, k, v have one head."""
     blocks = torch.arange(rows.start, rows.stop, device=q.device) // found.block.q
     kept = found.mask()[:, :, blocks].repeat_interleave(found.block.k, -1)[..., :k.shape[2]]
     scores = q[:, :, rows].double() @ k.double().mT * q.shape[-1] ** -0.5
@@ -78,8 +79,8 @@ def test_strides_beyond_32_bits(far):
 
 def test_output_beyond_32_bits():
     """More than 2³¹ output elements, from queries that many heads share."""
-    heads, n_q, dim = 64, 262_400, 128
-    q, k, v = drifting_qkv(1, 1, n_q, dim, n_k=2048, dtype=torch.float16, device="cuda")
+    heads, q_tokens, dim = 64, 262_400, 128
+    q, k, v = drifting_qkv(1, 1, q_tokens, dim, k_tokens=2048, dtype=torch.float16, device="cuda")
     with recorded_maps() as maps:
         out = sparge_attention(q.expand(-1, heads, -1, -1), k, v, params=SpargeParams(topk=0.1), pv_dtype="fp16",
                                impl="triton")
@@ -88,6 +89,6 @@ def test_output_beyond_32_bits():
     for head in (1, heads // 2, heads - 1):
         assert torch.equal(out[:, head:head + 1], first), f"head {head} differs from head 0"
     found = BlockMap(maps[0].indices[:, :1], maps[0].counts[:, :1], maps[0].block)
-    for start in (0, n_q - 200):
+    for start in (0, q_tokens - 200):
         rows = slice(start, start + 200)
         assert relative_l1(first[:, :, rows], exact_rows(q, k, v, found, rows)) <= BOUNDS["fp16"]

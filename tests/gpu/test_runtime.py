@@ -1,4 +1,4 @@
-"""How a call behaves: compiled, captured, without synchronisation, recompilation or memory beyond its copies."""
+"""A call compiles, can be captured, and needs no synchronisation, no recompilation and no memory beyond its copies."""
 import pytest
 import torch
 
@@ -26,7 +26,7 @@ def everything(n, heads=4, batch=1):
 
 @pytest.mark.parametrize("pv_dtype", PV_FORMATS)
 def test_repeats_bit_for_bit(pv_dtype):
-    """No race decides a bit, on whatever stream."""
+    """No race decides a bit, whatever the stream."""
     qkv = inputs(8000)
     first = sparge_attention(*qkv, params=SPARSE, pv_dtype=pv_dtype, impl="triton")
     stream = torch.cuda.Stream()
@@ -62,7 +62,7 @@ def test_torch_compile(call):
 
 @pytest.mark.parametrize("pv_dtype", PV_FORMATS)
 def test_cuda_graph(pv_dtype):
-    """A captured call reads its inputs anew at every replay."""
+    """A captured call reads its inputs at every replay."""
     qkv = inputs()
     call = everything(2000) | dict(pv_dtype=pv_dtype, impl="triton")
     stream = torch.cuda.Stream()
@@ -100,7 +100,7 @@ def test_no_synchronisation(pv_dtype):
 @pytest.mark.parametrize("pv_dtype", PV_FORMATS)
 @pytest.mark.parametrize("kind", ("plain", "everything"))
 def test_no_recompilation(kind, pv_dtype, monkeypatch):
-    """Another length, batch, number of heads, threshold or scale finds its kernels compiled."""
+    """A call with another length, batch, number of heads, threshold or scale compiles no kernel."""
     import triton
 
     from comfyui_spargeattn.kernels._triton import launch, prepare_queries
@@ -142,13 +142,13 @@ def test_peak_memory(dim, pv_dtype):
     with recorded_maps() as maps:  # compiles, and allocates cuBLAS's workspace
         sparge_attention(*qkv, params=SPARSE, pv_dtype=pv_dtype, impl="triton")
     block = maps.pop().block
-    nq, nk = block.counts(n, n)
+    q_blocks, k_blocks = block.counts(n, n)
     pitch, padded = round_up(dim, 16), max(16, 1 << (dim - 1).bit_length())
-    q_copy = heads * nq * (block.q * (pitch + 4) + 4 * dim + 4)
-    k_copy = kv_heads * nk * (block.k * pitch + 4 * dim + 16)
-    v_copy = kv_heads * nk * block.k * (dim if pv_dtype == "fp8" else 2 * pitch)
+    q_copy = heads * q_blocks * (block.q * (pitch + 4) + 4 * dim + 4)
+    k_copy = kv_heads * k_blocks * (block.k * pitch + 4 * dim + 16)
+    v_copy = kv_heads * k_blocks * block.k * (dim if pv_dtype == "fp8" else 2 * pitch)
     sample = kv_heads * 32 * (16 * padded + 4)
-    lists = heads * nq * (4 * nk + 12)
+    lists = heads * q_blocks * (4 * k_blocks + 12)
     output = 2 * heads * n * dim
     expected = batch * (q_copy + k_copy + v_copy + sample + lists + output)
 
@@ -164,7 +164,7 @@ def test_peak_memory(dim, pv_dtype):
 
 @pytest.mark.parametrize("pv_dtype", PV_FORMATS)
 def test_given_map_compiled_and_captured(pv_dtype):
-    """A map given as a tensor is one more input: no graph break, no synchronisation, read anew at every replay."""
+    """A map given as a tensor breaks no graph, needs no synchronisation, and is read at every replay."""
     qkv = inputs()
     blocks = block_shape(qkv[0], pv_dtype=pv_dtype, impl="triton").counts(2000, 2000)
     mask = torch.rand(1, 4, *blocks, device="cuda") < 0.5

@@ -15,7 +15,7 @@ TOOL = shutil.which("compute-sanitizer", path=f"{os.environ.get('PATH', '')}{os.
 
 
 def run(*command, arguments=()):
-    # Every tensor an allocation of its own, so that reading past its end, or before it was written, is seen.
+    # Every tensor has an allocation of its own, so that the tool sees reads past its end or of unwritten memory.
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     result = subprocess.run([*command, sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True,
                             timeout=600, check=False, env=environment)
@@ -26,7 +26,7 @@ def run(*command, arguments=()):
 
 @pytest.fixture(scope="module")
 def compiled():
-    """The calls once without the tool: what they compile stays in Triton's cache."""
+    """Run the calls once without the tool, so that Triton's cache holds the compiled kernels."""
     run()
 
 
@@ -35,6 +35,6 @@ def compiled():
                                            ("initcheck", "ERROR SUMMARY: 0 errors"),
                                            ("racecheck", "RACECHECK SUMMARY: 0 hazards displayed")])
 def test_finds_nothing(tool, summary, compiled):
-    # What a map for the outside lists beyond its counts is undefined, and copied with the rest.
+    # The entries of a returned map beyond its counts are undefined, and are copied with the rest.
     maps = () if tool != "initcheck" else ("--without-maps",)
     assert summary in run(TOOL, "--tool", tool, "--error-exitcode", "9", arguments=maps)

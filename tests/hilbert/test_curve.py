@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from comfyui_spargeattn.hilbert import CURVES, grid_order
+from comfyui_spargeattn.hilbert import CURVES, sequence_order
 from comfyui_spargeattn.hilbert.curve import _Paths, hilbert_path
 
 
@@ -37,7 +37,7 @@ def extents(order, grid, block):
 @settings(derandomize=True, deadline=None, max_examples=200, database=None)
 @given(st.tuples(*[st.integers(1, 48)] * 3).filter(lambda grid: math.prod(grid) <= 40_000))
 def test_random_grids(grid):
-    order = grid_order(grid)
+    order = sequence_order(grid)
     assert_permutation(order, grid)
     assert_unit_steps(coordinates(order, grid), grid)
 
@@ -48,19 +48,19 @@ def test_flat_and_long_grids(axes, width, length):
     grid = [0, 0, 0]
     for axis, n in zip(axes, (1, width, length)):
         grid[axis - 1] = n
-    order = grid_order(grid)
+    order = sequence_order(grid)
     assert_permutation(order, grid)
     assert_unit_steps(coordinates(order, grid), grid)
 
 
 def test_every_way_into_a_core_and_remainders():
-    """All cases of sizes that are 1, odd, even or multiples of the edge, with a remainder that is 1, odd or even.
+    """Sizes that are 1, odd, even or multiples of the cell edge, with a remainder that is 1, odd or even.
 
-    The edge is 8 where a size is 1 or 2, and 4 elsewhere.
+    The edge is 8 if a size is 1 or 2, and 4 otherwise.
     """
     flat = (grid for grid in itertools.product((1, 2, 3, 4, 9, 10, 11, 16), repeat=3) if min(grid) <= 2)
     for grid in itertools.chain(itertools.product(range(3, 9), repeat=3), flat):
-        order = grid_order(grid)
+        order = sequence_order(grid)
         assert_permutation(order, grid)
         assert_unit_steps(coordinates(order, grid), grid)
 
@@ -86,19 +86,19 @@ def test_all_pairs_of_corners_of_the_right_parity_are_joined():
 
 def test_a_line_is_visited_from_end_to_end():
     for grid in [(7, 1, 1), (1, 8, 1), (1, 1, 9)]:
-        assert grid_order(grid).tolist() in (list(range(max(grid))), list(range(max(grid)))[::-1])
-    assert grid_order((1, 1, 1)).tolist() == [0]
+        assert sequence_order(grid).tolist() in (list(range(max(grid))), list(range(max(grid)))[::-1])
+    assert sequence_order((1, 1, 1)).tolist() == [0]
 
 
 def test_is_hilberts_square():
     """On 2^k × 2^k, every aligned run of 4^j tokens fills a square."""
-    order = grid_order((1, 64, 64))
+    order = sequence_order((1, 64, 64))
     for j in range(7):
         assert extents(order, (1, 64, 64), 4**j).tolist() == [[1] * 4**(6 - j)] + [[2**j] * 4**(6 - j)] * 2
 
 
 def test_is_hilberts_cube():
-    order = grid_order((32, 32, 32))
+    order = sequence_order((32, 32, 32))
     for j in range(6):
         assert extents(order, (32, 32, 32), 8**j).eq(2**j).all()
 
@@ -107,33 +107,33 @@ def test_is_hilberts_cube():
 @given(st.tuples(*[st.integers(1, 9)] * 3))
 def test_runs_of_64_fill_boxes_of_multiples_of_4(cells):
     grid = tuple(4 * n for n in cells)
-    assert extents(grid_order(grid), grid, 64).prod(0).eq(64).all()
+    assert extents(sequence_order(grid), grid, 64).prod(0).eq(64).all()
 
 
 @settings(derandomize=True, deadline=None, max_examples=40, database=None)
 @given(st.integers(1, 16), st.integers(1, 16))
 def test_runs_of_64_fill_boxes_of_a_frame_of_multiples_of_8(height, width):
     grid = 1, 8 * height, 8 * width
-    assert extents(grid_order(grid), grid, 64).prod(0).eq(64).all()
+    assert extents(sequence_order(grid), grid, 64).prod(0).eq(64).all()
 
 
 @settings(derandomize=True, deadline=None, max_examples=40, database=None)
 @given(st.integers(1, 12), st.integers(1, 12))
 def test_runs_of_128_fill_boxes_of_two_frames_of_multiples_of_8(height, width):
-    """So do blocks of 128 queries, which cells of 4 × 4 would cut."""
+    """Blocks of 128 queries fill boxes too; cells of 4 × 4 would cut them."""
     grid = 2, 8 * height, 8 * width
-    assert extents(grid_order(grid), grid, 128).prod(0).eq(128).all()
+    assert extents(sequence_order(grid), grid, 128).prod(0).eq(128).all()
 
 
 @pytest.mark.parametrize("grid", [(21, 30, 52), (28, 30, 26), (33, 45, 37), (21, 45, 80), (1, 45, 80)])
 def test_is_more_compact_than_the_scans(grid):
-    """Mean surface of the boxes around runs of 64 tokens; odd sizes cost the boxes in volume no more than a tenth."""
+    """Compare the mean surface of the boxes around runs of 64 tokens. Odd sizes add at most a tenth to the volume."""
     surface = {}
     for curve in CURVES:
-        t, y, x = extents(grid_order(grid, curve), grid, 64).double()
+        t, y, x = extents(sequence_order(grid, curve=curve), grid, 64).double()
         surface[curve] = (t * y + y * x + x * t).mean()
-    assert surface["hilbert"] < 0.6 * min(surface[name] for name in ("row-major", "column-major", "time-major"))
-    assert extents(grid_order(grid), grid, 64).double().prod(0).mean() < 1.1 * 64
+    assert surface["hilbert"] < 0.6 * min(surface[name] for name in ("row-major", "time-major"))
+    assert extents(sequence_order(grid), grid, 64).double().prod(0).mean() < 1.1 * 64
 
 
 @pytest.mark.parametrize("grid", [(101, 99, 101), (1, 1001, 999)])

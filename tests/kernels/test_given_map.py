@@ -13,7 +13,7 @@ from comfyui_spargeattn.kernels import (
 )
 from comfyui_spargeattn.tests.cases import random_qkv
 
-Q, K, V = random_qkv(2, 4, 300, 16, n_k=200, kv_heads=2)
+Q, K, V = random_qkv(2, 4, 300, 16, k_tokens=200, kv_heads=2)
 MASK = torch.ones(2, 4, 3, 4, dtype=torch.bool)
 REFUSED = {
     "a list": ([[True]], TypeError, ["BlockMap", "tensor", "list"]),

@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from comfyui_spargeattn.kernels import BlockShape, SpargeParams
-from comfyui_spargeattn.kernels.reference import sparge_attention
 from comfyui_spargeattn.tests.assertions import assert_near
 from comfyui_spargeattn.tests.cases import drifting_qkv
+from comfyui_spargeattn.tests.kernels.eager import sparge_attention
 
 BLOCK = BlockShape(16, 8)
 repeatable = settings(deadline=None, derandomize=True, max_examples=40)
@@ -20,7 +20,7 @@ similarities = st.sampled_from([-1.0, 0.3, 0.7, 1.0])
 def inputs(draw, max_n=80):
     """q, k, v in float64, two key heads."""
     n_q, n_k = draw(st.integers(1, max_n)), draw(st.integers(1, max_n))
-    return drifting_qkv(draw(st.integers(1, 2)), 2 * draw(st.integers(1, 2)), n_q, 8, n_k=n_k, kv_heads=2,
+    return drifting_qkv(draw(st.integers(1, 2)), 2 * draw(st.integers(1, 2)), n_q, 8, k_tokens=n_k, kv_heads=2,
                         dtype=torch.float64, seed=draw(st.integers(0, 1000)))
 
 

@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from comfyui_spargeattn.kernels import BlockShape, SpargeParams
-from comfyui_spargeattn.kernels.reference import compress, sparge_attention
+from comfyui_spargeattn.kernels.reference import compress
 from comfyui_spargeattn.tests.assertions import assert_near
 from comfyui_spargeattn.tests.cases import drifting_qkv
+from comfyui_spargeattn.tests.kernels.eager import sparge_attention
 from comfyui_spargeattn.tests.kernels.loops import BLOCK, all_heads
 
 N_Q, N_K = 90, 77
@@ -49,7 +50,7 @@ CASES = {
 def test_equals_loops(params, call):
     call = dict(call)
     n_q = call.pop("n_q", N_K if "order" in call else N_Q)
-    q, k, v = drifting_qkv(2, 4, n_q, 8, n_k=N_K, kv_heads=2, dtype=torch.float64)
+    q, k, v = drifting_qkv(2, 4, n_q, 8, k_tokens=N_K, kv_heads=2, dtype=torch.float64)
     k += 3.0  # to be subtracted before keys are found alike
     noise = torch.randn(2, 4, 32, 8, generator=torch.Generator().manual_seed(3)) * 2
     q[:, :, 32:64] += noise[:, :, :n_q - 32]  # a dissimilar block
@@ -70,7 +71,7 @@ def test_equals_loops(params, call):
 def test_topk_rounds_up_no_further(topk, dtype):
     """The product with 25 blocks is a little more than a whole number."""
     assert (torch.tensor(topk, dtype=dtype) * 25).ceil() == round(topk * 25) + 1
-    q, k, v = drifting_qkv(1, 1, 40, 8, n_k=200, dtype=dtype)
+    q, k, v = drifting_qkv(1, 1, 40, 8, k_tokens=200, dtype=dtype)
     _, block_map, _ = sparge_attention(q, k, v, params=SpargeParams(topk=topk), block=BlockShape(32, 8))
     assert bool((block_map.counts == round(topk * 25)).all())
 

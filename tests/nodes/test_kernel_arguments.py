@@ -7,18 +7,18 @@ from types import MappingProxyType, SimpleNamespace
 import pytest
 import torch
 
-from comfyui_spargeattn.hilbert import grid_order, sequence_order
 from comfyui_spargeattn.hilbert import permutation as orders
+from comfyui_spargeattn.hilbert import sequence_order
 from comfyui_spargeattn.kernels import FastPathError, SpargeParams, SpargeStats
 from comfyui_spargeattn.nodes import override as module
 from comfyui_spargeattn.nodes.call import plan as policy
 from comfyui_spargeattn.nodes.call.layer_names import LayerNames
-from comfyui_spargeattn.nodes.call.model_rules import KEY, Expectation
 from comfyui_spargeattn.nodes.call.plan import NodeSettings
+from comfyui_spargeattn.nodes.call.token_layout import KEY, Expectation
 from comfyui_spargeattn.nodes.override import SLOT, SpargeOverride
 from comfyui_spargeattn.nodes.tuned.params import Architecture, TunedLayer, TunedParams
 from comfyui_spargeattn.nodes.tuned.search import Bounds, LayerSearch, TunedSetting
-from comfyui_spargeattn.tests.nodes.test_override import attend, sample
+from comfyui_spargeattn.tests.nodes.stand_ins import attend, sample
 
 TEXT, GRID = 20, (2, 6, 9)
 TOKENS = TEXT + math.prod(GRID)
@@ -86,7 +86,7 @@ def test_implementation_that_was_chosen(launched, monkeypatch):
 
 def test_order_and_sinks(launched):
     given = go(launched, replace(SETTINGS, hilbert="on"), WITH_TEXT_FIRST)
-    expected = torch.cat([grid_order(GRID) + TEXT, torch.arange(TEXT, dtype=torch.int32)])
+    expected = torch.cat([sequence_order(GRID) + TEXT, torch.arange(TEXT, dtype=torch.int32)])
     assert torch.equal(given["order"], expected) and given["sink_keys"] == ((0, TEXT),)
 
 
@@ -115,7 +115,7 @@ def test_tuned_setting(launched):
     assert torch.equal(given["params"].topk, params.topk)
     assert torch.equal(given["params"].similarity_threshold, params.similarity_threshold)
     assert (given["skipped"], given["pv_dtype"]) == ("pooled", "fp16")
-    rows = [sequence_order(GRID, before=TEXT, curve=curve, grid_first=True) for curve in ("hilbert", "time-major")]
+    rows = [sequence_order(GRID, before=TEXT, curve=curve) for curve in ("hilbert", "time-major")]
     assert torch.equal(given["order"], torch.stack(rows)) and given["sink_keys"] == ((0, TEXT),)
 
 

@@ -15,51 +15,10 @@ from comfyui_spargeattn.nodes.override import SLOT, SpargeOverride, describe
 from comfyui_spargeattn.nodes.run.sigma_window import SigmaWindow
 from comfyui_spargeattn.nodes.run.state import RunState
 from comfyui_spargeattn.nodes.run.stopwatch import Stopwatch
+from comfyui_spargeattn.tests.nodes.stand_ins import Patcher, attend, sample
 
 PARAMS = SpargeParams(topk=0.5, similarity_threshold=-1.0)
 SETTINGS = NodeSettings(PARAMS, start_percent=0.0, min_tokens=64)
-
-
-class Patcher:
-    """The part of ComfyUI's ModelPatcher that the callbacks use."""
-
-    def get_model_object(self, name):
-        assert name == "model_sampling"
-        return self
-
-    @staticmethod
-    def percent_to_sigma(percent):
-        """Of a flow model without shift."""
-        return 1.0 - percent
-
-
-def sample(override, evaluate, steps=10, slot=None, conditions=1):
-    """A sampling run as ComfyUI drives it: `evaluate(options)` stands for the diffusion model."""
-    patcher, sigmas = Patcher(), torch.linspace(1, 0, steps + 1)
-    override.on_pre_run(patcher)
-    try:
-        for sigma in sigmas[:-1]:
-            timestep = sigma.reshape(1)
-            for _ in range(conditions):
-                options = {SLOT: slot or override, "sample_sigmas": sigmas, "sigmas": timestep, "block_index": 0}
-                override.on_prepare_state(patcher, timestep, {"transformer_options": options})
-                evaluate(options)
-    finally:
-        override.on_cleanup(patcher)
-
-
-def attend(options, tokens=128, func=None, **kwargs):
-    """One attention call through the override in `options`; returns what the backend was called with."""
-    x = torch.randn(1, tokens, 16, generator=torch.Generator().manual_seed(0))
-    seen = []
-
-    def backend(*args, **kwargs):
-        seen.append((args, kwargs))
-        return args[0]
-
-    out = options[SLOT](func or backend, x, x, x, 2, transformer_options=options, **kwargs)
-    assert out.shape == x.shape
-    return seen
 
 
 def test_run_is_counted(caplog):
@@ -265,6 +224,6 @@ def test_names_of_other_overrides(override, expected):
 @pytest.mark.parametrize("tokens, heads", ((0, 2), (128, 0), (128, None), (128, 17), (128, 3)))
 def test_odd_calls_go_to_the_backend(tokens, heads):
     x = torch.zeros(1, tokens, 16)
-    out = SpargeOverride(NodeSettings(PARAMS, start_percent=0.0, min_tokens=0))(lambda q, *args, **kwargs: q, x, x, x,
-                                                                           heads, transformer_options={})
+    override = SpargeOverride(NodeSettings(PARAMS, start_percent=0.0, min_tokens=0))
+    out = override(lambda q, *args, **kwargs: q, x, x, x, heads, transformer_options={})
     assert out is x

@@ -1,6 +1,6 @@
 """Soak of a ComfyUI server with this pack, on the CPU: ``python -m tests.soak`` with ComfyUI's interpreter.
 
-At the repository's root, with COMFYUI_PATH set. README.md beside this file tells what it does.
+Run it at the repository's root with COMFYUI_PATH set. README.md beside this file says what it does.
 """
 import argparse
 import os

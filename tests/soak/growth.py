@@ -1,4 +1,4 @@
-"""Whether a process holds more and more."""
+"""Find out whether a process holds more and more."""
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ WINDOWS = 10
 
 
 def medians(values: Sequence[float]) -> list[float]:
-    """Of `WINDOWS` windows of equal length, in order."""
+    """The medians of `WINDOWS` windows of equal length, in order."""
     bounds = [len(values) * i // WINDOWS for i in range(WINDOWS + 1)]
     return [median(values[start:stop]) for start, stop in zip(bounds, bounds[1:])]
 

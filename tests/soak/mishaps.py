@@ -1,4 +1,4 @@
-"""Prompts that fail, each in a way of its own and with a message that is known."""
+"""Prompts that fail, each in its own way and with a known message."""
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -48,7 +48,7 @@ def _failing_model(graph: dict, recipe: Recipe, random: Random) -> str:
 
 
 def _failing_attention(graph: dict, recipe: Recipe, random: Random) -> str:
-    _set(graph, "ApplySpargeAttn", dense_blocks="0-99", min_tokens=1 << 20)  # lest no call goes to the override below
+    _set(graph, "ApplySpargeAttn", dense_blocks="0-99", min_tokens=1 << 20)  # dense calls go to the override below
     return _insert_failing(graph, "attention", random.randrange(2 * recipe.steps), random)
 
 
@@ -85,7 +85,7 @@ MISHAPS: dict[str, tuple[Callable, ...]] = {
 
 
 def failing(recipe: Recipe, again: int, random: Random) -> tuple[dict, str, str]:
-    """A prompt like the recipe's that fails, a pattern for the message, and what was done to it."""
+    """A failing variant of the recipe's prompt, a pattern for the message, and a description of the variant."""
     graph = recipe.graph(again)
     mishap = random.choice(MISHAPS[recipe.kind])
     return graph, mishap(graph, recipe, random), mishap.__name__.strip("_")

@@ -1,4 +1,4 @@
-"""The prompts of a soak: a fixed set of recipes, each of which gives the same picture whenever it runs."""
+"""The prompts of a soak: a fixed set of recipes. Each recipe gives the same picture whenever it runs."""
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ CLIPS = [{"width": 256, "height": 256, "length": 9}, {"width": 192, "height": 25
 PICTURES = [{"width": 384, "height": 384}, {"width": 320, "height": 256}, {"width": 256, "height": 448}]
 LTXV_CLIPS = [{"width": 512, "height": 512, "length": 17}, {"width": 512, "height": 512, "length": 9},
               {"width": 384, "height": 512, "length": 17}]
-# Of each family: the node that makes its latent, and sizes of 256 to 816 tokens.
+# For each family, the node that makes its latent, and sizes of 256 to 816 tokens.
 FAMILIES = {"wan": ("EmptyHunyuanLatentVideo", CLIPS), "hunyuan_video": ("EmptyHunyuanLatentVideo", CLIPS),
             "flux": ("EmptySD3LatentImage", PICTURES), "sd3.5": ("EmptySD3LatentImage", PICTURES),
             "lumina2": ("EmptySD3LatentImage", PICTURES), "ltxv": ("EmptyLTXVLatentVideo", LTXV_CLIPS)}
@@ -37,7 +37,7 @@ class Recipe:
 
     @property
     def weight(self) -> float:
-        """How often it is to be drawn: a search takes as long as thirty other prompts."""
+        """How often to draw this recipe: a search takes as long as thirty other prompts."""
         return 0.25 if self.kind == "tune" else 1.0
 
     def graph(self, again: int) -> dict:
@@ -98,7 +98,7 @@ def draw_widgets(random: Random) -> dict:
 
 
 def draw(random: Random, number: int) -> list[Recipe]:
-    """`number` recipes: the one that tunes, whose file others load, then all kinds and families in turn."""
+    """`number` recipes: first the one that tunes, whose file others load, then all kinds and families in turn."""
     families = [*FAMILIES]
     random.shuffle(families)
     kinds = [*KINDS, *random.choices(KINDS, k=number)]
@@ -107,7 +107,7 @@ def draw(random: Random, number: int) -> list[Recipe]:
 
 
 def _tuning(random: Random) -> Recipe:
-    """At 256 tokens."""
+    """The recipe that tunes, at 256 tokens."""
     return Recipe("tuning", "tune", "wan", {"width": 256, "height": 256, "length": 1}, batch=1, steps=2, cfg=1.0,
                   widgets=(draw_widgets(random),), report=False)
 

@@ -1,4 +1,4 @@
-"""Sends prompts to a server, one after the other, and watches what becomes of them and of the server."""
+"""Send prompts to a server, one after the other, and record what happens to them and to the server."""
 from __future__ import annotations
 
 import hashlib
@@ -30,7 +30,7 @@ ERROR = re.compile(r"Traceback|\[ERROR\]")
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a prompt. status: done, interrupted, failed or refused. message: why. pictures: their digest."""
+    """The outcome of a prompt. status: done, interrupted, failed or refused. message: why. pictures: their digest."""
 
     status: str
     message: str = ""
@@ -87,7 +87,7 @@ class Soak:
         self._log_end = 0
 
     def run(self, prompts: int, number: int) -> None:
-        """Send about `prompts` prompts of `number` recipes; all recipes first and last of all."""
+        """Send about `prompts` prompts of `number` recipes; all recipes run at the start and at the end."""
         drawn = recipes.draw(self.random, number)
         for recipe in drawn:
             self.expect_picture(recipe)
@@ -109,13 +109,13 @@ class Soak:
         (folder / mishaps.DAMAGED).write_bytes(data[:len(data) // 2])
 
     def one(self, recipe: Recipe, fate: str) -> None:
-        """A prompt, and where it was ended early the same once more as it should be."""
+        """Do to a recipe what `fate` says, then run it normally and check its picture."""
         if fate == "runs after freeing":
             self.server.request("/free", {"unload_models": True, "free_memory": True})
         elif fate == "is interrupted":
             after = self.random.uniform(0, self._seconds[recipe.name])
             outcome = self.send(recipe.graph(self.random.getrandbits(30)), interrupt_after=after)
-            if outcome.status == "done":  # it was faster
+            if outcome.status == "done":  # it finished before the interruption
                 self.check_picture(recipe, outcome)
             elif outcome.status != "interrupted":
                 self.problem(recipe, f"was to be interrupted, {outcome.status}: {outcome.message}")
@@ -127,7 +127,7 @@ class Soak:
         self.expect_picture(recipe)
 
     def expect_picture(self, recipe: Recipe) -> None:
-        """Run `recipe`; its picture has to be that of its first run."""
+        """Run `recipe` and check that its picture equals that of its first run."""
         start = time.monotonic()
         outcome = self.send(recipe.graph(self.random.getrandbits(30)))
         self._seconds[recipe.name] = time.monotonic() - start
@@ -148,7 +148,7 @@ class Soak:
             time.sleep(interrupt_after)
             self.server.request("/interrupt", {"prompt_id": answer["prompt_id"]})
         outcome = self.result(answer["prompt_id"]) if status == 200 else Outcome("refused", body)
-        if outcome.status == "done" and answer["node_errors"]:  # ComfyUI has run what does not depend on that node
+        if outcome.status == "done" and answer["node_errors"]:  # ComfyUI has run the nodes that do not depend on it
             outcome = Outcome("refused", json.dumps(answer["node_errors"]))
         self.outcomes[outcome.status] += 1
         self.read_log(failing)
@@ -174,7 +174,7 @@ class Soak:
         return Outcome("done", pictures=pictures.hexdigest())
 
     def read_log(self, failing: bool) -> None:
-        """Only a prompt that was made to fail may leave an error in the server's log."""
+        """Check that only a prompt that was made to fail leaves an error in the server's log."""
         with open(self.server.log_path, "rb") as log:
             log.seek(self._log_end)
             new = log.read().decode(errors="replace")
@@ -187,8 +187,8 @@ class Soak:
         self.problems.append(f"prompt {len(self.samples)}: {recipe}: {text}")
 
     def census(self) -> dict[str, int]:
-        """What the server's process holds once it has let go of its cache and its models."""
+        """The objects that the server's process holds after it has dropped its cache and its models."""
         self.server.request("/free", {"unload_models": True, "free_memory": True})
-        time.sleep(1)  # the server's worker does it on its own
+        time.sleep(1)  # the server's worker frees them in its own time
         entry, _ = self.server.run({"census": recipes.node("Census")})
         return json.loads(entry["outputs"]["census"]["census"][0])

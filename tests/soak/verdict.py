@@ -1,4 +1,4 @@
-"""What a soak found: its figures in words, and everything that is not as it should be."""
+"""The verdict on a soak: its figures in words, and everything that went wrong."""
 from __future__ import annotations
 
 from .growth import medians, slope

@@ -1,7 +1,7 @@
-"""What an example workflow is: a list of nodes, which make_workflows.py builds in ComfyUI's editor.
+"""An example workflow is a list of nodes. make_workflows.py builds it in ComfyUI's editor.
 
-A node is {key, type, column, links: {input: [key of another node, output number]}, widgets, models}. Models are
-(folder, address) and become the note on files to download, which the editor also offers to download.
+A node is {key, type, column, links: {input: [key of another node, output number]}, widgets, models}. A model is
+(folder, address). The workflow's note lists the models, and the editor offers to download them.
 """
 from dataclasses import dataclass, field
 
@@ -12,7 +12,7 @@ SEED = 42
 
 @dataclass
 class Example:
-    """One workflow: `name` of its files, what its note says, and its nodes by key."""
+    """One workflow: the `name` of its files, the text of its note, and its nodes by key."""
 
     name: str
     title: str
@@ -71,7 +71,7 @@ class Example:
                                              "latent_image": latent}, title=title, **widgets)
 
     def report(self, model, latent, key="report"):
-        """Ends in the sampler's latent, so that whatever follows it needs no second link to the sampler."""
+        """Its output is the sampler's latent, so that nodes after it need no second link to the sampler."""
         return self.add(key, "SpargeAttnReport", 4, {"model": model, "samples": latent})
 
     def decode(self, latent, vae, key="decode"):

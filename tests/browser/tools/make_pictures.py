@@ -1,8 +1,8 @@
-"""Photograph the nodes in ComfyUI's own editor: the pictures of graphs on the help pages.
+"""Make the pictures of graphs on the help pages: photograph the nodes in ComfyUI's own editor.
 
     COMFYUI_PATH=... python -m tests.browser.tools.make_pictures
 
-Run it after a change of the nodes' inputs. Pictures are quantised to few colours, which keeps the archive small.
+Run it after a change of the nodes' inputs. Pictures have few colours, which keeps the archive small.
 """
 import io
 import tempfile
@@ -16,7 +16,7 @@ from ..editor import Editor, browser
 DOCS = comfy_server.REPOSITORY / "nodes/web/docs"
 MODEL, PARAMS = "wan2.1_t2v_1.3B_fp16.safetensors", "wan2.1_1.3b_480p.safetensors"
 MODELS = ("diffusion_models", MODEL), ("sparge_params", PARAMS)
-WIDE = 310  # of a node
+WIDE = 310  # width of a node in pixels
 # (type, column, {widget: value}) each, and (from, output, to, input) by their places in that list.
 PICTURES = {
     "ApplySpargeAttn/apply.png": (

@@ -1,5 +1,6 @@
-"""Build the example workflows in ComfyUI's own editor and export them: the files of workflows/, and the prompts that
-the tests hand to the server.
+"""Build the example workflows in ComfyUI's own editor and export them.
+
+This writes the files of workflows/ and the prompts that the tests send to the server.
 
     COMFYUI_PATH=... python -m tests.browser.tools.make_workflows [name ...]
 

@@ -100,7 +100,8 @@ def dense_peak(run):
 
 def recorded_calls(pack, model, grid, steps, words, seed):
     """q, k, v and layout of the self-attention calls of the middle step, by layer."""
-    calling, layers, models = map(pack, ("nodes.call.arguments", "nodes.call.layer_names", "nodes.call.model_rules"))
+    calling, layers, rules, layouts = (pack(f"nodes.call.{name}") for name in
+                                       ("arguments", "layer_names", "model_rules", "token_layout"))
     from comfy.patcher_extension import WrappersMP
 
     recorder, names, found, step = model.clone(), layers.LayerNames(), {}, [-1]
@@ -110,7 +111,7 @@ def recorded_calls(pack, model, grid, steps, words, seed):
         call = calling.AttentionCall.parse(args, kwargs)
         name = names.name(call, pack("nodes.call.transformer_blocks").TransformerBlock.of(call.transformer_options))
         if name is not None and step[0] == from_here:
-            where = models.token_layout(call.queries, call.transformer_options)
+            where = layouts.token_layout(call.q_tokens, call.transformer_options)
             found[name] = (call.q.clone(), call.k.clone(), call.v.clone(), call.layout, where)
         return func(*args, **kwargs)
 
@@ -119,7 +120,7 @@ def recorded_calls(pack, model, grid, steps, words, seed):
         return executor(*args, **kwargs)
 
     recorder.model_options["transformer_options"]["optimized_attention_override"] = override
-    for wrapper in (count, models.expect_tokens, names.count):
+    for wrapper in (count, rules.expect_tokens, names.count):
         recorder.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "recorder", wrapper)
     sample(recorder, grid, steps, words, seed)
     return found
@@ -169,7 +170,7 @@ def launches(pack):
 
     import torch.nn.functional as F
 
-    kernels, tuned_module = pack("kernels"), pack("nodes.tuned.params")
+    kernels, tuned_setting = pack("kernels"), pack("nodes.call.tuned_setting")
 
     def dense(name, q, k, v, layout, tokens):
         q, k, v = (x if layout == "BHND" else x.transpose(1, 2) for x in (q, k, v))
@@ -187,8 +188,8 @@ def launches(pack):
             setting = params.layers[name].search.setting
             if setting is None:
                 return dense(name, q, k, v, layout, tokens)
-            order = tuned_module.order_of(setting.curves, tokens, q.device)
-            return partial(kernels.sparge_attention, q, k, v, params=tuned_module.params_on(setting, q.device),
+            order = tuned_setting.order_of(setting.curves, tokens, q.device)
+            return partial(kernels.sparge_attention, q, k, v, params=tuned_setting.params_on(setting, q.device),
                            layout=layout, order=order, sink_keys=() if order is None else tokens.others,
                            skipped=setting.skipped, pv_dtype=setting.pv_dtype)
         return launch

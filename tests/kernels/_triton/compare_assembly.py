@@ -45,7 +45,7 @@ def compile_kernels(arch: str, dims: list[int]) -> dict[str, dict]:
     """'kernel | variant' → resources and normalised instructions of every kernel of the checkout on sys.path."""
     import torch
     import triton
-    from compile_all import CompileOnlyDriver, assembly, cause, resources
+    from compiler import CompileOnlyDriver, assembly, cause, resources
     from triton.runtime.jit import JITFunction
 
     from comfyui_spargeattn.kernels import block_shape, block_sparse_attention, capability, sparge_attention

@@ -7,24 +7,26 @@ import sys
 
 import torch
 import triton
-from compile_all import CompileOnlyDriver
+from compiler import CompileOnlyDriver
 from triton.runtime.jit import JITFunction
 
 from comfyui_spargeattn.kernels._triton import pipeline
+from comfyui_spargeattn.kernels.call import CallSpec, Thresholds
 
 
 def launch(n=1000, heads=4, batch=1, tau=0.9, theta=0.5, scale=None, everything=False):
     """The launches of a call; with `everything`, of one that uses every optional tensor."""
     q = torch.zeros(batch, heads, n, 64, dtype=torch.bfloat16)
     k = torch.zeros(batch, 2, n, 64, dtype=torch.bfloat16)
-    call = dict(per_head=None, key_padding_mask=None, key_bias=None, order=None, sink_keys=[], dense_queries=[],
-                skipped="drop")
+    call, per_head = {}, None
     if everything:
-        call = dict(per_head=torch.zeros(3, heads), key_padding_mask=torch.zeros(batch, n, dtype=torch.bool),
-                    key_bias=torch.zeros(batch, n), order=torch.zeros(n, dtype=torch.int32), sink_keys=[(0, 1)],
-                    dense_queries=[(0, 1)], skipped="pooled")
-    pipeline.attention(q, k, k, torch.empty_like(q), thresholds=[tau, theta, float("inf")], selection="cdf",
-                       scale=scale, causal=False, pv_dtype="fp16", return_stats=True, **call)
+        per_head = torch.zeros(3, heads)
+        call = dict(key_padding_mask=torch.zeros(batch, n, dtype=torch.bool), key_bias=torch.zeros(batch, n),
+                    order=torch.zeros(n, dtype=torch.int32), sink_keys=[(0, 1)], dense_queries=[(0, 1)],
+                    skipped="pooled")
+    thresholds = Thresholds("cdf", (tau, theta, float("inf")), per_head)
+    pipeline.attention(q, k, k, torch.empty_like(q),
+                       CallSpec(thresholds, scale=scale, pv_dtype="fp16", return_stats=True, **call))
 
 
 def main(arch):

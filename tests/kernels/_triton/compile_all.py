@@ -10,42 +10,23 @@ Runs in a process of its own because the interpreter (TRITON_INTERPRET) and the 
 import itertools
 import json
 import os
-import re
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
+from dataclasses import replace
 
 os.environ.pop("TRITON_INTERPRET", None)
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
+from compiler import CompileOnlyDriver, assembly, cause, resources
 from triton.runtime.jit import JITFunction
 
 from comfyui_spargeattn.kernels import capability
 from comfyui_spargeattn.kernels._triton import pipeline
+from comfyui_spargeattn.kernels.call import CallSpec, Thresholds
 
 # Largest shared memory of one thread block in bytes.
 SHARED_LIMITS = {"sm80": 163 << 10, "sm86": 99 << 10, "sm89": 99 << 10, "sm90": 227 << 10, "sm100": 227 << 10,
                  "sm120": 99 << 10, "gfx942": 64 << 10, "gfx1100": 64 << 10, "gfx1201": 64 << 10}
-
-
-class CompileOnlyDriver:
-    """As much of a Triton driver as compilation asks for."""
-
-    def __init__(self, arch: str):
-        self.target = (GPUTarget("cuda", int(arch[2:]), 32) if arch.startswith("sm") else
-                       GPUTarget("hip", arch, 64 if arch.startswith("gfx9") else 32))
-
-    def get_current_target(self):
-        return self.target
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, device):
-        return 0
 
 
 def compile_calls(arch: str, dims, dtypes, thin: bool = False):
@@ -68,44 +49,23 @@ def compile_calls(arch: str, dims, dtypes, thin: bool = False):
     JITFunction.run = compile_instead
     pipeline.arch_of = lambda device: arch
     formats = ("fp16", "fp8") if capability.supports_fp8(arch) else ("fp16",)
-    plain = dict(causal=False, skipped="drop", selection="cdf", thresholds=[0.9, 0.5, float("inf")], order=None,
-                 key_padding_mask=None, key_bias=None)
-    switches = [plain, plain | dict(skipped="pooled", selection="topk", key_bias=torch.zeros(1, 256)),
-                plain | dict(causal=True, key_padding_mask=torch.zeros(1, 256, dtype=torch.bool)),
-                plain | dict(thresholds=[0.9, 0.5, 10.0], order=torch.arange(256, dtype=torch.int32))]
+    cdf, topk, skipping = (Thresholds(selection, (0.9, 0.5, pv_threshold)) for selection, pv_threshold in
+                           (("cdf", float("inf")), ("topk", float("inf")), ("cdf", 10.0)))
+    switches = [CallSpec(cdf), CallSpec(topk, skipped="pooled", key_bias=torch.zeros(1, 256)),
+                CallSpec(cdf, causal=True, key_padding_mask=torch.zeros(1, 256, dtype=torch.bool)),
+                CallSpec(skipping, order=torch.arange(256, dtype=torch.int32))]
     calls = itertools.product(range(len(dims)), dtypes, formats, range(len(switches)))
     for i, dtype, pv_dtype, j in calls:
         if thin and j > 0 and j % len(dims) != i:
             continue
         dim, switch = dims[i], switches[j]
         q = torch.zeros(1, 2, 256, dim, dtype=dtype)
-        pipeline.attention(q, q, q, torch.empty_like(q), per_head=None, scale=None, sink_keys=[],
-                           dense_queries=[], pv_dtype=pv_dtype, return_stats=True, **switch)
-        call = dict(dim=dim, dtype=str(dtype), pv_dtype=pv_dtype, causal=switch["causal"], skipped=switch["skipped"],
-                    skip_pv=switch["thresholds"][2] < 99)
+        pipeline.attention(q, q, q, torch.empty_like(q), replace(switch, pv_dtype=pv_dtype, return_stats=True))
+        call = dict(dim=dim, dtype=str(dtype), pv_dtype=pv_dtype, causal=switch.causal, skipped=switch.skipped,
+                    skip_pv=switch.thresholds is skipping)
         for name, kernel in compiled:
             yield call, name, kernel
         compiled.clear()
-
-
-def assembly(kernel, tool: str, option: str) -> str:
-    """What one of the CUDA tools that come with Triton says of a compiled kernel."""
-    path = Path(triton.__file__).parent / "backends/nvidia/bin" / tool
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        return subprocess.run([path, option, file.name], capture_output=True, text=True, check=True).stdout
-
-
-def resources(kernel) -> dict:
-    """Registers a thread, spilled bytes and shared memory of a compiled kernel."""
-    shared = kernel.metadata.shared
-    if "cubin" in kernel.asm:
-        found = re.search(r"REG:(\d+) STACK:(\d+)", assembly(kernel, "cuobjdump", "--dump-resource-usage"))
-        return dict(registers=int(found[1]), spilled=int(found[2]), shared=shared)
-    text = kernel.asm["amdgcn"]
-    registers, spilled = (int(re.search(rf"\.{name}:\s+(\d+)", text)[1]) for name in ("vgpr_count", "vgpr_spill_count"))
-    return dict(registers=registers, spilled=spilled * 4, shared=shared)
 
 
 def serialised(kernel) -> bool:
@@ -115,14 +75,6 @@ def serialised(kernel) -> bool:
     products = text.count("GMMA.")
     assert products, "no tensor-core instructions"
     return text.count("WARPGROUP.ARRIVE") >= products
-
-
-def cause(error: BaseException) -> str:
-    """The line that says why a kernel did not compile."""
-    while error.__cause__ or error.__context__:
-        error = error.__cause__ or error.__context__
-    lines = [line for line in str(error).splitlines() if line.strip()] or [repr(error)]
-    return next((line for line in lines if line.startswith("ptxas ")), lines[-1]).strip()
 
 
 if __name__ == "__main__":

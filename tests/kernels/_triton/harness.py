@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from comfyui_spargeattn.kernels import BlockMap, SpargeParams, SpargeStats, reference, sparge_attention
+from comfyui_spargeattn.kernels.call import centred_bias
 from comfyui_spargeattn.kernels.capability import arch_of, supports_fp8
 from comfyui_spargeattn.kernels.formats import LOG2E, ROW_GROUP
 from comfyui_spargeattn.kernels.reference import Compressed, Visibility
 from comfyui_spargeattn.tests.assertions import assert_within_budget
+from comfyui_spargeattn.tests.kernels import eager
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -87,7 +89,7 @@ def reference_with(mask: Tensor, q: Tensor, k: Tensor, v: Tensor, **call) -> tup
         return mask
 
     with mock.patch.object(reference, "predict_map", given):
-        out, _, stats = reference.sparge_attention(q, k, v, **call)
+        out, _, stats = eager.sparge_attention(q, k, v, **call)
     return out, stats, asked[0]
 
 
@@ -176,7 +178,7 @@ def hidden_keys(call: dict) -> Tensor | None:
     padding = call.get("key_padding_mask")
     if call.get("key_bias") is None:
         return padding
-    return reference.centred_bias(call["key_bias"].float(), padding, call.get("causal", False))[1]
+    return centred_bias(call["key_bias"].float(), padding, call.get("causal", False))[1]
 
 
 @contextmanager
@@ -242,7 +244,7 @@ def check_output(q: Tensor, k: Tensor, v: Tensor, out: Tensor, stats: SpargeStat
         exact, _, asked = reference_with(mask, q.double(), k.double(), v.double(), params=unskipped, **call)
         with undecided_groups(_one_rounding(q, k, constant, call.get("scale"))) as near:
             emulated, expected, _ = reference_with(mask, q.float(), k.float(), v.float(), params=params,
-                                                   quantise=pv_dtype, **call)
+                                                   pv_dtype=pv_dtype, **call)
     if block_mask is None:
         undecided = check_map(mask, asked, offset=constant.abs().repeat_interleave(q.shape[1] // k.shape[1], 1))
     else:

@@ -38,8 +38,8 @@ def test_lengths(n, pv_dtype):
 @pytest.mark.parametrize("causal", (False, True))
 @pytest.mark.parametrize("n_q, n_k", [(1, 200), (200, 1), (65, 129), (129, 63)])
 def test_cross_lengths(n_q, n_k, causal, pv_dtype):
-    check_call(*drifting_qkv(1, 1, n_q, 64, n_k=n_k, dtype=torch.float16, device=DEVICE), params=CDF, causal=causal,
-               pv_dtype=pv_dtype)
+    check_call(*drifting_qkv(1, 1, n_q, 64, k_tokens=n_k, dtype=torch.float16, device=DEVICE), params=CDF,
+               causal=causal, pv_dtype=pv_dtype)
 
 
 def padding(kind):

@@ -2,8 +2,7 @@
 import pytest
 import torch
 
-from comfyui_spargeattn.kernels import SpargeParams, sparge_attention
-from comfyui_spargeattn.kernels.reference import dense_attention
+from comfyui_spargeattn.kernels import SpargeParams, dense_attention, sparge_attention
 from comfyui_spargeattn.tests.assertions import relative_l1
 from comfyui_spargeattn.tests.cases import drifting_qkv
 from comfyui_spargeattn.tests.kernels._triton.harness import DEVICE, PV_FORMATS

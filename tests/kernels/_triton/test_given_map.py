@@ -20,19 +20,20 @@ def padding(batch, n_k):
 
 # name: (inputs, shape of the map's leading dimensions, the call)
 CASES = {
-    "plain": (dict(batch=2, heads=2, n_q=256, dim=32), (2, 2), {}),
-    "ragged, one map for all": (dict(batch=2, heads=4, n_q=201, n_k=333, kv_heads=2, dim=40), (1, 1), {}),
-    "causal": (dict(batch=1, heads=2, n_q=300, dim=32), (1, 2), dict(causal=True)),
-    "causal, fewer keys": (dict(batch=1, heads=2, n_q=300, n_k=150, dim=32), (1, 2), dict(causal=True)),
-    "padding": (dict(batch=2, heads=2, n_q=130, n_k=290, kv_heads=1, dim=32), (2, 1), dict(key_padding_mask=True)),
-    "pooled": (dict(batch=2, heads=2, n_q=256, dim=32), (2, 2), dict(skipped="pooled", key_padding_mask=True)),
-    "pooled, causal": (dict(batch=1, heads=2, n_q=230, dim=32), (1, 2), dict(skipped="pooled", causal=True)),
-    "order": (dict(batch=1, heads=2, n_q=260, dim=32), (1, 2), dict(order=True)),
-    "order, not contiguous": (dict(batch=1, heads=2, n_q=260, dim=32), (1, 2), dict(order="strided")),
-    "BNHD": (dict(batch=1, heads=2, n_q=140, n_k=200, dim=32), (1, 2), dict(layout="BNHD")),
-    "lambda": (dict(batch=1, heads=2, n_q=260, dim=32), (1, 2), dict(pv_threshold=0.2, scale=0.5)),
-    "map with columns apart": (dict(batch=1, heads=2, n_q=200, dim=32), (1, 2), dict(strides="columns apart")),
-    "map transposed": (dict(batch=1, heads=2, n_q=200, dim=32), (1, 2), dict(strides="transposed")),
+    "plain": (dict(batch=2, heads=2, q_tokens=256, dim=32), (2, 2), {}),
+    "ragged, one map for all": (dict(batch=2, heads=4, q_tokens=201, k_tokens=333, kv_heads=2, dim=40), (1, 1), {}),
+    "causal": (dict(batch=1, heads=2, q_tokens=300, dim=32), (1, 2), dict(causal=True)),
+    "causal, fewer keys": (dict(batch=1, heads=2, q_tokens=300, k_tokens=150, dim=32), (1, 2), dict(causal=True)),
+    "padding": (dict(batch=2, heads=2, q_tokens=130, k_tokens=290, kv_heads=1, dim=32), (2, 1),
+                dict(key_padding_mask=True)),
+    "pooled": (dict(batch=2, heads=2, q_tokens=256, dim=32), (2, 2), dict(skipped="pooled", key_padding_mask=True)),
+    "pooled, causal": (dict(batch=1, heads=2, q_tokens=230, dim=32), (1, 2), dict(skipped="pooled", causal=True)),
+    "order": (dict(batch=1, heads=2, q_tokens=260, dim=32), (1, 2), dict(order=True)),
+    "order, not contiguous": (dict(batch=1, heads=2, q_tokens=260, dim=32), (1, 2), dict(order="strided")),
+    "BNHD": (dict(batch=1, heads=2, q_tokens=140, k_tokens=200, dim=32), (1, 2), dict(layout="BNHD")),
+    "lambda": (dict(batch=1, heads=2, q_tokens=260, dim=32), (1, 2), dict(pv_threshold=0.2, scale=0.5)),
+    "map with columns apart": (dict(batch=1, heads=2, q_tokens=200, dim=32), (1, 2), dict(strides="columns apart")),
+    "map transposed": (dict(batch=1, heads=2, q_tokens=200, dim=32), (1, 2), dict(strides="transposed")),
 }
 
 
@@ -75,10 +76,10 @@ def test_agrees_with_the_reference(name, pv_dtype):
 
 @pytest.mark.parametrize("pv_dtype", PV_FORMATS)
 def test_values_beyond_the_sample(pv_dtype, monkeypatch):
-    """A block whose values have a step of their own is multiplied by it, in the heads that have it."""
+    """A block whose values have a scale of their own is multiplied by it, in the heads that have it."""
     from comfyui_spargeattn.kernels._triton import sample
     monkeypatch.setattr(sample, "SAMPLE", 64)
-    q, k, v = random_qkv(1, 4, 130, 32, n_k=300, kv_heads=2, device=DEVICE)
+    q, k, v = random_qkv(1, 4, 130, 32, k_tokens=300, kv_heads=2, device=DEVICE)
     v[:, 0, 165, ::2] *= 1e6  # its neighbours are sampled, it is not
     block = block_shape(q, pv_dtype=pv_dtype, impl="triton")
     mask = torch.ones(1, 1, *block.counts(130, 300), dtype=torch.bool, device=DEVICE)

@@ -4,10 +4,10 @@ import math
 import pytest
 import torch
 
-from comfyui_spargeattn.kernels import SpargeParams, block_sparse_attention, reference, sparge_attention
-from comfyui_spargeattn.kernels.reference import dense_attention
+from comfyui_spargeattn.kernels import SpargeParams, block_sparse_attention, dense_attention, sparge_attention
 from comfyui_spargeattn.tests.assertions import relative_l1
 from comfyui_spargeattn.tests.cases import drifting_qkv
+from comfyui_spargeattn.tests.kernels import eager
 from comfyui_spargeattn.tests.kernels._triton.harness import DEVICE, PV_FORMATS, recorded_maps, reference_with
 
 N = 300
@@ -35,7 +35,7 @@ BIASES = {
 
 
 def inputs(n_q=N):
-    return drifting_qkv(2, 2, n_q, 64, n_k=N, kv_heads=1, dtype=torch.float16, device=DEVICE)
+    return drifting_qkv(2, 2, n_q, 64, k_tokens=N, kv_heads=1, dtype=torch.float16, device=DEVICE)
 
 
 @pytest.mark.parametrize("pv_dtype", PV_FORMATS)
@@ -45,7 +45,7 @@ def test_every_block(bias, pv_dtype, small_blocks):
     bias = bias.to(DEVICE)
     out = sparge_attention(q, k, v, params=ALL, key_bias=bias, pv_dtype=pv_dtype, impl="triton")
     assert relative_l1(out, dense_attention(q, k, v, key_bias=bias)) < LIMITS[pv_dtype]
-    exact, _, _ = reference.sparge_attention(q.double(), k.double(), v.double(), params=ALL, key_bias=bias)
+    exact, _, _ = eager.sparge_attention(q.double(), k.double(), v.double(), params=ALL, key_bias=bias)
     assert relative_l1(exact, dense_attention(q, k, v, key_bias=bias)) < 1e-6  # biases are float32
 
 
@@ -63,7 +63,7 @@ def test_map_and_switches(call, small_blocks):
     with recorded_maps() as maps:
         out = sparge_attention(q, k, v, pv_dtype="fp16", impl="triton", **call)
     call["block"] = maps[0].block
-    _, expected, _ = reference.sparge_attention(q.float(), k.float(), v.float(), **call)
+    _, expected, _ = eager.sparge_attention(q.float(), k.float(), v.float(), **call)
     mask = maps[0].mask()
     assert (mask != expected.mask()).double().mean() < 0.01, "more than rounding of scores explains"
     assert mask.double().mean() < 0.9
@@ -80,8 +80,8 @@ def test_given_map(small_blocks):
     for bias in (BIASES["random"], BIASES["opposite"], BIASES["hidden"]):
         bias = bias.to(DEVICE)
         out = block_sparse_attention(q, k, v, mask, key_bias=bias, pv_dtype="fp16", skipped="pooled", impl="triton")
-        exact, _, _ = reference.sparge_attention(q.double(), k.double(), v.double(), key_bias=bias, skipped="pooled",
-                                                 block_mask=mask, block=maps[0].block)
+        exact, _, _ = eager.sparge_attention(q.double(), k.double(), v.double(), key_bias=bias, skipped="pooled",
+                                             block_mask=mask, block=maps[0].block)
         assert relative_l1(out, exact) < LIMITS["fp16"]
 
 

@@ -38,7 +38,7 @@ def test_layouts(skip_reshape, skip_output_reshape):
     for i, seen in enumerate((call.q, call.k, call.v)):
         assert torch.equal(as_bhnd(seen, call.layout), x + i)
         assert seen.untyped_storage().data_ptr() == given[i].untyped_storage().data_ptr()
-    assert (call.batch, call.queries, call.keys, call.heads) == (B, L, L, (H, H))
+    assert (call.batch, call.q_tokens, call.k_tokens, call.heads) == (B, L, L, (H, H))
     # A kernel returns a contiguous tensor in the call's layout; going back must neither reorder nor copy it.
     result = call.q.contiguous()
     back = call.give_back(result)
@@ -92,7 +92,7 @@ def test_strided_views_stay_views():
 
 def test_cross_attention_lengths():
     call = parse(flat(split()), flat(split(tokens=7)), flat(split(tokens=7)), H)
-    assert (call.queries, call.keys) == (L, 7)
+    assert (call.q_tokens, call.k_tokens) == (L, 7)
 
 
 @pytest.mark.parametrize("args, kwargs, problem", (
@@ -162,7 +162,7 @@ def test_odd_calls_are_refused_or_planned(shapes, heads, mask, skip_reshape, ski
                      skip_output_reshape=skip_output_reshape, enable_gqa=enable_gqa)
     except UnsupportedCall:
         return
-    plan = plan_call(call, NodeSettings(SpargeParams(), min_tokens=0), None, True)
+    plan = plan_call(call, NodeSettings(SpargeParams(), min_tokens=0))
     assert isinstance(plan, Dense) or 0 not in call.q.shape + call.k.shape
 
 
@@ -176,4 +176,4 @@ def test_odd_numbers_of_heads_are_refused(heads):
 def test_calls_without_tokens(split_heads):
     x = split(tokens=0)
     call = parse(*(x if split_heads else flat(x),) * 3, H, skip_reshape=split_heads)
-    assert (call.queries, call.keys, call.heads) == (0, 0, (H, H))
+    assert (call.q_tokens, call.k_tokens, call.heads) == (0, 0, (H, H))

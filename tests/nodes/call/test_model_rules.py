@@ -5,12 +5,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from comfyui_spargeattn.hilbert import grid_order
 from comfyui_spargeattn.kernels import SpargeParams
-from comfyui_spargeattn.nodes.call import model_rules as models
 from comfyui_spargeattn.nodes.call.arguments import AttentionCall
-from comfyui_spargeattn.nodes.call.model_rules import KEY, UNSEEN, TokenLayout, expect_tokens, expectation, token_layout
+from comfyui_spargeattn.nodes.call.model_rules import _RULES, expect_tokens, expectation
 from comfyui_spargeattn.nodes.call.plan import HILBERT_CHOICES, NodeSettings, plan_call
+from comfyui_spargeattn.nodes.call.token_layout import KEY, UNSEEN, TokenLayout, token_layout
 
 
 def model(name, **attributes):
@@ -124,7 +123,7 @@ def test_no_layout_without_certainty(found, reason):
 
 def test_rules_give_layouts_of_exactly_the_calls_length():
     """Whatever the length of a call, a layout that is given fits it: its order can't be of another length."""
-    for name in models._RULES:
+    for name in _RULES:
         some = model(name, patch_size=2)
         found = [layout(some, (1, 16, 2, 8, 12), tokens, 7, {"activations_shape": (1, 8, 6, 8)})
                  for tokens in range(1, 120)]
@@ -132,15 +131,6 @@ def test_rules_give_layouts_of_exactly_the_calls_length():
         assert fits, name
         for tokens, item in enumerate(found, 1):
             assert isinstance(item, str) or item.tokens == tokens == item.order("hilbert", torch.device("cpu")).numel()
-
-
-def test_order_starts_with_the_grid():
-    layout = TokenLayout((2, 3, 4), before=5, after=6)
-    order = layout.order("hilbert", torch.device("cpu"))
-    assert torch.equal(order[:24], grid_order((2, 3, 4)) + 5)
-    assert order[24:].tolist() == [*range(5), *range(29, 35)]
-    assert layout.others == ((0, 5), (29, 35)) and str(layout) == "5 + 2×3×4 + 6"
-    assert TokenLayout((2, 3, 4)).others == () and str(TokenLayout((2, 3, 4))) == "2×3×4"
 
 
 def test_wrapper_leaves_the_callers_options_alone():
@@ -191,11 +181,11 @@ def test_plans(hilbert):
     q = torch.zeros(1, 1, 266, 8)
     options = {KEY: expectation(FLUX, torch.Size((1, 16, 32, 32)), torch.zeros(1, 10, 8), {})}
     settings = NodeSettings(SpargeParams(), min_tokens=64, hilbert=hilbert)
-    plan = plan_call(AttentionCall(q, q, q, "BHND", transformer_options=options), settings, None, True)
+    plan = plan_call(AttentionCall(q, q, q, "BHND", transformer_options=options), settings)
     assert plan.sink_keys == (() if plan.order is None else ((0, 10),))
     assert plan.layout == TokenLayout((1, 16, 16), 10)
     assert (plan.order is None) == (HILBERT_CHOICES[hilbert] is None)
     if plan.order is not None:
         assert plan.order.shape == (266,) and math.prod(plan.layout.grid) == 256
-    plan = plan_call(AttentionCall(q, q, q, "BHND"), settings, None, True)
+    plan = plan_call(AttentionCall(q, q, q, "BHND"), settings)
     assert plan.order is None and plan.sink_keys == ()

@@ -1,16 +1,12 @@
 """Which calls go sparse, when, and what is said about it: the node's decisions, without ComfyUI."""
-from functools import partial
-from itertools import pairwise
-
 import pytest
 import torch
 
 from comfyui_spargeattn.kernels import SpargeParams, capability
 from comfyui_spargeattn.nodes.call import plan as policy
 from comfyui_spargeattn.nodes.call.arguments import AttentionCall
-from comfyui_spargeattn.nodes.call.plan import Dense, NodeSettings, SparsePlan, plan_call
+from comfyui_spargeattn.nodes.call.plan import CallSite, Dense, NodeSettings, SparsePlan, plan_call
 from comfyui_spargeattn.nodes.call.transformer_blocks import ListedBlocks, TransformerBlock
-from comfyui_spargeattn.nodes.run.sigma_window import SigmaWindow
 
 PARAMS = SpargeParams(topk=0.5, similarity_threshold=-1.0)
 SETTINGS = NodeSettings(PARAMS, start_percent=0.0, min_tokens=64)
@@ -24,12 +20,12 @@ def make_call(tokens=128, keys=None, heads=2, kv_heads=None, head_dim=8, dtype=t
 
 
 def reason(call, settings=SETTINGS, block=None, in_window=True):
-    plan = plan_call(call, settings, block, in_window)
+    plan = plan_call(call, settings, CallSite(block, in_window=in_window))
     return str(plan) if isinstance(plan, Dense) else None
 
 
 def test_self_attention_goes_sparse():
-    assert plan_call(make_call(), SETTINGS, None, True) == SparsePlan(PARAMS, "reference")
+    assert plan_call(make_call(), SETTINGS) == SparsePlan(PARAMS, "reference")
 
 
 @pytest.mark.parametrize("call, expected", (
@@ -102,107 +98,3 @@ def test_window_and_dense_blocks():
     assert reason(make_call(), settings, TransformerBlock("double", 1)) == "listed in dense_blocks (block double:1)"
     assert reason(make_call(), settings, TransformerBlock("double", 0)) is None
     assert reason(make_call(), settings, None) is None
-
-
-@pytest.mark.parametrize("text, inside, outside", (
-    ("", "", "0 single:0"),
-    ("0, 1, 47-49", "0 1 47 48 49 single:48", "2 46 50"),
-    ("single:0-3,double:7", "single:0 single:3 double:7", "0 double:0 single:7 single:4"),
-    (" 3 - 4 , Input : 2,", "3 4 input:2", "2 5"),
-    ("0 1", "0 1", "2 10"),
-    ("4 7", "4 7", "47 5"),
-    ("1 2-3 0", "0 1 2 3", "12 30 20"),
-    ("0，1、3；5;7\n9", "0 1 3 5 7 9", "2 4 6 8"),
-    ("single:0 -2 double : 1", "single:2 double:1", "0 double:2"),
-))
-def test_block_lists(text, inside, outside):
-    blocks = ListedBlocks.parse(text)
-    assert bool(blocks) == bool(inside)
-    for name in inside.split() + outside.split():
-        kind, _, index = name.rpartition(":")
-        assert (TransformerBlock(kind, int(index)) in blocks) == (name in inside.split()), name
-
-
-@pytest.mark.parametrize("text", ("x", "3-1", "-1", "1.5", "0/1", "1-2-3", "single:"))
-def test_bad_block_lists(text):
-    with pytest.raises(ValueError, match=f"dense_blocks .*'{text}'"):
-        ListedBlocks.parse(text)
-
-
-def test_listed_blocks_that_a_model_lacks():
-    listed = ListedBlocks.parse("0, 99, single:1, foo:3, 2-5, 8-9")
-    assert str(listed.without({TransformerBlock("", 0), TransformerBlock("single", 1), TransformerBlock("double", 4)})) == "99, foo:3, 8-9"
-    assert not ListedBlocks().without({TransformerBlock("", 0)})
-
-
-@pytest.mark.parametrize("options, expected", (
-    ({"block_index": 3, "block_type": "double"}, TransformerBlock("double", 3)),
-    ({"block_index": 3}, TransformerBlock("", 3)),
-    ({"block": ("input", 4), "block_index": 1}, TransformerBlock("input", 4)),
-    ({}, None),
-))
-def test_block_that_runs(options, expected):
-    assert TransformerBlock.of(options) == expected
-
-
-def flow(percent):
-    """percent_to_sigma of a flow model without shift."""
-    return 1.0 - percent
-
-
-def follow(window, sigmas, schedule=None):
-    """(inside at each evaluation, number of reads)."""
-    reads = []
-
-    def read(sigma):
-        reads.append(sigma)
-        return sigma
-
-    window.begin(flow, sigmas if schedule is None else schedule)
-    inside = []
-    for sigma in sigmas:
-        window.advance(partial(read, sigma))
-        inside.append(window.inside)
-    return inside, len(reads)
-
-
-TEN_STEPS = torch.linspace(1, 0, 11).tolist()[:-1]  # float32 values, as a sampler has them
-
-
-@pytest.mark.parametrize("start, end, first, last, reads", (
-    (0.0, 1.0, 0, 9, 0),
-    (0.2, 1.0, 2, 9, 1),  # settled before the window by the schedule, inside it for good
-    (0.25, 1.0, 3, 9, 1),
-    (0.0, 0.5, 0, 5, 10),
-    (0.2, 0.5, 2, 5, 8),
-    (1.0, 1.0, None, None, 0),
-))
-def test_window(start, end, first, last, reads):
-    expected = [first is not None and first <= i <= last for i in range(10)]
-    assert follow(SigmaWindow(start, end), TEN_STEPS) == (expected, reads)
-
-
-def test_window_of_a_sampler_that_evaluates_twice_a_step():
-    sigmas = [sigma for pair in pairwise(TEN_STEPS) for sigma in pair]
-    inside, _ = follow(SigmaWindow(0.3, 1.0), sigmas, TEN_STEPS)
-    assert inside == [sigma <= 0.7 + 1e-6 for sigma in sigmas]
-
-
-def test_window_of_a_schedule_that_rises_is_read_each_time():
-    sigmas = TEN_STEPS[::-1]
-    assert follow(SigmaWindow(0.3, 1.0), sigmas) == ([sigma <= 0.7 + 1e-6 for sigma in sigmas], 10)
-
-
-def test_window_of_a_schedule_that_falls_and_rises():
-    """A sampler that restarts from more noise leaves the window again."""
-    sigmas = [1.0, 0.6, 0.4, 0.9, 0.5, 0.1]
-    assert follow(SigmaWindow(0.3, 1.0), sigmas)[0] == [False, True, True, False, True, True]
-
-
-def test_window_outside_a_run():
-    assert SigmaWindow(0.0, 1.0).inside
-    for bounded in (SigmaWindow(0.1, 1.0), SigmaWindow(0.0, 0.9)):
-        assert not bounded.inside
-        follow(bounded, TEN_STEPS)
-        bounded.reset()
-        assert not bounded.inside

@@ -17,11 +17,11 @@ FAMILY = replace(checkpoints.FAMILIES["wan"], latent=(1, 16, 2, 32, 32))  # 512 
 STEPS = 2
 SLOT = "optimized_attention_override"
 # (module, class or None, function) of this pack.
-CALL = {"arguments": ("call.arguments", "AttentionCall", "parse"), "plan": ("override", None, "plan_call"),
+CALL = {"arguments": ("call.arguments", "AttentionCall", "parse"), "plan": ("call.entry", None, "plan_call"),
         "attention": ("override", None, "sparge_attention"), "result": ("call.arguments", "AttentionCall", "give_back")}
 HOOKS = {"on_pre_run": ("run.state", "RunState", "begin"), "on_prepare_state": ("run.state", "RunState", "next_step")}
 BOOKS = {"expected tokens": ("call.model_rules", None, "expectation"),
-         "token layout": ("call.model_rules", "Expectation", "layout"),
+         "token layout": ("call.token_layout", "Expectation", "layout"),
          "block map": ("override", None, "block_map"), "picture of a map": ("run.block_maps", None, "shrink"),
          "pictures": ("run.block_maps", "BlockPictures", "fetch"), "statistics": ("run.summary", "RunSummary", "of")}
 ILLEGAL_ACCESS = "CUDA error: an illegal memory access was encountered"

@@ -34,14 +34,14 @@ class Recorder:
     """An override that asks the pack for the layout of every long self-attention call, and computes it densely."""
 
     def __init__(self, comfy_nodes):
-        self.arguments, self.rules = (comfy_host.pack_module(comfy_nodes, f"nodes.call.{name}")
-                                      for name in ("arguments", "model_rules"))
+        self.arguments, self.layouts = (comfy_host.pack_module(comfy_nodes, f"nodes.call.{name}")
+                                        for name in ("arguments", "token_layout"))
         self.calls = []
 
     def __call__(self, func, *args, **kwargs):
         call = self.arguments.AttentionCall.parse(args, kwargs)
-        if call.queries == call.keys >= MIN_TOKENS:
-            layout = self.rules.token_layout(call.queries, call.transformer_options)
+        if call.q_tokens == call.k_tokens >= MIN_TOKENS:
+            layout = self.layouts.token_layout(call.q_tokens, call.transformer_options)
             q = call.q if call.layout == "BNHD" else call.q.transpose(1, 2)
             order = None if isinstance(layout, str) else layout.order("hilbert", q.device)
             self.calls.append(Recorded(q.flatten(2).float(), layout, order))
@@ -248,7 +248,7 @@ def test_order_decides_what_is_skipped(comfy_nodes, load, caplog, name):
 def test_a_wrong_grid_costs_sparsity_alone(comfy_nodes, load, monkeypatch, name, wrong):
     """The thresholds still hold what they promise; only other blocks are alike."""
     family, model = FAMILIES[name], load(name)
-    layout = comfy_host.pack_module(comfy_nodes, "nodes.call.model_rules").TokenLayout
+    layout = comfy_host.pack_module(comfy_nodes, "nodes.call.token_layout").TokenLayout
     plan = comfy_host.pack_module(comfy_nodes, "nodes.call.plan")
     asked = []
 
@@ -264,8 +264,8 @@ def test_a_wrong_grid_costs_sparsity_alone(comfy_nodes, load, monkeypatch, name,
 
 
 def test_an_unknown_model_keeps_its_order_and_says_so_once(comfy_nodes, load, monkeypatch, caplog):
-    models = comfy_host.pack_module(comfy_nodes, "nodes.call.model_rules")
-    monkeypatch.delitem(models._RULES, "WanModel")
+    rules = comfy_host.pack_module(comfy_nodes, "nodes.call.model_rules")
+    monkeypatch.delitem(rules._RULES, "WanModel")
     _, log = run_log(comfy_nodes, caplog, load("wan"), FAMILIES["wan"], hilbert="on")
     assert log.count("no hilbert order: nothing is known about the token order of the model class WanModel") == 1
     assert "in hilbert order of" not in log

@@ -32,7 +32,7 @@ def params(comfy_nodes, sd3):
 
     def layer(topk):
         setting = search.TunedSetting(module(comfy_nodes, "apply_node").SpargeParams(topk=torch.full((HEADS,), topk)),
-                                 ("row-major",) * HEADS, "drop", "fp16")
+                                      ("row-major",) * HEADS, "drop", "fp16")
         return tuned.TunedLayer(replace(search.LayerSearch.start(HEADS, HEADS), setting=setting), HEAD_DIM)
 
     layers = {name: layer(topk) for name, topk in TUNED.items()}
@@ -114,15 +114,15 @@ def test_search_beside_skip_layer_guidance(comfy_nodes, sd3):
 @pytest.mark.parametrize("mask, name", ((torch.zeros(2, 1, 1, 128), "key_bias"),
                                         (torch.ones(1, 128, dtype=torch.bool), "key_padding_mask")))
 def test_search_takes_the_mask_of_the_call(comfy_nodes, sd3, params, monkeypatch, mask, name):
-    tuning, seen = module(comfy_nodes, "tuner"), []
+    measure, seen = module(comfy_nodes, "call.measure"), []
 
     def recorded(q, k, v, **kwargs):
         seen.append(kwargs)
         return torch.ones_like(q), SimpleNamespace(kept=torch.ones(2, HEADS))
 
-    monkeypatch.setattr(tuning, "sparge_attention", recorded)
+    monkeypatch.setattr(measure, "sparge_attention", recorded)
     q = torch.randn(2, 128, HEADS * HEAD_DIM)
     call = module(comfy_nodes, "call.arguments").AttentionCall.parse((q, q, q, HEADS, mask), {"scale": 0.3})
-    tuning.CallMeasure(call, "unknown", q)(params.layers["#1"].search.setting)
+    measure.CallMeasure(call, "unknown", q)(params.layers["#1"].search.setting)
     [given] = seen
     assert given[name].shape == (2, 128) and given["scale"] == 0.3 and given["impl"] == "reference"

@@ -30,12 +30,12 @@ def pack(comfy_nodes):
 
 
 @pytest.fixture(autouse=True)
-def few_rules(pack, monkeypatch):
+def few_candidates(pack, monkeypatch):
     """One selection, tail and format: the search is the same, and an eighth as long."""
-    rules = tuple(rule for rule in pack.search.CANDIDATES if rule[:3] == ("topk", "drop", "fp16"))
+    few = tuple(candidate for candidate in pack.search.CANDIDATES if candidate[:3] == ("topk", "drop", "fp16"))
     for module in (pack.search, pack.params_file):
-        monkeypatch.setattr(module, "CANDIDATES", rules)
-    monkeypatch.setattr(pack.search, "VARIANTS", (rules[0][:3],))
+        monkeypatch.setattr(module, "CANDIDATES", few)
+    monkeypatch.setattr(pack.search, "VARIANTS", (few[0][:3],))
 
 
 @pytest.fixture(scope="module")
@@ -197,8 +197,8 @@ def search(pack, tuner, layer, measure):
 def test_threads_build_on_each_others_results(pack):
     """Two at once on one layer, from the same beginning; a third on another layer waits for neither."""
     def tuner():
-        return pack.tuner.Tuner(pack.params.TunedParams(pack.params.Architecture("Model", {}),
-                                                        pack.search.Bounds(0.05, 0.05)), pack.plan.NodeSettings(None), 1)
+        nothing = pack.params.TunedParams(pack.params.Architecture("Model", {}), pack.search.Bounds(0.05, 0.05))
+        return pack.tuner.Tuner(nothing, pack.plan.NodeSettings(None), 1)
 
     shared, events = tuner(), [threading.Event() for _ in range(3)]
     go_on = events[2]
@@ -210,15 +210,15 @@ def test_threads_build_on_each_others_results(pack):
         thread.start()
     assert all(event.wait(30) for event in events[:2])
     search(pack, shared, "b", planted(pack, 0.4))
-    assert list(shared.params.layers) == ["b"]
+    assert list(shared.tuned.layers) == ["b"]
     go_on.set()
     for thread in threads:
         thread.join(60)
-    assert shared.params.layers.keys() == {"a", "b"} and shared.searched == 3
+    assert shared.tuned.layers.keys() == {"a", "b"} and shared.searched == 3
     alone = tuner()
     for need in (0.3, 0.6):
         search(pack, alone, "a", planted(pack, need))
-    one, two = (x.params.layers["a"].search for x in (shared, alone))
+    one, two = (x.tuned.layers["a"].search for x in (shared, alone))
     assert one.calls == two.calls == 2 and torch.equal(one.levels, two.levels)
     assert torch.equal(one.setting.params.amount, two.setting.params.amount)
 

@@ -133,8 +133,8 @@ def _ksampler(model, positive):
 @pytest.mark.parametrize("layout", ("BHND", "BNHD"))
 def test_the_error_is_that_of_the_definition(comfy_nodes, tuned, layout):
     """Σ|O − O'| / Σ|O| of each head, the larger one of a batch of two; the dense result is left as it was."""
-    tuner, arguments, kernels = (comfy_host.pack_module(comfy_nodes, name)
-                                 for name in ("nodes.tuner", "nodes.call.arguments", "kernels"))
+    measure, arguments, kernels = (comfy_host.pack_module(comfy_nodes, name)
+                                   for name in ("nodes.call.measure", "nodes.call.arguments", "kernels"))
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, HEADS, 512, 128, generator=generator) for _ in range(3))
     dense = torch.nn.functional.scaled_dot_product_attention(q, k, v)
@@ -143,13 +143,13 @@ def test_the_error_is_that_of_the_definition(comfy_nodes, tuned, layout):
     before = shown.clone()
     layer = tuned[0].layers["double:0"]
     setting = replace(layer.search.setting, curves=("row-major",) * HEADS)
-    measured = tuner.CallMeasure(arguments.AttentionCall(*given, layout), "no grid", shown)(setting)
+    measured = measure.CallMeasure(arguments.AttentionCall(*given, layout), "no grid", shown)(setting)
     assert torch.equal(shown, before)
     out = kernels.sparge_attention(q, k, v, params=setting.params, skipped=setting.skipped, pv_dtype=setting.pv_dtype)
     expected = ((out - dense).abs().sum((2, 3)) / dense.abs().sum((2, 3))).amax(0)
     assert torch.allclose(measured.error, expected, rtol=1e-4)
     hilbert = replace(setting, curves=("hilbert",) * HEADS)
-    assert tuner.CallMeasure(arguments.AttentionCall(*given, layout), "no grid", shown)(hilbert) is None
+    assert measure.CallMeasure(arguments.AttentionCall(*given, layout), "no grid", shown)(hilbert) is None
 
 
 def test_the_report_is_a_picture(tuned):

@@ -40,7 +40,7 @@ def least_amount(selection, need):
     return min(a for a in AMOUNTS[selection] if a >= need)
 
 
-def by_rule(error_of, kept_of=lambda setting, amount: amount, shared=lambda setting, error: error):
+def by_candidate(error_of, kept_of=lambda setting, amount: amount, shared=lambda setting, error: error):
     """A measure of two heads and more whose errors `error_of(curve, similarity, amount, head)` may be anything.
 
     shared: what becomes of the errors (H,) of heads that are measured together.
@@ -53,3 +53,10 @@ def by_rule(error_of, kept_of=lambda setting, amount: amount, shared=lambda sett
         return Measured(shared(setting, error), kept_of(setting, setting.params.amount))
 
     return measure
+
+
+def learnt(setting):
+    """A measure of four heads that differ, the last one dense."""
+    need = torch.tensor([0.3, 0.5, 0.7, 1.0])
+    amount, pv = setting.params.amount, torch.as_tensor(setting.params.pv_threshold)
+    return Measured(torch.where(amount >= need, 0.03, 0.3) + (pv < 9) * 0.1, amount)

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from comfyui_spargeattn.nodes.call.arguments import AttentionCall
+from comfyui_spargeattn.nodes.call.tuned_setting import params_on, setting_for
 from comfyui_spargeattn.nodes.tuned import params_file
-from comfyui_spargeattn.nodes.tuned.params import Architecture, TunedLayer, TunedParams, params_on, setting_for
+from comfyui_spargeattn.nodes.tuned.params import Architecture, TunedLayer, TunedParams
 from comfyui_spargeattn.nodes.tuned.params_file import ParamsFileError
 from comfyui_spargeattn.nodes.tuned.search import SEARCHED_CURVES, Bounds, LayerSearch, Measured
 
@@ -263,7 +264,8 @@ def use(params, folder):
         if setting is not None:
             thresholds = params_on(setting, torch.device("cpu"))
             assert thresholds.heads == search.heads and len(setting.curves) == search.kv_heads
-            assert set(setting.curves) <= set(SEARCHED_CURVES) and ((0 < thresholds.amount) & (thresholds.amount <= 1)).all()
+            assert set(setting.curves) <= set(SEARCHED_CURVES)
+            assert ((0 < thresholds.amount) & (thresholds.amount <= 1)).all()
             assert (thresholds.similarity_threshold.abs() <= 1).all()
             assert (torch.as_tensor(thresholds.pv_threshold) >= 0).all()
         if params.continues and name == "double:0":

@@ -195,4 +195,4 @@ def test_amounts_are_thresholds_from_aggressive_to_everything():
         assert list(amounts) == sorted(set(amounts)) and amounts[-1] == 1
         SpargeParams(**{"cdf_threshold" if selection == "cdf" else "topk": torch.tensor(amounts)})
     assert list(PV_THRESHOLDS) == sorted(PV_THRESHOLDS) and PV_THRESHOLDS[-1] == math.inf
-    assert {rule.curve for rule in CANDIDATES} == set(SEARCHED_CURVES)
+    assert {candidate.curve for candidate in CANDIDATES} == set(SEARCHED_CURVES)

@@ -1,4 +1,4 @@
-"""Custom nodes for the soak: a model that fails where it is told to, and a count of what the server's process holds."""
+"""Custom nodes for the soak: one makes a model fail on demand, one counts what the server's process holds."""
 import gc
 import json
 from collections import Counter
@@ -41,7 +41,7 @@ class FailingModel:
 
 
 class Census:
-    """How many tensors there are in the process, and how many objects of this pack's classes."""
+    """Count the tensors in the process and the objects of this pack's classes."""
 
     RETURN_TYPES = ()
     FUNCTION = "count"

@@ -1,0 +1,131 @@
+"""What a call is beside its tensors q, k and v: one object that every implementation takes."""
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .formats import HIDDEN, LOG2E
+from .types import BlockShape, SpargeParams, Threshold, TokenRanges
+
+
+@dataclass(frozen=True, eq=False)
+class Thresholds:
+    """`SpargeParams` in the form that the kernels read.
+
+    selection: "cdf" or "topk".
+    numbers: amount, similarity_threshold and pv_threshold where they are the same for all heads. Otherwise zeros, but
+        for a pv_threshold of infinity, which switches the λ test off for all heads.
+    per_head: float32 (3, H) on the device of the call, the same thresholds by query head; None where `numbers` holds.
+    """
+
+    selection: str
+    numbers: tuple[float, float, float]
+    per_head: Tensor | None = None
+
+    @classmethod
+    def of(cls, params: SpargeParams, device: torch.device) -> Thresholds:
+        """The thresholds for a call on `device`. Does not wait for the device."""
+        amount, similarity, pv = params.amount, params.similarity_threshold, params.pv_threshold
+        heads = params.heads
+        if heads is None:
+            return cls(params.selection, (float(amount), float(similarity), float(pv)))
+        never_skips = not isinstance(pv, Tensor) and pv == math.inf
+        rows = [x.to(device, torch.float32) if isinstance(x, Tensor) else torch.full((heads,), x, device=device)
+                for x in (amount, similarity, pv)]
+        return cls(params.selection, (0.0, 0.0, math.inf if never_skips else 0.0), torch.stack(rows))
+
+    @property
+    def amount(self) -> Threshold:
+        """τ or the share of TopK: a number, or float32 (H,)."""
+        return self.numbers[0] if self.per_head is None else self.per_head[0]
+
+    @property
+    def similarity_threshold(self) -> Threshold:
+        """θ: a number, or float32 (H,)."""
+        return self.numbers[1] if self.per_head is None else self.per_head[1]
+
+    @property
+    def pv_threshold(self) -> Threshold:
+        """-λ in log2 units: a number, or float32 (H,)."""
+        return self.numbers[2] if self.per_head is None else self.per_head[2]
+
+
+@dataclass(frozen=True, eq=False)
+class CallSpec:
+    """A checked call, heads before tokens. The fields are the arguments of the public calls, but for
+
+    thresholds: `params`, packed.
+    block_mask: bool (B or 1, H or 1, q_blocks, k_blocks), the map that the caller gives; None predicts one.
+    mask_block: the block shape that `block_mask` was made for, None where the caller did not say.
+    """
+
+    thresholds: Thresholds
+    scale: float | None = None
+    causal: bool = False
+    key_padding_mask: Tensor | None = None
+    key_bias: Tensor | None = None
+    order: Tensor | None = None
+    sink_keys: TokenRanges | None = None
+    dense_queries: TokenRanges | None = None
+    pv_dtype: str = "auto"
+    skipped: str = "drop"
+    return_stats: bool = False
+    block_mask: Tensor | None = None
+    mask_block: BlockShape | None = None
+
+    @property
+    def pooled(self) -> bool:
+        """Whether skipped blocks contribute one pooled key and value each."""
+        return self.skipped == "pooled"
+
+    def scale_for(self, head_dim: int) -> float:
+        """The factor on QKᵀ."""
+        return head_dim ** -0.5 if self.scale is None else self.scale
+
+    def bias_and_padding(self) -> tuple[Tensor | None, Tensor | None]:
+        """The bias of keys, float32 (B, Nk) in log2 units with 0 as a row's largest, and bool (B, Nk), keys to ignore.
+
+        Each is None where the call has no such thing.
+        """
+        if self.key_bias is None:
+            return None, self.key_padding_mask
+        return centred_bias(self.key_bias.float(), self.key_padding_mask, self.causal)
+
+    def check_blocks(self, block: BlockShape, q_tokens: int, k_tokens: int) -> None:
+        """Raise ValueError where the given map is not made of the blocks that the implementation works in."""
+        if self.block_mask is None:
+            return
+        if self.mask_block not in (None, block):
+            raise ValueError(f"block_map must have this call's blocks, {block}; got {self.mask_block}")
+        counts = block.counts(q_tokens, k_tokens)
+        if tuple(self.block_mask.shape[2:]) != counts:
+            raise ValueError(f"block_map must have {counts} blocks of {block} in its last dimensions; "
+                             f"got shape {tuple(self.block_mask.shape)}")
+
+    def heads(self, first: int, last: int, group: int) -> CallSpec:
+        """The call of the heads `first` to `last` of K, each of which serves `group` heads of Q."""
+        of_queries = slice(first * group, last * group)
+        order, mask, per_head = self.order, self.block_mask, self.thresholds.per_head
+        if per_head is not None:
+            per_head = per_head[:, of_queries].contiguous()
+        if order is not None and order.ndim == 2:
+            order = order[first:last]
+        if mask is not None and mask.shape[1] > 1:
+            mask = mask[:, of_queries]
+        return replace(self, thresholds=replace(self.thresholds, per_head=per_head), order=order, block_mask=mask)
+
+
+def centred_bias(bias: Tensor, padding: Tensor | None, causal: bool) -> tuple[Tensor, Tensor]:
+    """The bias of keys (B, N) in log2 units with 0 as the largest of a row, and bool (B, N), which keys to ignore.
+
+    Softmax ignores what all keys of a row share. A query of causal attention may see none of the largest biases, so
+    that only keys at minus infinity are ignored there.
+    """
+    seen = bias if padding is None else bias.masked_fill(padding, -math.inf)
+    largest = seen.amax(1, keepdim=True).clamp(min=torch.finfo(bias.dtype).min)
+    bias = (bias - largest) * LOG2E
+    hidden = bias == -math.inf if causal else bias <= HIDDEN
+    return bias, hidden if padding is None else hidden | padding

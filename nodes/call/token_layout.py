@@ -1,0 +1,109 @@
+"""Where the visual tokens of an attention call lie: the grid, and how many other tokens stand on either side of it.
+
+An `Expectation` comes from the latent that the model was called with (see `model_rules`). The token count of a call
+confirms or refutes it.
+"""
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...hilbert import sequence_order
+
+Grid = tuple[int, int, int]
+UNSEEN = "the model was called in a way that hides its latent"
+KEY = "spargeattn_expectation"  # in transformer_options, from `expect_tokens` to the attention calls
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """A sequence of `before` other tokens, the tokens of a (T, H, W) grid row by row, and `after` other tokens.
+
+    The others are text, references and padding.
+    """
+
+    grid: Grid
+    before: int = 0
+    after: int = 0
+
+    @property
+    def tokens(self) -> int:
+        return self.before + math.prod(self.grid) + self.after
+
+    @property
+    def others(self) -> tuple[tuple[int, int], ...]:
+        """Ranges (start, stop) of the tokens outside the grid.
+
+        As sink keys they are always attended, in whole blocks, so that a block which mixes both kinds misleads no
+        query. As queries they are left to the similarity judge, where the selection has one: it finds the blocks that
+        their mean does not describe, and the other blocks may skip visual blocks like any query.
+        """
+        ranges = (0, self.before), (self.tokens - self.after, self.tokens)
+        return tuple(span for span in ranges if span[0] < span[1])
+
+    def order(self, curve: str, device: torch.device) -> Tensor:
+        """The token order for blocking, int32 (tokens,): first the grid along `curve`, then the other tokens.
+
+        With the grid first, the boxes of the curve fill blocks exactly, however many tokens stand before the grid in
+        the model.
+        """
+        return sequence_order(self.grid, before=self.before, after=self.after, curve=curve, device=device)
+
+    def __str__(self) -> str:
+        parts = self.before, "×".join(map(str, self.grid)), self.after
+        return " + ".join(str(part) for part in parts if part)
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """What the attention calls of one evaluation of a model should look like.
+
+    grid: None where the model tells it at each call.
+    before, after: tokens on either side of the grid. One of them may be None: that side takes all tokens that a call
+        has beyond the others, either none or at least `least`.
+    text: tokens of the text condition. A call over exactly as many may belong to a text encoder.
+    """
+
+    grid: Grid | None
+    before: int | None = 0
+    after: int | None = 0
+    least: int = 0
+    text: int = 0
+
+    def layout(self, tokens: int, transformer_options: dict[str, Any]) -> TokenLayout | str:
+        """The layout of a call over `tokens` tokens, or why it is not certain."""
+        grid = self.grid or grid_of((transformer_options.get("activations_shape") or ())[2:])
+        if grid is None:
+            return "the model does not tell the shape of this layer"
+        known = TokenLayout(grid, self.before or 0, self.after or 0)
+        remaining = tokens - known.tokens
+        open_ended = self.before is None or self.after is None
+        if remaining < 0 or 0 < remaining < self.least or (remaining and not open_ended):
+            return f"{tokens} tokens do not fit {known} with {self.text} of text"
+        if tokens == self.text:
+            return f"{tokens} tokens fit {known}, and the text as well"
+        if self.before is None:
+            return replace(known, before=remaining)
+        return replace(known, after=known.after + remaining)
+
+
+def token_layout(tokens: int, transformer_options: dict[str, Any]) -> TokenLayout | str:
+    """The layout of an attention call over `tokens` tokens, or why it is not certain."""
+    expectation = transformer_options.get(KEY, UNSEEN)
+    try:
+        return expectation if isinstance(expectation, str) else expectation.layout(tokens, transformer_options)
+    except Exception as problem:  # a model may say anything of its call, and a hint must not end its run
+        return f"options that the rule for this model does not understand ({problem})"
+
+
+def grid_of(sizes: Iterable[int]) -> Grid | None:
+    """(T, H, W) of two or three sizes; None for any other number."""
+    sizes = tuple(int(size) for size in sizes)
+    if len(sizes) == 2:
+        return 1, *sizes
+    return sizes if len(sizes) == 3 else None
