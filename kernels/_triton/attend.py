@@ -15,49 +15,7 @@ from .config import AUTOTUNE_CHOICES, AttendConfig, autotune
 from .launch import HAS_DESCRIPTORS, descriptor, launch
 from .prepared import PreparedKeys, PreparedQueries, PreparedValues
 from .primitives import order_rows, padded_dim, row_pointers, threshold_of, token_strides, tokens_at
-
-
-@triton.jit
-def load_tile(source, row, PITCH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, TMA: tl.constexpr):
-    """Rows from `row` on of a matrix whose rows are PITCH long, [ROWS, COLS], zero past the pitch; `source` is a
-    descriptor under TMA, a pointer elsewhere."""
-    if TMA:
-        return source.load([row, 0])
-    else:
-        rows = row.to(tl.int64) + tl.arange(0, ROWS)
-        cols = tl.arange(0, COLS)
-        if PITCH < COLS:
-            return tl.load(source + rows[:, None] * PITCH + cols, mask=(cols < PITCH)[None, :], other=0)
-        else:
-            return tl.load(source + rows[:, None] * PITCH + cols)
-
-
-@triton.jit
-def load_channels(source, row, column, pitch, ROWS: tl.constexpr, COLS: tl.constexpr, LIMIT: tl.constexpr,
-                  TMA: tl.constexpr):
-    """A tile of transposed values, [ROWS, COLS]; rows are channels, of which LIMIT exist."""
-    if TMA:
-        return source.load([row, column])
-    else:
-        rows = tl.arange(0, ROWS)
-        pointers = source + (row + rows).to(tl.int64)[:, None] * pitch + column + tl.arange(0, COLS)
-        if LIMIT < ROWS:
-            return tl.load(pointers, mask=rows[:, None] < LIMIT, other=0)
-        else:
-            return tl.load(pointers)
-
-
-@triton.jit
-def load_pooled(source, kv_batch_head, k_blocks, start, PITCH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-                TMA: tl.constexpr):
-    """Pooled keys or values of a head from block `start` on, [ROWS, COLS]; finite beyond the last block."""
-    if TMA:
-        return source.load([kv_batch_head * k_blocks + start, 0])
-    else:
-        rows = start + tl.arange(0, ROWS)
-        cols = tl.arange(0, COLS)
-        pointers = source + (kv_batch_head.to(tl.int64) * k_blocks + rows)[:, None] * PITCH + cols
-        return tl.load(pointers, mask=(rows < k_blocks)[:, None] & (cols < PITCH), other=0)
+from .tiles import load_channels, load_pooled, load_tile
 
 
 @triton.jit
@@ -187,14 +145,24 @@ def _attend_kernel(
     Under SKIP_PV, groups of ROW_GROUP rows with s - m < -pv_threshold leave p · v out, not Σ p. With a pooled tail each
     skipped block is one more key. Source: SpargeAttn (arXiv 2502.18137), sections 3.4 and 3.5.
 
-    q_ptr, q_scale_ptr: int8 and float32, `PreparedQueries`.
-    k_ptr, k_scale_ptr, k_valid_ptr, k_bias_ptr: int8, float32, int8 or None, float32 or None, `PreparedKeys`.
-    v_ptr: float16 or float8_e4m3fn; v_scale_ptr, v_centre_ptr, v_block_scale_ptr: float32; `PreparedValues`.
-    pooled_k_ptr, pooled_k_scale_ptr, pooled_v_ptr: int8, bfloat16, float16, means of blocks, or None.
-    Under TMA, k_ptr, v_ptr, pooled_k_ptr and pooled_v_ptr are descriptors of these as matrices.
-    indices_ptr, counts_ptr: int32, tail_weight_ptr: float16 or None, `BlockLists`.
+    Inputs; under TMA, k_ptr, v_ptr, pooled_k_ptr and pooled_v_ptr are descriptors of the same as matrices:
+    q_ptr: int8 (B, H, q_blocks · BLOCK_Q, PITCH).
+    q_scale_ptr: float32 (B, H, q_blocks · BLOCK_Q), with the softmax scale and log2 e.
+    k_ptr: int8 (B, Hkv, k_blocks · BLOCK_K, PITCH).
+    k_scale_ptr: float32 (B, Hkv, k_blocks).
+    v_ptr: float16 (B, Hkv, k_blocks · BLOCK_K, PITCH), or float8 (B, Hkv, D, k_blocks · BLOCK_K) under FP8.
+    v_scale_ptr, v_centre_ptr: float32 (B, Hkv, D), in the units of V.
+    v_block_scale_ptr: float32 (B, Hkv, k_blocks), powers of two.
+    k_valid_ptr: int8 (B, Hkv, k_blocks · BLOCK_K), whether there is a key, or None.
+    k_bias_ptr: float32 (B, Hkv, k_blocks · BLOCK_K), log2, -inf where there is no key, or None.
+    indices_ptr: int32 (B, H, q_blocks, k_blocks), kept blocks of K.
+    counts_ptr: int32 (B, H, q_blocks, 3), entries that need no care, entries; the third is not read.
+    pooled_k_ptr: int8 (B, Hkv, k_blocks, PITCH); pooled_k_scale_ptr: bfloat16 (B, Hkv, k_blocks); or None.
+    pooled_v_ptr: float16 (B, Hkv, k_blocks, PITCH), or None.
+    tail_weight_ptr: float16 (B, H, q_blocks, k_blocks), log2, -inf for blocks that are not skipped, or None.
     order_ptr: int32 (order_rows, q_tokens), the token at each place of the blocking order, or None.
     per_head_ptr: float32 (3, H), whose last row takes the place of pv_threshold, in log2 units; or None.
+    Outputs:
     out_ptr: (B, H, q_tokens, D), strides in units of ALIGN elements.
     skips_ptr: int32 (B, H, q_blocks), row groups whose p · v was left out, or None.
     """

@@ -129,13 +129,18 @@ def _select_kernel(
     blocks with a similarity below `similarity_threshold` (cdf alone), `FORCED` ones, ones that the causal diagonal cuts
     and ones that are not finite. Source: SpargeAttn (arXiv 2502.18137), section 3.3.
 
-    q_mean_ptr, q_similarity_ptr: mean and similarity of `PreparedQueries`.
-    k_*_ptr: mean, similarity, count, mean_bias (or None) and biased (or None) of `PreparedKeys`.
-    v_block_scale_ptr: of `PreparedValues`, or None.
+    Inputs:
+    q_mean_ptr, k_mean_ptr: float32 (B, H, q_blocks, D) and (B, Hkv, k_blocks, D), in the units of q and k.
+    q_similarity_ptr, k_similarity_ptr: float32 (B, H, q_blocks) and (B, Hkv, k_blocks), `FORCED` and NaN among them.
+    k_count_ptr: int32 (B, Hkv, k_blocks), keys that exist.
+    k_mean_bias_ptr: float32 (B, Hkv, k_blocks), log2; k_biased_ptr: int8 of that shape, 0 or 1; or None.
+    v_block_scale_ptr: float32 (B, Hkv, k_blocks), powers of two or NaN; or None.
     per_head_ptr: float32 (3, H), amount, similarity and pv threshold of each head, in place of the plain numbers.
     factor: softmax scale · log2 e.
+    Outputs:
     scores_ptr: float32 (B, H, q_blocks, k_blocks), in the memory of the indices: a row's list replaces its scores.
-    Other outputs: `BlockLists`.
+    indices_ptr, counts_ptr, tail_ptr: int32 (B, H, q_blocks, k_blocks), int32 (B, H, q_blocks, 3), float16
+    (B, H, q_blocks, k_blocks) or None, see `BlockLists`.
     """
     programs = tl.cdiv(q_blocks, ROWS)  # of a head
     batch_head = tl.program_id(0) // programs
