@@ -2,7 +2,8 @@
 
 Prints a markdown table, a line a kernel and variant: registers, spilled bytes, shared memory and instructions before
 and after, and "same", or the opcodes whose number differs. "same, registers renamed" has the same opcodes in the same
-order. Exits 1 where opcodes differ. `--summary` prints a line a kernel and architecture instead. Needs no GPU.
+order. Exits 1 where opcodes or resources differ. `--summary` prints a line a kernel and architecture instead. Needs no
+GPU.
 
 Every variant is a public call of the package, so that the checkouts may differ in everything below; each is compiled in
 a process of its own, with the Triton of this Python. Addresses of parameters are left out of the comparison, because
@@ -19,7 +20,10 @@ import tempfile
 from pathlib import Path
 
 HEADER = "| kernel | variant | registers | spilled | shared | instructions | code |\n" + "|---" * 7 + "|"
-SUMMARY = "| kernel | architecture | variants | same | renamed | differ | instructions |\n" + "|---" * 7 + "|"
+SUMMARY = ("| kernel | architecture | variants | same | registers renamed | reordered | other opcodes | instructions |\n"
+           + "|---" * 8 + "|")
+SAME = ("same", "same, registers renamed", "same opcodes in another order")
+RESOURCES = ("registers", "spilled", "shared")
 
 
 def variants(heads: int, tokens: int) -> dict[str, dict]:
@@ -92,16 +96,16 @@ def opcodes(code: list[str]) -> list[str]:
 
 
 def difference(old: list[str], new: list[str]) -> str:
-    """What to say of two versions of a kernel."""
+    """What to say of two versions of a kernel: one of `SAME`, or the opcodes whose number changed."""
     if old == new:
-        return "same"
+        return SAME[0]
     before, after = opcodes(old), opcodes(new)
     if before == after:
-        return "same, registers renamed"
+        return SAME[1]
     counts = collections.Counter(after)
     counts.subtract(collections.Counter(before))
     changed = {name: number for name, number in sorted(counts.items()) if number}
-    return ", ".join(f"{name} {number:+}" for name, number in changed.items()) or "same opcodes in another order"
+    return ", ".join(f"{name} {number:+}" for name, number in changed.items()) or SAME[2]
 
 
 def compile_checkout(checkout: Path, arch: str, dims: list[int]) -> dict[str, dict]:
@@ -119,29 +123,36 @@ def compile_checkout(checkout: Path, arch: str, dims: list[int]) -> dict[str, di
 
 
 def main(old: Path, new: Path, arches: list[str], dims: list[int], summary: bool) -> bool:
-    """Print the table; whether no kernel has other opcodes."""
+    """Print the table; whether opcodes and resources are the same everywhere."""
     print(SUMMARY if summary else HEADER)
     unchanged = True
     for arch in arches:
         before, after = (compile_checkout(checkout, arch, dims) for checkout in (old, new))
         assert before.keys() == after.keys(), before.keys() ^ after.keys()
         said = {name: difference(before[name]["code"], after[name]["code"]) for name in before}
-        unchanged &= all(word.startswith("same") for word in said.values())
-        if not summary:
-            for name, word in said.items():
-                a, b = before[name], after[name]
-                numbers = [f"{a[key]} → {b[key]}" for key in ("registers", "spilled", "shared")]
-                numbers.append(f"{len(a['code'])} → {len(b['code'])}")
-                print("|", name.replace("| ", f"| {arch} "), "|", " | ".join(numbers), "|", word, "|", flush=True)
-            continue
-        for kernel in dict.fromkeys(name.split(" | ")[0] for name in said):
-            words = {name: word for name, word in said.items() if name.startswith(kernel + " ")}
-            same = sum(word == "same" for word in words.values())
-            renamed = sum(word.startswith("same") for word in words.values()) - same
-            sizes = (sum(len(side[name]["code"]) for name in words) for side in (before, after))
-            print("| `{}` | {} | {} | {} | {} | {} | {} → {} |".format(
-                kernel, arch, len(words), same, renamed, len(words) - same - renamed, *sizes), flush=True)
+        unchanged &= all(word in SAME for word in said.values())
+        unchanged &= all(before[name][key] == after[name][key] for name in before for key in RESOURCES)
+        for line in summarised(said, arch, before, after) if summary else detailed(said, arch, before, after):
+            print("|", " | ".join(map(str, line)), "|", flush=True)
     return unchanged
+
+
+def detailed(said: dict[str, str], arch: str, before: dict, after: dict):
+    """A row for each kernel and variant."""
+    for name, word in said.items():
+        kernel, variant = name.split(" | ")
+        sizes = [(before[name][key], after[name][key]) for key in RESOURCES]
+        sizes.append((len(before[name]["code"]), len(after[name]["code"])))
+        yield f"`{kernel}`", f"{arch} {variant}", *(f"{old} → {new}" for old, new in sizes), word
+
+
+def summarised(said: dict[str, str], arch: str, before: dict, after: dict):
+    """A row for each kernel: how many variants are the same, and all their instructions together."""
+    for kernel in dict.fromkeys(name.split(" | ")[0] for name in said):
+        words = {name: word for name, word in said.items() if name.split(" | ")[0] == kernel}
+        counts = [sum(word == same for word in words.values()) for same in SAME]
+        old, new = (sum(len(side[name]["code"]) for name in words) for side in (before, after))
+        yield f"`{kernel}`", arch, len(words), *counts, len(words) - sum(counts), f"{old} → {new}"
 
 
 if __name__ == "__main__":

@@ -32,7 +32,8 @@ def expected_tokens(x, block, order=None, flagged=(), padding=None, centre=False
     padding = None if padding is None else padding.to(DEVICE)[:, None].expand(-1, heads, -1)
     x = x.double() if padding is None else x.double().masked_fill(padding[..., None], 0.0)
     return reference.compress(reference._reorder(x, order), block, flags=reference._flags(flagged, order, heads, x),
-                              padding=reference._reorder(padding, order), centre=centre), order
+                              padding=None if padding is None else reference._reorder(padding, order),
+                              centre=centre), order
 
 
 def flags_of(ranges):
