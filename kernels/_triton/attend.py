@@ -10,226 +10,302 @@ import triton.language as tl
 from torch import Tensor
 
 from ..formats import FP8_MAX, ROW_GROUP
-from .blockmap import BlockLists
+from .block_lists import BlockLists
 from .config import AUTOTUNE_CHOICES, AttendConfig, autotune
 from .launch import HAS_DESCRIPTORS, descriptor, launch
-from .prepare import PreparedKeys, PreparedQueries, PreparedValues
-from .primitives import order_rows, padded_dim, rows_of, threshold_of, token_at, token_strides
+from .prepared import PreparedKeys, PreparedQueries, PreparedValues
+from .primitives import order_rows, padded_dim, row_pointers, threshold_of, token_strides, tokens_at
+from .tiles import load_channels, load_pooled, load_tile
 
 
 @triton.jit
-def _load_tile(source, row, column, PITCH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, TMA: tl.constexpr):
-    """A [ROWS, COLS] tile of a prepared tensor whose rows are `PITCH` long, zero past the pitch."""
-    if TMA:
-        return source.load([row, column])
+def mask_scores(scores, scale, k_bias_ptr, k_valid_ptr, kv_offset, k_places, q_places, k_tokens,
+                BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, CAUSAL: tl.constexpr):
+    """Scores [BLOCK_Q, BLOCK_K] with the bias of the keys and -inf where a query sees no key, and the `scale` [BLOCK_Q]
+    that they are still to be multiplied by; kv_offset: the first block of the head."""
+    if k_bias_ptr is not None:  # -inf where there is no key
+        scores = scores * scale[:, None] + tl.load(k_bias_ptr + kv_offset * BLOCK_K + k_places)[None, :]
+        scale = tl.full([BLOCK_Q], 1.0, tl.float32)
+    elif k_valid_ptr is not None:
+        exists = tl.load(k_valid_ptr + kv_offset * BLOCK_K + k_places) != 0
+        scores = tl.where(exists[None, :], scores, float("-inf"))
     else:
-        rows = row.to(tl.int64) + tl.arange(0, ROWS)
-        cols = tl.arange(0, COLS)
-        if PITCH < COLS:
-            return tl.load(source + rows[:, None] * PITCH + cols, mask=(cols < PITCH)[None, :], other=0)
-        else:
-            return tl.load(source + rows[:, None] * PITCH + cols)
-
-
-@triton.jit
-def _load_channels(source, row, column, pitch, ROWS: tl.constexpr, COLS: tl.constexpr, LIMIT: tl.constexpr,
-                   TMA: tl.constexpr):
-    """A [ROWS, COLS] tile of transposed values, rows being channels, of which LIMIT exist."""
-    if TMA:
-        return source.load([row, column])
-    else:
-        rows = tl.arange(0, ROWS)
-        pointers = source + (row + rows).to(tl.int64)[:, None] * pitch + column + tl.arange(0, COLS)
-        if LIMIT < ROWS:
-            return tl.load(pointers, mask=rows[:, None] < LIMIT, other=0)
-        else:
-            return tl.load(pointers)
-
-
-@triton.jit
-def _load_tail(source, row, n, start, PITCH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, TMA: tl.constexpr):
-    """A [ROWS, COLS] tile of the pooled keys or values of a head, which has n; finite beyond them."""
-    if TMA:
-        return source.load([row * n + start, 0])
-    else:
-        rows = start + tl.arange(0, ROWS)
-        cols = tl.arange(0, COLS)
-        pointers = source + (row.to(tl.int64) * n + rows)[:, None] * PITCH + cols
-        return tl.load(pointers, mask=(rows < n)[:, None] & (cols < PITCH), other=0)
-
-
-@triton.jit
-def _softmax_step(total, top, s, high, alpha, shift: tl.constexpr):
-    """One step of the online softmax over scores s·alpha [M, N] in log2 units; `high` is the maximum of s by rows.
-
-    Returns P times 2^shift, the factor that the sums so far shrink by, the denominator, the running maximum, and the
-    maximum of this step.
-    """
-    local = high * alpha
-    new_top = tl.maximum(top, local)
-    p = tl.exp2(s * alpha[:, None] - (new_top - shift)[:, None])
-    decay = tl.exp2(top - new_top)
-    return p, decay, total * decay + tl.sum(p, 1), new_top, local
-
-
-@triton.jit(do_not_specialize=["stride_b", "stride_h", "stride_n", "nq", "nk", "n_q", "n_k", "heads", "group",
-                               "order_rows"])
-def _attend_kernel(q, q_scale, k, k_scale, v, v_scale, v_centre, v_steps, k_valid, k_bias, indices,
-                   counts, pooled_k, pooled_scale, pooled_v, tail_weight, out, order, per_head, skips, pv_threshold,
-                   stride_b: tl.int64, stride_h: tl.int64, stride_n: tl.int64,
-                   nq, nk, n_q, n_k, heads, group, order_rows,
-                   D: tl.constexpr, DP: tl.constexpr, PITCH: tl.constexpr, BLOCK_Q: tl.constexpr,
-                   BLOCK_K: tl.constexpr, ALIGN: tl.constexpr, FP8: tl.constexpr, CAUSAL: tl.constexpr,
-                   SKIP_PV: tl.constexpr, ROW_GROUP: tl.constexpr, TAIL_TILE: tl.constexpr, P_SHIFT: tl.constexpr,
-                   TMA: tl.constexpr):
-    pid = tl.program_id(0)
-    i, row = pid % nq, pid // nq
+        scores = tl.where((k_places < k_tokens)[None, :], scores, float("-inf"))
     if CAUSAL:
-        i = nq - 1 - i  # long rows first
-    batch, head = row // heads, row % heads
-    kv_row = batch * (heads // group) + head // group
-    slot = row.to(tl.int64) * nq + i
+        scores = tl.where(k_places[None, :] <= q_places[:, None], scores, float("-inf"))
+    return scores, scale
+
+
+@triton.jit
+def online_softmax_update(total, running_max, scores, scores_max, scale, P_SHIFT: tl.constexpr):
+    """One step of the online softmax over scores [M, N] times `scale` [M], in log2 units; scores_max [M] is their
+    maximum by rows before the scale.
+
+    Returns P [M, N] times 2^P_SHIFT, and of rows [M] the factor that the sums so far shrink by, the denominator, the
+    running maximum, and the maximum of this step.
+    """
+    local_max = scores_max * scale
+    new_max = tl.maximum(running_max, local_max)
+    p = tl.exp2(scores * scale[:, None] - (new_max - P_SHIFT)[:, None])
+    decay = tl.exp2(running_max - new_max)
+    return p, decay, total * decay + tl.sum(p, 1), new_max, local_max
+
+
+@triton.jit
+def skip_row_groups(p, local_max, running_max, limit, BLOCK_Q: tl.constexpr, ROW_GROUP: tl.constexpr):
+    """The λ test: P [BLOCK_Q, BLOCK_K] with zeros in the groups of rows whose probabilities in this block are all below
+    2^-limit of their largest so far, and the number of these groups."""
+    below = tl.max(tl.reshape(local_max - running_max, [BLOCK_Q // ROW_GROUP, ROW_GROUP]), 1) < -limit
+    n_below = tl.sum(below.to(tl.int32), 0)
+    rows_below = tl.reshape(tl.broadcast_to(below[:, None], [BLOCK_Q // ROW_GROUP, ROW_GROUP]), [BLOCK_Q])
+    return tl.where(rows_below[:, None], 0.0, p), n_below
+
+
+@triton.jit
+def to_fp8_operand(p, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
+    """P [BLOCK_Q, BLOCK_K] in float8, its columns permuted inside each 16 as the keys of V are stored."""
+    p = tl.reshape(p, [BLOCK_Q, BLOCK_K // 16, 2, 4, 2])
+    p = tl.reshape(tl.permute(p, [0, 1, 3, 2, 4]), [BLOCK_Q, BLOCK_K])
+    return p.to(tl.float8e4nv)
+
+
+@triton.jit
+def add_pooled_tail(
+        acc, total, running_max, q, q_scale, pooled_k, pooled_k_scale_ptr, pooled_v, tail_weight_ptr, map_row,
+        kv_batch_head, k_blocks,
+        BLOCK_Q: tl.constexpr, PADDED_D: tl.constexpr, PITCH: tl.constexpr,
+        TAIL_TILE: tl.constexpr, FP8: tl.constexpr, P_SHIFT: tl.constexpr, TMA: tl.constexpr):
+    """Add the skipped blocks of a row of the map to acc [BLOCK_Q, PADDED_D] and total [BLOCK_Q]: each is one key, with
+    the means of its keys and values."""
+    for start in range(0, k_blocks, TAIL_TILE):  # all of it, without a test for skipped blocks: loads run ahead
+        k_block = start + tl.arange(0, TAIL_TILE)  # [TAIL_TILE]
+        inside = k_block < k_blocks
+        k = load_pooled(source=pooled_k, kv_batch_head=kv_batch_head, k_blocks=k_blocks, start=start, PITCH=PITCH,
+                        ROWS=TAIL_TILE, COLS=PADDED_D, TMA=TMA)  # [TAIL_TILE, PADDED_D] int8
+        k_scale = tl.load(pooled_k_scale_ptr + kv_batch_head.to(tl.int64) * k_blocks + k_block, mask=inside,
+                          other=0.0).to(tl.float32)
+        weight = tl.load(tail_weight_ptr + map_row * k_blocks + k_block, mask=inside,
+                         other=float("-inf")).to(tl.float32)
+        scores = tl.dot(q, tl.trans(k)).to(tl.float32) * k_scale[None, :] * q_scale[:, None] + weight[None, :]
+        p, decay, total, running_max, local_max = online_softmax_update(
+            total=total, running_max=running_max, scores=scores, scores_max=tl.max(scores, 1),
+            scale=tl.full([BLOCK_Q], 1.0, tl.float32), P_SHIFT=P_SHIFT)
+        v = load_pooled(source=pooled_v, kv_batch_head=kv_batch_head, k_blocks=k_blocks, start=start, PITCH=PITCH,
+                        ROWS=TAIL_TILE, COLS=PADDED_D, TMA=TMA)  # [TAIL_TILE, PADDED_D] float16
+        if FP8:
+            # A product of its own, which `fma` keeps apart from the sum: accumulated inside it, ptxas runs short of
+            # registers for the loops above too and lets every product of the kernel wait for the one before.
+            decay = tl.broadcast_to(decay[:, None], [BLOCK_Q, PADDED_D])
+            acc = tl.fma(acc, decay, tl.dot(p.to(tl.float16), v))
+        else:
+            acc = acc * decay[:, None] + tl.dot(p.to(tl.float16), v)
+    return acc, total
+
+
+@triton.jit
+def write_output(
+        acc, total, v_scale_ptr, v_centre_ptr, order_ptr, out_ptr, kv_batch_head, batch, head, group, order_rows,
+        q_places, stride_b, stride_h, stride_n, q_tokens, D: tl.constexpr, PADDED_D: tl.constexpr,
+        ALIGN: tl.constexpr):
+    """Write acc / total in the units of V to the tokens at q_places, zero in rows that saw no key."""
+    channels = tl.arange(0, PADDED_D)
+    scale = tl.load(v_scale_ptr + kv_batch_head * D + channels, mask=channels < D, other=0.0)
+    centre = tl.load(v_centre_ptr + kv_batch_head * D + channels, mask=channels < D, other=0.0)
+    out = tl.where(total[:, None] == 0, 0.0, acc / total[:, None] * scale[None, :] + centre[None, :])
+    tokens = tokens_at(places=q_places, order_ptr=order_ptr, order_row=(head // group) % order_rows, n_tokens=q_tokens)
+    rows = row_pointers(x_ptr=out_ptr, batch=batch, head=head, tokens=tokens, stride_b=stride_b, stride_h=stride_h,
+                        stride_n=stride_n, ALIGN=ALIGN)
+    mask = (q_places < q_tokens)[:, None] & (channels < D)
+    tl.store(rows[:, None] + channels, out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["stride_b", "stride_h", "stride_n", "q_blocks", "k_blocks", "q_tokens", "k_tokens",
+                               "heads", "group", "order_rows"])
+def _attend_kernel(
+        # inputs
+        q_ptr, q_scale_ptr, k_ptr, k_scale_ptr, v_ptr, v_scale_ptr, v_centre_ptr, v_block_scale_ptr, k_valid_ptr,
+        k_bias_ptr, indices_ptr, counts_ptr, pooled_k_ptr, pooled_k_scale_ptr, pooled_v_ptr, tail_weight_ptr,
+        order_ptr, per_head_ptr, pv_threshold,
+        # outputs
+        out_ptr, skips_ptr,
+        # sizes
+        stride_b: tl.int64, stride_h: tl.int64, stride_n: tl.int64, q_blocks, k_blocks, q_tokens, k_tokens, heads,
+        group, order_rows,
+        # constants
+        D: tl.constexpr, PADDED_D: tl.constexpr, PITCH: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+        ALIGN: tl.constexpr, FP8: tl.constexpr, CAUSAL: tl.constexpr, SKIP_PV: tl.constexpr, ROW_GROUP: tl.constexpr,
+        TAIL_TILE: tl.constexpr, P_SHIFT: tl.constexpr, TMA: tl.constexpr):
+    """A block of queries a program, over its list of kept blocks; the online softmax in log2 units.
+
+    s = (q · kᵀ) · q_scale · k_scale + k_bias                    of a kept block, -inf where a query sees no key
+    m = max(m_before, max s),  p = 2^(s - m + P_SHIFT)
+    total = total · 2^(m_before - m) + Σ p
+    acc = acc · 2^(m_before - m) + (p · v) · v_block_scale       p in the format of v
+    out = acc / total · v_scale + v_centre
+    Under SKIP_PV, groups of ROW_GROUP rows with s - m < -pv_threshold leave p · v out, not Σ p. With a pooled tail each
+    skipped block is one more key. Source: SpargeAttn (arXiv 2502.18137), sections 3.4 and 3.5.
+
+    Inputs; under TMA, k_ptr, v_ptr, pooled_k_ptr and pooled_v_ptr are descriptors of the same as matrices:
+    q_ptr: int8 (B, H, q_blocks · BLOCK_Q, PITCH).
+    q_scale_ptr: float32 (B, H, q_blocks · BLOCK_Q), with the softmax scale and log2 e.
+    k_ptr: int8 (B, Hkv, k_blocks · BLOCK_K, PITCH).
+    k_scale_ptr: float32 (B, Hkv, k_blocks).
+    v_ptr: float16 (B, Hkv, k_blocks · BLOCK_K, PITCH), or float8 (B, Hkv, D, k_blocks · BLOCK_K) under FP8.
+    v_scale_ptr, v_centre_ptr: float32 (B, Hkv, D), in the units of V.
+    v_block_scale_ptr: float32 (B, Hkv, k_blocks), powers of two.
+    k_valid_ptr: int8 (B, Hkv, k_blocks · BLOCK_K), whether there is a key, or None.
+    k_bias_ptr: float32 (B, Hkv, k_blocks · BLOCK_K), log2, -inf where there is no key, or None.
+    indices_ptr: int32 (B, H, q_blocks, k_blocks), kept blocks of K.
+    counts_ptr: int32 (B, H, q_blocks, 3), entries that need no care, entries; the third is not read.
+    pooled_k_ptr: int8 (B, Hkv, k_blocks, PITCH); pooled_k_scale_ptr: bfloat16 (B, Hkv, k_blocks); or None.
+    pooled_v_ptr: float16 (B, Hkv, k_blocks, PITCH), or None.
+    tail_weight_ptr: float16 (B, H, q_blocks, k_blocks), log2, -inf for blocks that are not skipped, or None.
+    order_ptr: int32 (order_rows, q_tokens), the token at each place of the blocking order, or None.
+    per_head_ptr: float32 (3, H), whose last row takes the place of pv_threshold, in log2 units; or None.
+    Outputs:
+    out_ptr: (B, H, q_tokens, D), strides in units of ALIGN elements.
+    skips_ptr: int32 (B, H, q_blocks), row groups whose p · v was left out, or None.
+    """
+    pid = tl.program_id(0)
+    q_block, batch_head = pid % q_blocks, pid // q_blocks
+    if CAUSAL:
+        q_block = q_blocks - 1 - q_block  # long rows first
+    batch, head = batch_head // heads, batch_head % heads
+    kv_batch_head = batch * (heads // group) + head // group
+    map_row = batch_head.to(tl.int64) * q_blocks + q_block
     lane = tl.arange(0, BLOCK_Q)
-    cols = tl.arange(0, DP)
-    places = i * BLOCK_Q + lane
+    q_places = q_block * BLOCK_Q + lane
 
-    q_tile = _load_tile(q, slot * BLOCK_Q, 0, PITCH, BLOCK_Q, DP, False)  # [BLOCK_Q, DP] int8
-    q_step = tl.load(q_scale + slot * BLOCK_Q + lane)
-    limit = threshold_of(per_head, 2, head, heads, pv_threshold)
-    acc = tl.zeros([BLOCK_Q, DP], tl.float32)
+    q = load_tile(source=q_ptr, row=map_row * BLOCK_Q, PITCH=PITCH, ROWS=BLOCK_Q, COLS=PADDED_D,
+                  TMA=False)  # [BLOCK_Q, PADDED_D] int8
+    q_scale = tl.load(q_scale_ptr + map_row * BLOCK_Q + lane)  # [BLOCK_Q]
+    limit = threshold_of(per_head_ptr=per_head_ptr, ROW=2, head=head, heads=heads, value=pv_threshold)
+    acc = tl.zeros([BLOCK_Q, PADDED_D], tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
-    top = tl.full([BLOCK_Q], -1e30, tl.float32)
+    running_max = tl.full([BLOCK_Q], -1e30, tl.float32)
     n_skipped = 0
-    k_scale += kv_row.to(tl.int64) * nk
-    indices += slot * nk
-    n_unmasked = tl.load(counts + slot * 3)
-    n_kept = tl.load(counts + slot * 3 + 1)
+    kv_offset = kv_batch_head.to(tl.int64) * k_blocks
+    k_scale_ptr += kv_offset
+    indices_ptr += map_row * k_blocks
+    n_plain = tl.load(counts_ptr + map_row * 3)
+    n_kept = tl.load(counts_ptr + map_row * 3 + 1)
 
-    # Blocks that need no mask inside come first in the list, in a loop of their own.
-    for MASKED in tl.static_range(2):
-        first = n_unmasked if MASKED else 0
-        last = n_kept if MASKED else n_unmasked
-        # K's step comes one entry ahead: loaded where it is used, it is pipelined through shared memory at a barrier.
-        next_step = tl.load(k_scale + tl.load(indices + first, mask=first < n_kept, other=0))
+    # Blocks that need no care come first in the list, in a loop of their own.
+    for CARE in tl.static_range(2):
+        first = n_plain if CARE else 0
+        last = n_kept if CARE else n_plain
+        # K's scale comes one entry ahead: loaded where it is used, it is pipelined through shared memory at a barrier.
+        next_scale = tl.load(k_scale_ptr + tl.load(indices_ptr + first, mask=first < n_kept, other=0))
         for entry in range(first, last):
-            j = tl.load(indices + entry)
-            k_step = next_step
-            next_step = tl.load(k_scale + tl.load(indices + entry + 1, mask=entry + 1 < n_kept, other=0))
-            k_tile = _load_tile(k, (kv_row * nk + j) * BLOCK_K, 0, PITCH, BLOCK_K, DP, TMA)
-            s_int = tl.dot(q_tile, tl.trans(k_tile))  # [BLOCK_Q, BLOCK_K]
-            s = s_int.to(tl.float32)
-            alpha = q_step * k_step
-            if MASKED:
-                keys = j * BLOCK_K + tl.arange(0, BLOCK_K)
-                if k_bias is not None:  # -inf where there is no key
-                    s = s * alpha[:, None] + tl.load(k_bias + kv_row.to(tl.int64) * nk * BLOCK_K + keys)[None, :]
-                    alpha = tl.full([BLOCK_Q], 1.0, tl.float32)
-                elif k_valid is not None:
-                    exists = tl.load(k_valid + kv_row.to(tl.int64) * nk * BLOCK_K + keys) != 0
-                    s = tl.where(exists[None, :], s, float("-inf"))
-                else:
-                    s = tl.where((keys < n_k)[None, :], s, float("-inf"))
-                if CAUSAL:
-                    s = tl.where(keys[None, :] <= places[:, None], s, float("-inf"))
-                high = tl.max(s, 1)
+            k_block = tl.load(indices_ptr + entry)
+            k_scale = next_scale
+            next_scale = tl.load(k_scale_ptr + tl.load(indices_ptr + entry + 1, mask=entry + 1 < n_kept, other=0))
+            k = load_tile(source=k_ptr, row=(kv_batch_head * k_blocks + k_block) * BLOCK_K, PITCH=PITCH, ROWS=BLOCK_K,
+                          COLS=PADDED_D, TMA=TMA)  # [BLOCK_K, PADDED_D] int8
+            products = tl.dot(q, tl.trans(k))  # [BLOCK_Q, BLOCK_K] int32
+            scores = products.to(tl.float32)
+            scale = q_scale * k_scale  # [BLOCK_Q]
+            if CARE:
+                scores, scale = mask_scores(
+                    scores=scores, scale=scale, k_bias_ptr=k_bias_ptr, k_valid_ptr=k_valid_ptr,
+                    kv_offset=kv_offset, k_places=k_block * BLOCK_K + tl.arange(0, BLOCK_K), q_places=q_places,
+                    k_tokens=k_tokens, BLOCK_Q=BLOCK_Q, BLOCK_K=BLOCK_K, CAUSAL=CAUSAL)
+                scores_max = tl.max(scores, 1)
             else:
-                high = tl.max(s_int, 1).to(tl.float32)  # of integers: three in one instruction on sm90
-            p, decay, total, top, local = _softmax_step(total, top, s, high, alpha, P_SHIFT)
-            if MASKED:
-                v_step = tl.load(v_steps + kv_row.to(tl.int64) * nk + j)
+                scores_max = tl.max(products, 1).to(tl.float32)  # of integers: three in one instruction on sm90
+            p, decay, total, running_max, local_max = online_softmax_update(
+                total=total, running_max=running_max, scores=scores, scores_max=scores_max, scale=scale,
+                P_SHIFT=P_SHIFT)
+            if CARE:
+                v_block_scale = tl.load(v_block_scale_ptr + kv_offset + k_block)
                 if not FP8:  # the sums are brought to the unit of this block's values and back
-                    decay /= v_step
+                    decay /= v_block_scale
             acc *= decay[:, None]
             n_below = 0
             if SKIP_PV:
-                below = tl.max(tl.reshape(local - top, [BLOCK_Q // ROW_GROUP, ROW_GROUP]), 1) < -limit
-                n_below = tl.sum(below.to(tl.int32), 0)
+                p, n_below = skip_row_groups(p=p, local_max=local_max, running_max=running_max, limit=limit,
+                                             BLOCK_Q=BLOCK_Q, ROW_GROUP=ROW_GROUP)
                 n_skipped += n_below
-                rows_below = tl.reshape(tl.broadcast_to(below[:, None], [BLOCK_Q // ROW_GROUP, ROW_GROUP]), [BLOCK_Q])
-                p = tl.where(rows_below[:, None], 0.0, p)
-                if MASKED:
-                    n_below = tl.where(v_step == v_step, n_below, 0)  # values that are not finite reach every row
+                if CARE:  # values that are not finite reach every row
+                    n_below = tl.where(v_block_scale == v_block_scale, n_below, 0)
             if n_below < BLOCK_Q // ROW_GROUP:
                 if FP8:
-                    v_tile = _load_channels(v, kv_row * D, j * BLOCK_K, nk * BLOCK_K, DP, BLOCK_K, D, TMA)
-                    p = tl.reshape(p, [BLOCK_Q, BLOCK_K // 16, 2, 4, 2])
-                    p = tl.reshape(tl.permute(p, [0, 1, 3, 2, 4]), [BLOCK_Q, BLOCK_K])
+                    v = load_channels(source=v_ptr, row=kv_batch_head * D, column=k_block * BLOCK_K,
+                                      pitch=k_blocks * BLOCK_K, ROWS=PADDED_D, COLS=BLOCK_K, LIMIT=D,
+                                      TMA=TMA)  # [PADDED_D, BLOCK_K] float8
                     # Not accumulated inside the product: FP8 tensor cores keep 14 bits of a sum, and truncate.
-                    product = tl.dot(p.to(tl.float8e4nv), tl.trans(v_tile), max_num_imprecise_acc=BLOCK_K)
-                    acc += product * v_step if MASKED else product
+                    product = tl.dot(to_fp8_operand(p=p, BLOCK_Q=BLOCK_Q, BLOCK_K=BLOCK_K), tl.trans(v),
+                                     max_num_imprecise_acc=BLOCK_K)
+                    acc += product * v_block_scale if CARE else product
                 else:
-                    v_tile = _load_tile(v, (kv_row * nk + j) * BLOCK_K, 0, PITCH, BLOCK_K, DP, TMA)
-                    acc = tl.dot(p.to(tl.float16), v_tile, acc)
-            if MASKED and not FP8:
-                acc *= v_step
+                    v = load_tile(source=v_ptr, row=(kv_batch_head * k_blocks + k_block) * BLOCK_K, PITCH=PITCH,
+                                  ROWS=BLOCK_K, COLS=PADDED_D, TMA=TMA)  # [BLOCK_K, PADDED_D] float16
+                    acc = tl.dot(p.to(tl.float16), v, acc)
+            if CARE and not FP8:
+                acc *= v_block_scale
 
-    if pooled_k is not None:
-        for start in range(0, nk, TAIL_TILE):  # all of it, without a test for blocks to stand in for: loads run ahead
-            j = start + tl.arange(0, TAIL_TILE)
-            inside = j < nk
-            k_tile = _load_tail(pooled_k, kv_row, nk, start, PITCH, TAIL_TILE, DP, TMA)
-            k_step = tl.load(pooled_scale + kv_row.to(tl.int64) * nk + j, mask=inside, other=0.0).to(tl.float32)
-            weight = tl.load(tail_weight + slot * nk + j, mask=inside, other=float("-inf")).to(tl.float32)
-            s = tl.dot(q_tile, tl.trans(k_tile)).to(tl.float32) * k_step[None, :] * q_step[:, None] + weight[None, :]
-            one = tl.full([BLOCK_Q], 1.0, tl.float32)
-            p, decay, total, top, local = _softmax_step(total, top, s, tl.max(s, 1), one, P_SHIFT)
-            v_tile = _load_tail(pooled_v, kv_row, nk, start, PITCH, TAIL_TILE, DP, TMA)
-            if FP8:
-                # A product of its own, which `fma` keeps apart from the sum: accumulated inside it, ptxas runs short of
-                # registers for the loops above too and lets every product of the kernel wait for the one before.
-                decay = tl.broadcast_to(decay[:, None], [BLOCK_Q, DP])
-                acc = tl.fma(acc, decay, tl.dot(p.to(tl.float16), v_tile))
-            else:
-                acc = acc * decay[:, None] + tl.dot(p.to(tl.float16), v_tile)
+    if pooled_k_ptr is not None:
+        acc, total = add_pooled_tail(
+            acc=acc, total=total, running_max=running_max, q=q, q_scale=q_scale, pooled_k=pooled_k_ptr,
+            pooled_k_scale_ptr=pooled_k_scale_ptr, pooled_v=pooled_v_ptr,
+            tail_weight_ptr=tail_weight_ptr, map_row=map_row, kv_batch_head=kv_batch_head, k_blocks=k_blocks,
+            BLOCK_Q=BLOCK_Q, PADDED_D=PADDED_D, PITCH=PITCH, TAIL_TILE=TAIL_TILE, FP8=FP8, P_SHIFT=P_SHIFT, TMA=TMA)
 
-    scale = tl.load(v_scale + kv_row * D + cols, mask=cols < D, other=0.0)
-    centre = tl.load(v_centre + kv_row * D + cols, mask=cols < D, other=0.0)
-    acc = tl.where(total[:, None] == 0, 0.0, acc / total[:, None] * scale[None, :] + centre[None, :])
-    tokens = token_at(order, (head // group) % order_rows, places, n_q)
-    pointers = rows_of(out, batch, head, tokens, stride_b, stride_h, stride_n, ALIGN)
-    mask = (places < n_q)[:, None] & (cols < D)
-    tl.store(pointers[:, None] + cols, acc.to(out.dtype.element_ty), mask=mask)
-    if skips is not None:
-        tl.store(skips + slot, n_skipped)
+    write_output(
+        acc=acc, total=total, v_scale_ptr=v_scale_ptr, v_centre_ptr=v_centre_ptr, order_ptr=order_ptr,
+        out_ptr=out_ptr, kv_batch_head=kv_batch_head, batch=batch, head=head, group=group,
+        order_rows=order_rows, q_places=q_places, stride_b=stride_b, stride_h=stride_h, stride_n=stride_n,
+        q_tokens=q_tokens, D=D, PADDED_D=PADDED_D, ALIGN=ALIGN)
+    if skips_ptr is not None:
+        tl.store(skips_ptr + map_row, n_skipped)
 
 
 @functools.lru_cache
 def _autotuned_kernel():
     choices = [triton.Config({}, num_warps=warps, num_stages=stages) for warps, stages in AUTOTUNE_CHOICES]
-    return triton.autotune(choices, key=["DP", "FP8", "CAUSAL", "SKIP_PV"])(_attend_kernel)
+    return triton.autotune(choices, key=["PADDED_D", "FP8", "CAUSAL", "SKIP_PV"])(_attend_kernel)
 
 
 def attend(queries: PreparedQueries, keys: PreparedKeys, values: PreparedValues, lists: BlockLists, out: Tensor, *,
-           n_k: int, order: Tensor | None, per_head: Tensor | None, pv_threshold: float, causal: bool,
+           k_tokens: int, order: Tensor | None, per_head: Tensor | None, pv_threshold: float, causal: bool,
            config: AttendConfig, count_skips: bool) -> Tensor | None:
     """Write the attention of prepared tensors into out (B, H, Nq, D), any strides with a contiguous last dimension.
 
-    Returns int32 (B, H, nq), the row groups whose P·V was skipped, or None where the λ test is off or not counted.
+    Returns int32 (B, H, q_blocks), the row groups whose P·V was skipped; None where the λ test is off or not counted.
     """
-    batch, heads, n_q, dim = out.shape
-    kv_heads, nk = keys.similarity.shape[1:]
-    nq, pitch, padded = queries.similarity.shape[2], keys.quantised.shape[-1], padded_dim(dim)
+    batch, heads, q_tokens, dim = out.shape
+    kv_heads, k_blocks = keys.similarity.shape[1:]
+    q_blocks, pitch, padded = queries.similarity.shape[2], keys.quantised.shape[-1], padded_dim(dim)
     block, fp8 = config.block, values.values.dtype == torch.float8_e4m3fn
     skip_pv = pv_threshold < float("inf")
-    skips = torch.empty((batch, heads, nq), dtype=torch.int32, device=out.device) if skip_pv and count_skips else None
+    skips = None
+    if skip_pv and count_skips:
+        skips = torch.empty((batch, heads, q_blocks), dtype=torch.int32, device=out.device)
     k, v, pooled_k, pooled_v = keys.quantised, values.values, keys.pooled, values.pooled
     tma = config.tma and HAS_DESCRIPTORS
     if tma:
         rows = batch * kv_heads
-        k = descriptor(k, rows * nk * block.k, pitch, [block.k, padded])
-        v = (descriptor(v, rows * dim, nk * block.k, [padded, block.k]) if fp8 else
-             descriptor(v, rows * nk * block.k, pitch, [block.k, padded]))
+        k = descriptor(k, rows * k_blocks * block.k, pitch, [block.k, padded])
+        v = (descriptor(v, rows * dim, k_blocks * block.k, [padded, block.k]) if fp8 else
+             descriptor(v, rows * k_blocks * block.k, pitch, [block.k, padded]))
         if pooled_k is not None:
             tile = [config.tail_tile, padded]
-            pooled_k, pooled_v = (descriptor(x, rows * nk, pitch, tile) for x in (pooled_k, pooled_v))
+            pooled_k, pooled_v = (descriptor(x, rows * k_blocks, pitch, tile) for x in (pooled_k, pooled_v))
     strides, align = token_strides(out)
-    arguments = (queries.quantised, queries.scale, k, keys.scale, v, values.scale, values.centre, values.step,
-                 keys.valid, keys.bias, lists.indices, lists.counts, pooled_k, keys.pooled_scale, pooled_v, lists.tail,
-                 out, order, per_head, skips, pv_threshold, *strides, nq, nk, n_q, n_k, heads, heads // kv_heads,
-                 order_rows(order))
-    constants = dict(D=dim, DP=padded, PITCH=pitch, BLOCK_Q=block.q, BLOCK_K=block.k, ALIGN=align, FP8=fp8,
-                     CAUSAL=causal, SKIP_PV=skip_pv, ROW_GROUP=ROW_GROUP, TAIL_TILE=config.tail_tile,
-                     P_SHIFT=math.log2(FP8_MAX) if fp8 else 0.0, TMA=tma)
     kernel, options = (_autotuned_kernel(), {}) if autotune() else (_attend_kernel, config.options())
-    launch(kernel, (nq * batch * heads,), out.device, arguments, constants, options)
+    launch(
+        kernel, (q_blocks * batch * heads,), out.device,
+        inputs=dict(q_ptr=queries.quantised, q_scale_ptr=queries.scale, k_ptr=k, k_scale_ptr=keys.scale, v_ptr=v,
+                    v_scale_ptr=values.scale, v_centre_ptr=values.centre, v_block_scale_ptr=values.block_scale,
+                    k_valid_ptr=keys.valid, k_bias_ptr=keys.bias, indices_ptr=lists.indices, counts_ptr=lists.counts,
+                    pooled_k_ptr=pooled_k, pooled_k_scale_ptr=keys.pooled_scale, pooled_v_ptr=pooled_v,
+                    tail_weight_ptr=lists.tail, order_ptr=order, per_head_ptr=per_head, pv_threshold=pv_threshold),
+        outputs=dict(out_ptr=out, skips_ptr=skips),
+        sizes=dict(stride_b=strides[0], stride_h=strides[1], stride_n=strides[2], q_blocks=q_blocks,
+                   k_blocks=k_blocks, q_tokens=q_tokens, k_tokens=k_tokens, heads=heads, group=heads // kv_heads,
+                   order_rows=order_rows(order)),
+        constants=dict(D=dim, PADDED_D=padded, PITCH=pitch, BLOCK_Q=block.q, BLOCK_K=block.k, ALIGN=align, FP8=fp8,
+                       CAUSAL=causal, SKIP_PV=skip_pv, ROW_GROUP=ROW_GROUP, TAIL_TILE=config.tail_tile,
+                       P_SHIFT=math.log2(FP8_MAX) if fp8 else 0.0, TMA=tma),
+        options=options)
     return skips

@@ -1,250 +1,218 @@
 """The block map: predicted scores, then TopCdf or TopK row by row without a sort, in one launch."""
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor, float16, float32, int32
+from torch import Tensor, float32
 
 from ..formats import LOG2E
-from ..types import BlockMap, BlockShape
-from .launch import Region, allocate, launch
-from .prepare import PreparedKeys, PreparedQueries, PreparedValues
-from .primitives import padded_dim, threshold_of
+from ..types import BlockShape
+from .block_lists import BlockLists, allocate_lists, causal_limits, needs_care, store_counts, tail_weights
+from .launch import launch
+from .prepared import PreparedKeys, PreparedQueries, PreparedValues
+from .primitives import kept_by_rule, padded_dim, threshold_of
+from .threshold import UNJUDGED, block_tile, by_row, find_threshold, load_scores, ranks_of
 
 _ROWS = 16  # query blocks of a program, the least that tensor cores multiply
 _RESIDENT = 512  # scores of a row that stay in registers while its threshold is sought
 _CHUNK = 128  # scores of a row that a program looks at together elsewhere
-_UNJUDGED = tl.constexpr(-3e38)  # for the score of a block that a rule keeps; -inf where nothing can be attended
-
-
-@dataclass(frozen=True)
-class BlockLists:
-    """indices int32 (B, H, nq, nk); counts int32 (B, H, nq, 3): how many leading entries need nothing special inside
-    their block, how many entries there are, and how many dense attention would have; tail float16 (B, H, nq, nk),
-    log2 of the keys that a pooled block stands in for, -inf where it does not, or None."""
-
-    indices: Region
-    counts: Region
-    tail: Region | None
-
-    def public(self, block: BlockShape) -> BlockMap:
-        """The map for the outside, in memory of its own."""
-        return BlockMap(self.indices.tensor().clone(), self.counts.tensor()[..., 1].clone(), block)
-
-
-def allocate_lists(device: torch.device, shape: tuple[int, int, int, int], pooled: bool) -> BlockLists:
-    """Room for the lists of a map of this shape."""
-    return BlockLists(*allocate(device, (tuple(shape), int32), ((*shape[:3], 3), int32),
-                                (tuple(shape), float16) if pooled else None))
-
-
-# Scores are looked at in tiles [rows, pieces, 32]: Triton then gives whole rows to a warp, so that sums along them need
-# no barrier between warps.
-
-@triton.jit
-def _columns(start, COUNT: tl.constexpr):
-    """`COUNT` columns from `start` on, [1, pieces, 32]."""
-    return (start + tl.arange(0, COUNT // 32)[:, None] * 32 + tl.arange(0, 32)[None, :])[None, :, :]
 
 
 @triton.jit
-def _of_rows(x):
-    """Values of rows, [rows], beside a tile."""
-    return x[:, None, None]
+def predict_scores(
+        # inputs
+        q_mean, k_mean_ptr, k_similarity_ptr, k_count_ptr, k_mean_bias_ptr, similarity_threshold, factor,
+        # outputs
+        scores_ptr,
+        # sizes
+        offset, kv_offset, diagonal, end, last, k_blocks,
+        # constants
+        D: tl.constexpr, PADDED_D: tl.constexpr, TILE: tl.constexpr):
+    """Scores of rows of the map from the means of their blocks, in log2 units; `UNJUDGED` for blocks that a rule keeps,
+    -inf for those without keys.
 
-
-@triton.jit
-def _sum(x):
-    return tl.sum(tl.sum(x, 1), 1)
-
-
-@triton.jit
-def _scores_of(scores, at, j, end):
-    """Scores of the columns j; -inf beyond the end of a row."""
-    return tl.load(scores + _of_rows(at) + j, mask=j < _of_rows(end), other=float("-inf"))
-
-
-@triton.jit
-def _keys_of(x, high, TOPK: tl.constexpr):
-    """Scores as integers of the same order: the bits of the scores, or under cdf of their exponentials."""
-    if TOPK:
-        bits = x.to(tl.int32, bitcast=True)
-        return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    else:
-        return tl.exp2(x - high).to(tl.int32, bitcast=True)
-
-
-@triton.jit
-def _mass_from(keys, threshold, TOPK: tl.constexpr):
-    """What the keys that reach the threshold of their row add up to, in probability or in blocks, and their number."""
-    over = keys >= _of_rows(threshold)
-    count = _sum(over.to(tl.int32))
-    if TOPK:
-        return count.to(tl.float32), count
-    else:
-        return _sum(tl.where(over, keys.to(tl.float32, bitcast=True), 0.0)), count
-
-
-@triton.jit
-def _not_alike(similarity, theta):
-    """Which blocks the judge finds badly described by their means; NaN is."""
-    return (similarity >= theta) == 0
-
-
-@triton.jit
-def _range_of(x):
-    """Number of visible blocks of each row, number of judged ones, and the largest and smallest of their scores."""
-    judged = x > _UNJUDGED
-    low = tl.where(judged, x, float("inf"))
-    return (_sum((x > float("-inf")).to(tl.int32)), _sum(judged.to(tl.int32)), tl.max(tl.max(x, 1), 1),
-            tl.min(tl.min(low, 1), 1))
-
-
-@triton.jit(do_not_specialize=["nq", "nk", "n_q", "n_k", "heads", "group"])
-def _select_kernel(q_means, k_means, q_similarity, k_similarity, k_count, k_bias, k_biased, v_steps, scores, indices,
-                   counts, tail, per_head, amount, similarity, factor, nq, nk, n_q, n_k, heads, group,
-                   D: tl.constexpr, DP: tl.constexpr, TOPK: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_Q: tl.constexpr,
-                   BLOCK_K: tl.constexpr, ROWS: tl.constexpr, RESIDENT: tl.constexpr, CHUNK: tl.constexpr,
-                   PRODUCT: tl.constexpr):
-    """ROWS rows of the map. `scores` and `indices` share their memory: a row's list replaces its scores."""
-    tiles = tl.cdiv(nq, ROWS)
-    row = tl.program_id(0) // tiles
-    i = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
-    exists = i < nq
-    head = row % heads
-    keys = (row // heads * (heads // group) + head // group).to(tl.int64) * nk
-    slot = row.to(tl.int64) * nq + i
-    at = slot * nk
-    cols = tl.arange(0, DP)
-    k_similarity += keys
-    k_count += keys
-    amount = threshold_of(per_head, 0, head, heads, amount)
-    # The judge is for cdf: under topk the share of blocks is fixed, but for what the caller wants exact (-inf).
-    theta = -1.0 if TOPK else threshold_of(per_head, 1, head, heads, similarity)
-    # A block that holds NaN or infinity has a similarity of NaN and is kept too: the rows that meet it become NaN.
-    whole_row = exists & _not_alike(tl.load(q_similarity + slot, mask=exists, other=0.0), theta)
-
-    # Blocks from `diagonal` on are cut by the causal diagonal, blocks from `end` on lie beyond it.
-    end = tl.where(exists, nk, 0)
-    diagonal = tl.full([ROWS], nk, tl.int32)
-    if CAUSAL:
-        end = tl.minimum(end, (tl.minimum((i + 1) * BLOCK_Q, n_q) - 1) // BLOCK_K + 1)
-        diagonal = (i * BLOCK_Q + 1) // BLOCK_K
-    last = tl.max(end, 0)
-
-    # Scores of the blocks that the prediction judges, in log2 units.
-    q = tl.load(q_means + slot[:, None] * D + cols, mask=(exists & (whole_row == 0))[:, None] & (cols < D),
-                other=0.0)
-    for start in range(0, last, PRODUCT):
-        j = start + tl.arange(0, PRODUCT)
-        k = tl.load(k_means + (keys + j)[:, None] * D + cols, mask=(j < nk)[:, None] & (cols < D), other=0.0)
-        x = tl.dot(q, tl.trans(k)) * factor  # in TF32 where there is such: a thousandth of a score predicts nothing
-        judged = _not_alike(tl.load(k_similarity + j, mask=j < nk, other=0.0), theta) == 0
-        if k_bias is not None:
-            extra = tl.load(k_bias + keys + j, mask=j < nk, other=0.0)
-            x += extra[None, :]
-            judged = judged & (extra == extra)
-        x = tl.where(judged[None, :] & (j[None, :] < diagonal[:, None]), x, _UNJUDGED)
-        x = tl.where((tl.load(k_count + j, mask=j < nk, other=0) > 0)[None, :], x, float("-inf"))
-        tl.store(scores + at[:, None] + j[None, :], x, mask=j[None, :] < end[:, None])
+    q_mean [ROWS, PADDED_D]; offset, diagonal, end [ROWS]; k_similarity_ptr and k_count_ptr point at the head.
+    """
+    channels = tl.arange(0, PADDED_D)
+    for start in range(0, last, TILE):
+        k_block = start + tl.arange(0, TILE)  # [TILE]
+        inside = k_block < k_blocks
+        k_mean = tl.load(k_mean_ptr + (kv_offset + k_block)[:, None] * D + channels,
+                         mask=inside[:, None] & (channels < D), other=0.0)  # [TILE, PADDED_D]
+        # In TF32 where the hardware has it: a thousandth of a score predicts nothing.
+        scores = tl.dot(q_mean, tl.trans(k_mean)) * factor  # [ROWS, TILE]
+        similarity = tl.load(k_similarity_ptr + k_block, mask=inside, other=0.0)
+        judged = kept_by_rule(similarity=similarity, threshold=similarity_threshold) == 0
+        if k_mean_bias_ptr is not None:
+            bias = tl.load(k_mean_bias_ptr + kv_offset + k_block, mask=inside, other=0.0)
+            scores += bias[None, :]
+            judged = judged & (bias == bias)
+        scores = tl.where(judged[None, :] & (k_block[None, :] < diagonal[:, None]), scores, UNJUDGED)
+        visible = tl.load(k_count_ptr + k_block, mask=inside, other=0) > 0
+        scores = tl.where(visible[None, :], scores, float("-inf"))
+        tl.store(scores_ptr + offset[:, None] + k_block[None, :], scores, mask=k_block[None, :] < end[:, None])
     tl.debug_barrier()
 
-    resident = _scores_of(scores, at, _columns(0, RESIDENT), end)
-    n_visible, n_judged, high, low = _range_of(resident)
-    for start in range(RESIDENT, last, CHUNK):
-        seen, judged, higher, lower = _range_of(_scores_of(scores, at, _columns(start, CHUNK), end))
-        n_visible, n_judged = n_visible + seen, n_judged + judged
-        high, low = tl.maximum(high, higher), tl.minimum(low, lower)
-    high = tl.where(n_judged > 0, high, 0.0)
 
-    # The largest threshold whose blocks reach the target, by bisection: `low` always reaches it, `above` never. A row
-    # is settled when at most one key lies between them, or none can.
-    searched = (n_judged > 0) & (tl.where(whole_row, 1.0, amount) < 1.0)
-    resident = _keys_of(resident, _of_rows(high), TOPK)
-    if TOPK:
-        target = tl.minimum(tl.maximum(tl.ceil(amount * n_visible - 1e-3), 1.0), n_judged.to(tl.float32))
-    else:
-        target = _sum(resident.to(tl.float32, bitcast=True))
-        for start in range(RESIDENT, last, CHUNK):
-            target += _sum(tl.exp2(_scores_of(scores, at, _columns(start, CHUNK), end) - _of_rows(high)))
-        target = target * amount
-    low = tl.where(searched, _keys_of(low, high, TOPK), 0)
-    above = tl.where(searched, _keys_of(high, high, TOPK) + 1, 0)
-    n_low = n_judged
-    n_above = tl.zeros([ROWS], tl.int32)
-    undecided = tl.max(tl.where(above > low + 1, n_low - n_above, 0), 0)
-    while undecided > 1:
-        middle = (low & above) + ((low ^ above) >> 1)  # the mean, without overflow
-        reached, n_middle = _mass_from(resident, middle, TOPK)
-        for start in range(RESIDENT, last, CHUNK):
-            x = _keys_of(_scores_of(scores, at, _columns(start, CHUNK), end), _of_rows(high), TOPK)
-            more, n_more = _mass_from(x, middle, TOPK)
-            reached += more
-            n_middle += n_more
-        enough = reached >= target
-        low = tl.where(enough, middle, low)
-        n_low = tl.where(enough, n_middle, n_low)
-        above = tl.where(enough, above, middle)
-        n_above = tl.where(enough, n_above, n_middle)
-        undecided = tl.max(tl.where(above > low + 1, n_low - n_above, 0), 0)
+@triton.jit
+def write_list(
+        # inputs
+        scores_ptr, k_count_ptr, k_mean_bias_ptr, k_biased_ptr, v_block_scale_ptr, threshold, highest, keep_all,
+        # outputs
+        indices_ptr, tail_ptr,
+        # sizes
+        offset, kv_offset, diagonal, end, last, k_blocks,
+        # constants
+        TOPK: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr):
+    """Write the blocks of rows of the map that a rule or their rank keeps, and the tail weights of the others.
 
-    low = _of_rows(tl.where(searched, low, -2147483648))
+    Returns (n_plain, n_kept), [ROWS]: how many leading entries need no care, and how many there are. `indices_ptr` may
+    be the memory of `scores_ptr`: an entry is never written beyond the chunk whose scores have been read.
+    """
     n_kept = tl.zeros([ROWS], tl.int32)
-    n_unmasked = tl.full([ROWS], nk, tl.int32)
+    n_plain = tl.full([ROWS], k_blocks, tl.int32)
     for start in range(0, last, CHUNK):
-        j = _columns(start, CHUNK)
-        x = _scores_of(scores, at, j, end)
-        visible = x > float("-inf")
-        kept = _of_rows(whole_row) | (x <= _UNJUDGED) | (_keys_of(x, _of_rows(high), TOPK) >= low)
-        count = tl.load(k_count + j, mask=j < nk, other=0)
-        special = (count < BLOCK_K) | (j >= _of_rows(diagonal))
-        if v_steps is not None:
-            step = tl.load(v_steps + keys + j, mask=j < nk, other=1.0)
-            special = special | (step != 1.0)
-            kept = kept | (step != step)  # values that are not finite
-        if k_biased is not None:
-            special = special | (tl.load(k_biased + keys + j, mask=j < nk, other=0) != 0)
+        k_block = block_tile(start, CHUNK)  # [1, CHUNK // 32, 32]
+        inside = k_block < k_blocks
+        scores = load_scores(scores_ptr=scores_ptr, offset=offset, k_block=k_block, end=end)  # [ROWS, CHUNK // 32, 32]
+        visible = scores > float("-inf")
+        ranks = ranks_of(scores=scores, highest=by_row(highest), TOPK=TOPK)
+        kept = by_row(keep_all) | (scores <= UNJUDGED) | (ranks >= by_row(threshold))
+        count = tl.load(k_count_ptr + k_block, mask=inside, other=0)
+        v_block_scale = None
+        if v_block_scale_ptr is not None:
+            v_block_scale = tl.load(v_block_scale_ptr + kv_offset + k_block, mask=inside, other=1.0)
+            kept = kept | (v_block_scale != v_block_scale)  # values that are not finite
+        special = needs_care(k_block=k_block, count=count, diagonal=by_row(diagonal), v_block_scale=v_block_scale,
+                             biased_ptr=k_biased_ptr, kv_offset=kv_offset, inside=inside, BLOCK_K=BLOCK_K)
         kept = kept & visible
         taken = kept.to(tl.int32)
-        n_piece = tl.sum(taken, 2)
-        place = tl.cumsum(taken, 2) - 1 + (_of_rows(n_kept) + (tl.cumsum(n_piece, 1) - n_piece)[:, :, None])
-        n_unmasked = tl.minimum(n_unmasked, tl.min(tl.min(tl.where(kept & special, place, nk), 1), 1))
-        if tail is not None:
-            weight = tl.log2(tl.maximum(count, 1).to(tl.float32))
-            if k_bias is not None:
-                weight += tl.load(k_bias + keys + j, mask=j < nk, other=0.0)
-            weight = tl.where(visible & (kept == 0), weight, float("-inf"))
-            tl.store(tail + _of_rows(at) + j, weight.to(tl.float16), mask=j < _of_rows(end))
+        n_piece = tl.sum(taken, 2)  # [ROWS, CHUNK // 32]
+        place = tl.cumsum(taken, 2) - 1 + (by_row(n_kept) + (tl.cumsum(n_piece, 1) - n_piece)[:, :, None])
+        n_plain = tl.minimum(n_plain, tl.min(tl.min(tl.where(kept & special, place, k_blocks), 1), 1))
+        if tail_ptr is not None:
+            weight = tail_weights(k_block=k_block, count=count, skipped=visible & (kept == 0),
+                                  mean_bias_ptr=k_mean_bias_ptr, kv_offset=kv_offset, inside=inside)
+            tl.store(tail_ptr + by_row(offset) + k_block, weight, mask=k_block < by_row(end))
         tl.debug_barrier()  # every score of this chunk has been read before its memory takes the list
-        tl.store(indices + _of_rows(at) + place, tl.broadcast_to(j, place.shape), mask=kept)
+        tl.store(indices_ptr + by_row(offset) + place, tl.broadcast_to(k_block, place.shape), mask=kept)
         n_kept += tl.sum(n_piece, 1)
-    if tail is not None:
-        for start in range(tl.min(tl.where(exists, end, nk), 0) // CHUNK * CHUNK, nk, CHUNK):
-            j = _columns(start, CHUNK)
-            beyond = _of_rows(exists) & (j >= _of_rows(end)) & (j < nk)
-            tl.store(tail + _of_rows(at) + j, float("-inf"), mask=beyond)
-    tl.store(counts + slot * 3, tl.minimum(n_unmasked, n_kept), mask=exists)
-    tl.store(counts + slot * 3 + 1, n_kept, mask=exists)
-    tl.store(counts + slot * 3 + 2, n_visible, mask=exists)
+    return n_plain, n_kept
+
+
+@triton.jit
+def clear_tail(tail_ptr, offset, exists, end, k_blocks, CHUNK: tl.constexpr):
+    """Tail weights of -inf for the blocks of K from `end` [ROWS] on, which causal rows don't reach."""
+    for start in range(tl.min(tl.where(exists, end, k_blocks), 0) // CHUNK * CHUNK, k_blocks, CHUNK):
+        k_block = block_tile(start, CHUNK)
+        beyond = by_row(exists) & (k_block >= by_row(end)) & (k_block < k_blocks)
+        tl.store(tail_ptr + by_row(offset) + k_block, float("-inf"), mask=beyond)
+
+
+@triton.jit(do_not_specialize=["q_blocks", "k_blocks", "q_tokens", "heads", "group"])
+def _select_kernel(
+        # inputs
+        q_mean_ptr, k_mean_ptr, q_similarity_ptr, k_similarity_ptr, k_count_ptr, k_mean_bias_ptr, k_biased_ptr,
+        v_block_scale_ptr, per_head_ptr, amount, similarity_threshold, factor,
+        # outputs
+        scores_ptr, indices_ptr, counts_ptr, tail_ptr,
+        # sizes
+        q_blocks, k_blocks, q_tokens, heads, group,
+        # constants
+        D: tl.constexpr, PADDED_D: tl.constexpr, TOPK: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_Q: tl.constexpr,
+        BLOCK_K: tl.constexpr, ROWS: tl.constexpr, RESIDENT: tl.constexpr, CHUNK: tl.constexpr,
+        PRODUCT: tl.constexpr):
+    """ROWS rows of the map a program.
+
+    scores = q_mean · k_meanᵀ · factor + k_mean_bias. Under cdf a row keeps its largest softmax(scores) until their sum
+    reaches `amount`, under TOPK the share `amount` of its visible blocks; equal scores are kept together. On top come
+    blocks with a similarity below `similarity_threshold` (cdf alone), `FORCED` ones, ones that the causal diagonal cuts
+    and ones that are not finite. Source: SpargeAttn (arXiv 2502.18137), section 3.3.
+
+    Inputs:
+    q_mean_ptr, k_mean_ptr: float32 (B, H, q_blocks, D) and (B, Hkv, k_blocks, D), in the units of q and k.
+    q_similarity_ptr, k_similarity_ptr: float32 (B, H, q_blocks) and (B, Hkv, k_blocks), `FORCED` and NaN among them.
+    k_count_ptr: int32 (B, Hkv, k_blocks), keys that exist.
+    k_mean_bias_ptr: float32 (B, Hkv, k_blocks), log2; k_biased_ptr: int8 of that shape, 0 or 1; or None.
+    v_block_scale_ptr: float32 (B, Hkv, k_blocks), powers of two or NaN; or None.
+    per_head_ptr: float32 (3, H), amount, similarity and pv threshold of each head, in place of the plain numbers.
+    factor: softmax scale · log2 e.
+    Outputs:
+    scores_ptr: float32 (B, H, q_blocks, k_blocks), in the memory of the indices: a row's list replaces its scores.
+    indices_ptr, counts_ptr, tail_ptr: int32 (B, H, q_blocks, k_blocks), int32 (B, H, q_blocks, 3), float16
+    (B, H, q_blocks, k_blocks) or None, see `BlockLists`.
+    """
+    programs = tl.cdiv(q_blocks, ROWS)  # of a head
+    batch_head = tl.program_id(0) // programs
+    q_block = tl.program_id(0) % programs * ROWS + tl.arange(0, ROWS)  # [ROWS]
+    exists = q_block < q_blocks
+    head = batch_head % heads
+    kv_offset = (batch_head // heads * (heads // group) + head // group).to(tl.int64) * k_blocks
+    map_row = batch_head.to(tl.int64) * q_blocks + q_block  # [ROWS]
+    offset = map_row * k_blocks
+    channels = tl.arange(0, PADDED_D)
+    k_similarity_ptr += kv_offset
+    k_count_ptr += kv_offset
+    amount = threshold_of(per_head_ptr=per_head_ptr, ROW=0, head=head, heads=heads, value=amount)
+    # Under topk the share of blocks is fixed: no similarity falls below -1, but FORCED ones and NaN.
+    similarity_threshold = -1.0 if TOPK else threshold_of(
+        per_head_ptr=per_head_ptr, ROW=1, head=head, heads=heads, value=similarity_threshold)
+    # A block that holds NaN or infinity has a similarity of NaN and is kept too: the rows that meet it become NaN.
+    q_similarity = tl.load(q_similarity_ptr + map_row, mask=exists, other=0.0)
+    keep_all = exists & kept_by_rule(similarity=q_similarity, threshold=similarity_threshold)
+
+    end = tl.where(exists, k_blocks, 0)
+    diagonal = tl.full([ROWS], k_blocks, tl.int32)
+    if CAUSAL:
+        diagonal, end = causal_limits(q_block=q_block, end=end, q_tokens=q_tokens, BLOCK_Q=BLOCK_Q, BLOCK_K=BLOCK_K)
+    last = tl.max(end, 0)
+
+    q_mean = tl.load(q_mean_ptr + map_row[:, None] * D + channels,
+                     mask=(exists & (keep_all == 0))[:, None] & (channels < D), other=0.0)  # [ROWS, PADDED_D]
+    predict_scores(
+        q_mean=q_mean, k_mean_ptr=k_mean_ptr, k_similarity_ptr=k_similarity_ptr, k_count_ptr=k_count_ptr,
+        k_mean_bias_ptr=k_mean_bias_ptr, similarity_threshold=similarity_threshold, factor=factor,
+        scores_ptr=scores_ptr,
+        offset=offset, kv_offset=kv_offset, diagonal=diagonal, end=end, last=last, k_blocks=k_blocks,
+        D=D, PADDED_D=PADDED_D, TILE=PRODUCT)
+    threshold, highest, n_visible = find_threshold(
+        scores_ptr=scores_ptr, offset=offset, end=end, last=last, amount=amount, keep_all=keep_all,
+        TOPK=TOPK, ROWS=ROWS, RESIDENT=RESIDENT, CHUNK=CHUNK)
+    n_plain, n_kept = write_list(
+        scores_ptr=scores_ptr, k_count_ptr=k_count_ptr, k_mean_bias_ptr=k_mean_bias_ptr, k_biased_ptr=k_biased_ptr,
+        v_block_scale_ptr=v_block_scale_ptr, threshold=threshold, highest=highest, keep_all=keep_all,
+        indices_ptr=indices_ptr, tail_ptr=tail_ptr,
+        offset=offset, kv_offset=kv_offset, diagonal=diagonal, end=end, last=last, k_blocks=k_blocks,
+        TOPK=TOPK, BLOCK_K=BLOCK_K, ROWS=ROWS, CHUNK=CHUNK)
+    if tail_ptr is not None:
+        clear_tail(tail_ptr=tail_ptr, offset=offset, exists=exists, end=end, k_blocks=k_blocks, CHUNK=CHUNK)
+    store_counts(counts_ptr=counts_ptr, map_row=map_row, n_plain=n_plain, n_kept=n_kept, n_visible=n_visible,
+                 exists=exists)
 
 
 def select_blocks(queries: PreparedQueries, keys: PreparedKeys, values: PreparedValues | None, *, scale: float,
-                  per_head: Tensor | None, thresholds: list[float], selection: str, causal: bool, n_q: int, n_k: int,
+                  per_head: Tensor | None, thresholds: list[float], selection: str, causal: bool, q_tokens: int,
                   block: BlockShape, pooled: bool) -> BlockLists:
-    """The lists of kept blocks of every query block of every head."""
-    batch, heads, nq, dim = queries.mean.shape
-    kv_heads, nk = keys.similarity.shape[1:]
-    device = queries.mean.device
-    lists = allocate_lists(device, (batch, heads, nq, nk), pooled)
-    scores = lists.indices.view(float32)
-    launch(_select_kernel, (batch * heads * -(-nq // _ROWS),), device,
-           (queries.mean, keys.mean, queries.similarity, keys.similarity, keys.count, keys.mean_bias, keys.biased,
-            values and values.step, scores, lists.indices, lists.counts, lists.tail, per_head, thresholds[0],
-            thresholds[1], scale * LOG2E, nq, nk, n_q, n_k, heads, heads // kv_heads),
-           dict(D=dim, DP=padded_dim(dim), TOPK=selection == "topk", CAUSAL=causal, BLOCK_Q=block.q, BLOCK_K=block.k,
-                ROWS=_ROWS, RESIDENT=_RESIDENT, CHUNK=_CHUNK, PRODUCT=min(64, 8192 // padded_dim(dim), _CHUNK)),
-           dict(num_warps=8, num_stages=2))
+    """The lists of kept blocks of every query block of every head.
+
+    scale: of the softmax. per_head: float32 (3, H), or None, where `thresholds` holds the same three as numbers.
+    selection: "cdf" or "topk". pooled: whether the skipped blocks get weights in a tail.
+    """
+    batch, heads, q_blocks, dim = queries.mean.shape
+    kv_heads, k_blocks = keys.similarity.shape[1:]
+    padded, device = padded_dim(dim), queries.mean.device
+    lists = allocate_lists(device, (batch, heads, q_blocks, k_blocks), pooled)
+    launch(
+        _select_kernel, (batch * heads * -(-q_blocks // _ROWS),), device,
+        inputs=dict(q_mean_ptr=queries.mean, k_mean_ptr=keys.mean, q_similarity_ptr=queries.similarity,
+                    k_similarity_ptr=keys.similarity, k_count_ptr=keys.count, k_mean_bias_ptr=keys.mean_bias,
+                    k_biased_ptr=keys.biased, v_block_scale_ptr=values and values.block_scale, per_head_ptr=per_head,
+                    amount=thresholds[0], similarity_threshold=thresholds[1], factor=scale * LOG2E),
+        outputs=dict(scores_ptr=lists.indices.view(float32), indices_ptr=lists.indices, counts_ptr=lists.counts,
+                     tail_ptr=lists.tail),
+        sizes=dict(q_blocks=q_blocks, k_blocks=k_blocks, q_tokens=q_tokens, heads=heads, group=heads // kv_heads),
+        constants=dict(D=dim, PADDED_D=padded, TOPK=selection == "topk", CAUSAL=causal, BLOCK_Q=block.q,
+                       BLOCK_K=block.k, ROWS=_ROWS, RESIDENT=_RESIDENT, CHUNK=_CHUNK,
+                       PRODUCT=min(64, 8192 // padded, _CHUNK)),
+        options=dict(num_warps=8, num_stages=2))
     return lists

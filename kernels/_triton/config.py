@@ -12,8 +12,12 @@ from ..types import BlockShape
 
 @dataclass(frozen=True)
 class AttendConfig:
-    """Launch of the attention kernel: block shape of the map, warps, pipeline stages, register cap (None: the
-    compiler's choice) and whether K and V come by the tensor memory accelerator."""
+    """Launch of the attention kernel.
+
+    block: block shape of the map, in tokens. warps: of a program. stages: of the pipeline that loads K and V ahead.
+    maxnreg: most registers of a thread, None for the compiler's choice. tma: whether K and V come by the tensor memory
+    accelerator, where Triton has descriptors.
+    """
 
     block: BlockShape
     warps: int
@@ -95,11 +99,15 @@ def autotune() -> bool:
 
 
 def prepare_warps(block: int, padded_dim: int) -> int:
-    """Warps of a preparation program: about 128 elements a thread, because few warps sum a column fast."""
+    """Warps of a preparation program, which holds block tokens × padded_dim channels: about 128 elements a thread,
+    because few warps sum a column fast."""
     return max(2, min(16, block * padded_dim // 4096))
 
 
 def store_bytes(block: int) -> int:
-    """Quantised bytes that a thread of a preparation program stores at once, measured on sm90. With 16 it also takes 16
-    elements of the 16-bit input, in two steps of half-used sectors, but handles half as many rows."""
+    """Quantised bytes that a thread of a preparation program stores at once, by tokens of its block; measured on sm90.
+
+    With 16 a thread also loads 16 elements of the 16-bit input, in two steps that use half a sector each, but handles
+    half as many rows.
+    """
     return 8 if block <= 64 else 16

@@ -6,69 +6,85 @@ import triton.language as tl
 from torch import Tensor
 
 from ..types import BlockShape
-from .blockmap import BlockLists, allocate_lists
+from .block_lists import BlockLists, allocate_lists, causal_limits, needs_care, store_counts, tail_weights
 from .launch import launch
-from .prepare import PreparedKeys, PreparedValues
+from .prepared import PreparedKeys, PreparedValues
 
 _CHUNK = 1024  # entries of a row that a program looks at together
 
 
-@triton.jit(do_not_specialize=["stride_b", "stride_h", "stride_q", "stride_k", "nq", "nk", "n_q", "heads", "group"])
-def _given_kernel(mask, k_count, k_bias, k_biased, v_steps, indices, counts, tail, stride_b: tl.int64,
-                  stride_h: tl.int64, stride_q: tl.int64, stride_k: tl.int64, nq, nk, n_q, heads, group,
-                  CAUSAL: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, CHUNK: tl.constexpr):
-    """One row of the map."""
-    row = tl.program_id(0).to(tl.int64)
-    i, head, batch = (row % nq).to(tl.int32), (row // nq % heads).to(tl.int32), row // nq // heads
-    mask += batch * stride_b + head * stride_h + i * stride_q
-    keys = (batch * (heads // group) + head // group) * nk
-    k_count += keys
-    indices += row * nk
+@triton.jit(do_not_specialize=["stride_b", "stride_h", "stride_q", "stride_k", "q_blocks", "k_blocks", "q_tokens",
+                               "heads", "group"])
+def _given_kernel(
+        # inputs
+        mask_ptr, k_count_ptr, k_mean_bias_ptr, k_biased_ptr, v_block_scale_ptr,
+        # outputs
+        indices_ptr, counts_ptr, tail_ptr,
+        # sizes
+        stride_b: tl.int64, stride_h: tl.int64, stride_q: tl.int64, stride_k: tl.int64, q_blocks, k_blocks, q_tokens,
+        heads, group,
+        # constants
+        CAUSAL: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, CHUNK: tl.constexpr):
+    """One row of the map a program: the blocks that the mask keeps and that have anything to attend.
 
-    # Blocks from `diagonal` on are cut by the causal diagonal, blocks from `end` on lie beyond it.
-    end = nk
-    diagonal = nk
+    mask_ptr: bool (B, H, q_blocks, k_blocks) with strides in elements, 0 where it is broadcast.
+    k_count_ptr, k_mean_bias_ptr, k_biased_ptr: count, mean_bias and biased of `PreparedKeys`; v_block_scale_ptr: of
+    `PreparedValues`. Outputs: `BlockLists`.
+    """
+    map_row = tl.program_id(0).to(tl.int64)
+    q_block = (map_row % q_blocks).to(tl.int32)
+    head = (map_row // q_blocks % heads).to(tl.int32)
+    batch = map_row // q_blocks // heads
+    mask_ptr += batch * stride_b + head * stride_h + q_block * stride_q
+    kv_offset = (batch * (heads // group) + head // group) * k_blocks
+    k_count_ptr += kv_offset
+    indices_ptr += map_row * k_blocks
+
+    end = k_blocks
+    diagonal = k_blocks
     if CAUSAL:
-        end = tl.minimum(nk, (tl.minimum((i + 1) * BLOCK_Q, n_q) - 1) // BLOCK_K + 1)
-        diagonal = (i * BLOCK_Q + 1) // BLOCK_K
+        diagonal, end = causal_limits(q_block=q_block, end=end, q_tokens=q_tokens, BLOCK_Q=BLOCK_Q, BLOCK_K=BLOCK_K)
 
     n_kept = 0
     n_visible = 0
-    n_unmasked = nk
-    for start in range(0, nk, CHUNK):
-        j = start + tl.arange(0, CHUNK)
-        count = tl.load(k_count + j, mask=j < end, other=0)
+    n_plain = k_blocks
+    for start in range(0, k_blocks, CHUNK):
+        k_block = start + tl.arange(0, CHUNK)  # [CHUNK]
+        inside = k_block < end
+        count = tl.load(k_count_ptr + k_block, mask=inside, other=0)
         visible = count > 0
-        kept = visible & (tl.load(mask + j * stride_k, mask=visible, other=0) != 0)
+        kept = visible & (tl.load(mask_ptr + k_block * stride_k, mask=visible, other=0) != 0)
         place = n_kept + tl.cumsum(kept.to(tl.int32), 0) - 1
-        step = tl.load(v_steps + keys + j, mask=j < end, other=1.0)
-        special = kept & ((count < BLOCK_K) | (j >= diagonal) | (step != 1.0))
-        if k_biased is not None:
-            special = special | (kept & (tl.load(k_biased + keys + j, mask=j < end, other=0) != 0))
-        n_unmasked = tl.minimum(n_unmasked, tl.min(tl.where(special, place, nk), 0))
-        tl.store(indices + place, j, mask=kept)
-        if tail is not None:
-            weight = tl.log2(tl.maximum(count, 1).to(tl.float32))
-            if k_bias is not None:
-                weight += tl.load(k_bias + keys + j, mask=j < end, other=0.0)
-            weight = tl.where(visible & (kept == 0), weight, float("-inf"))
-            tl.store(tail + row * nk + j, weight.to(tl.float16), mask=j < nk)
+        v_block_scale = tl.load(v_block_scale_ptr + kv_offset + k_block, mask=inside, other=1.0)
+        special = kept & needs_care(k_block=k_block, count=count, diagonal=diagonal, v_block_scale=v_block_scale,
+                                    biased_ptr=k_biased_ptr, kv_offset=kv_offset, inside=inside, BLOCK_K=BLOCK_K)
+        n_plain = tl.minimum(n_plain, tl.min(tl.where(special, place, k_blocks), 0))
+        tl.store(indices_ptr + place, k_block, mask=kept)
+        if tail_ptr is not None:
+            weight = tail_weights(k_block=k_block, count=count, skipped=visible & (kept == 0),
+                                  mean_bias_ptr=k_mean_bias_ptr, kv_offset=kv_offset, inside=inside)
+            tl.store(tail_ptr + map_row * k_blocks + k_block, weight, mask=k_block < k_blocks)
         n_kept += tl.sum(kept.to(tl.int32), 0)
         n_visible += tl.sum(visible.to(tl.int32), 0)
-    tl.store(counts + row * 3, tl.minimum(n_unmasked, n_kept))
-    tl.store(counts + row * 3 + 1, n_kept)
-    tl.store(counts + row * 3 + 2, n_visible)
+    store_counts(counts_ptr=counts_ptr, map_row=map_row, n_plain=n_plain, n_kept=n_kept, n_visible=n_visible,
+                 exists=None)
 
 
-def lists_from_mask(mask: Tensor, keys: PreparedKeys, values: PreparedValues, *, heads: int, n_q: int, causal: bool,
-                    block: BlockShape, pooled: bool) -> BlockLists:
-    """The lists of a bool mask that broadcasts to (B, H, nq, nk), less the blocks that nothing can attend."""
-    batch, kv_heads, nk = keys.count.shape
-    mask = mask.expand(batch, heads, -(-n_q // block.q), nk)
+def lists_from_mask(mask: Tensor, keys: PreparedKeys, values: PreparedValues, *, heads: int, q_tokens: int,
+                    causal: bool, block: BlockShape, pooled: bool) -> BlockLists:
+    """The lists of a bool mask that broadcasts to (B, H, q_blocks, k_blocks), less blocks with nothing to attend."""
+    batch, kv_heads, k_blocks = keys.count.shape
+    mask = mask.expand(batch, heads, -(-q_tokens // block.q), k_blocks)
     rows = mask.shape[:3]
+    strides = mask.stride()
     lists = allocate_lists(mask.device, mask.shape, pooled)
-    launch(_given_kernel, (rows.numel(),), mask.device,
-           (mask, keys.count, keys.mean_bias, keys.biased, values.step, lists.indices, lists.counts, lists.tail,
-            *mask.stride(), rows[2], nk, n_q, heads, heads // kv_heads),
-           dict(CAUSAL=causal, BLOCK_Q=block.q, BLOCK_K=block.k, CHUNK=_CHUNK), dict(num_warps=4))
+    launch(
+        _given_kernel, (rows.numel(),), mask.device,
+        inputs=dict(mask_ptr=mask, k_count_ptr=keys.count, k_mean_bias_ptr=keys.mean_bias, k_biased_ptr=keys.biased,
+                    v_block_scale_ptr=values.block_scale),
+        outputs=dict(indices_ptr=lists.indices, counts_ptr=lists.counts, tail_ptr=lists.tail),
+        sizes=dict(stride_b=strides[0], stride_h=strides[1], stride_q=strides[2], stride_k=strides[3],
+                   q_blocks=rows[2], k_blocks=k_blocks, q_tokens=q_tokens, heads=heads, group=heads // kv_heads),
+        constants=dict(CAUSAL=causal, BLOCK_Q=block.q, BLOCK_K=block.k, CHUNK=_CHUNK),
+        options=dict(num_warps=4))
     return lists

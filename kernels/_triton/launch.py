@@ -66,11 +66,15 @@ def descriptor(x: Tensor | Region, rows: int, pitch: int, block: list[int]) -> T
     return TensorDescriptor(x, [rows, pitch], [pitch, 1], block)
 
 
-def launch(kernel, grid: tuple[int, ...], device: torch.device, arguments: tuple, constants: dict,
-           options: dict) -> None:
-    """Launch a Triton kernel: `arguments` in its order, then its `constants`, by name and in its order too."""
+def launch(kernel, grid: tuple[int, ...], device: torch.device, *, inputs: dict, outputs: dict, sizes: dict,
+           constants: dict, options: dict) -> None:
+    """Launch a Triton kernel, its arguments by name: the names of the groups, one after another, are its signature.
+
+    inputs, outputs: tensors, `Region`s, descriptors, None, and plain numbers. sizes: run-time integers. constants:
+    tl.constexpr. options: num_warps and the like. Raises FastPathError where the kernel does not compile or start.
+    """
     values, key = [], [kernel, device, *constants.values(), *options.values()]
-    for x in arguments:
+    for x in (*inputs.values(), *outputs.values()):
         kind = type(x)
         if kind is Region:
             key.append(x.dtype)
@@ -87,16 +91,17 @@ def launch(kernel, grid: tuple[int, ...], device: torch.device, arguments: tuple
     key = tuple(key)
     compiled = _compiled.get(key)
     if compiled is None:
-        arguments = [_materialise(x) for x in arguments]
+        arguments = {name: _materialise(x) for name, x in (inputs | outputs).items()} | sizes | constants
+        _check_names(kernel, list(arguments))
         try:
-            compiled = kernel[grid](*arguments, **constants, **options)
+            compiled = kernel[grid](**arguments, **options)
         except Exception as error:  # compilers and drivers fail in many ways
             raise_failed(f"kernel {_name_of(kernel)}", error)
         # Nothing is kept from the interpreter, and from versions whose compiled kernels take other arguments.
         if hasattr(compiled, "function") and _RELAUNCHES:
             _compiled[key] = compiled
     else:
-        compiled[(*grid, 1, 1)[:3]](*values, *constants.values())
+        compiled[(*grid, 1, 1)[:3]](*values, *sizes.values(), *constants.values())
 
 
 def forget() -> None:
@@ -107,6 +112,12 @@ def forget() -> None:
 def _name_of(kernel) -> str:
     """The name of a jitted function, also inside an autotuner."""
     return getattr(kernel, "fn", kernel).__name__
+
+
+def _check_names(kernel, names: list[str]) -> None:
+    """Hold the names of a launch against the kernel's signature: a remembered kernel takes arguments by position."""
+    expected = list(kernel.arg_names)
+    assert names == expected, f"{_name_of(kernel)} takes {expected}; got {names}"
 
 
 def _materialise(x):

@@ -9,11 +9,14 @@ from ..capability import arch_of, uses_fp8
 from ..formats import LOG2E, ROW_GROUP
 from ..types import BlockMap, BlockShape, SpargeStats, TokenRanges
 from .attend import attend
-from .blockmap import BlockLists, select_blocks
+from .block_lists import BlockLists
+from .blockmap import select_blocks
 from .config import AttendConfig, attend_config
 from .given_map import lists_from_mask
 from .memory import groups_of_heads, is_short
-from .prepare import PreparedKeys, PreparedQueries, PreparedValues, prepare_keys, prepare_queries
+from .prepare_keys import prepare_keys
+from .prepare_queries import prepare_queries
+from .prepared import PreparedKeys, PreparedQueries, PreparedValues
 from .primitives import padded_dim
 
 
@@ -67,9 +70,9 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor, call: CallSpec, con
     """`attention` of all heads together."""
     order = _contiguous(call.order)
     queries, keys, values, lists = _prepare(q, k, v, call, config, fp8, order)
-    skips = attend(queries, keys, values, lists, out, n_k=k.shape[2], order=order, per_head=call.thresholds.per_head,
-                   pv_threshold=call.thresholds.numbers[2], causal=call.causal, config=config,
-                   count_skips=call.return_stats)
+    skips = attend(queries, keys, values, lists, out, k_tokens=k.shape[2], order=order,
+                   per_head=call.thresholds.per_head, pv_threshold=call.thresholds.numbers[2], causal=call.causal,
+                   config=config, count_skips=call.return_stats)
     return _statistics(lists, skips, config.block) if call.return_stats else None
 
 
@@ -79,18 +82,18 @@ def _prepare(q: Tensor, k: Tensor, v: Tensor | None, call: CallSpec, config: Att
     q, k, v = (x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     bias, padding = (_contiguous(x) for x in call.bias_and_padding())
     block, scale, pooled = config.block, call.scale_for(q.shape[-1]), call.pooled
-    queries = prepare_queries(q, k, v, factor=scale * LOG2E, order=order, flags=_flags(call.dense_queries, q),
-                              padding=padding, block=block)
-    keys, values = prepare_keys(k, v, queries, order=order, flags=_flags(call.sink_keys, k), padding=padding,
+    queries, statistics = prepare_queries(q, k, v, factor=scale * LOG2E, order=order,
+                                          flags=_flags(call.dense_queries, q), padding=padding, block=block)
+    keys, values = prepare_keys(k, v, statistics, order=order, flags=_flags(call.sink_keys, k), padding=padding,
                                 block=block, fp8=fp8, pooled=pooled, bias=bias)
     if call.block_mask is not None:
-        lists = lists_from_mask(call.block_mask, keys, values, heads=q.shape[1], n_q=q.shape[2], causal=call.causal,
-                                block=block, pooled=pooled)
+        lists = lists_from_mask(call.block_mask, keys, values, heads=q.shape[1], q_tokens=q.shape[2],
+                                causal=call.causal, block=block, pooled=pooled)
     else:
         thresholds = call.thresholds
         lists = select_blocks(queries, keys, values, scale=scale, per_head=thresholds.per_head,
                               thresholds=thresholds.numbers, selection=thresholds.selection, causal=call.causal,
-                              n_q=q.shape[2], n_k=k.shape[2], block=block, pooled=pooled)
+                              q_tokens=q.shape[2], block=block, pooled=pooled)
     return queries, keys, values, lists
 
 

@@ -2,19 +2,26 @@
 
 Strides reach the kernels as 64-bit numbers in units of ALIGN elements. ALIGN is 8 where every stride allows 16-byte
 loads and 1 elsewhere: the compiler sees the alignment although sizes and strides are plain run-time values, so that a
-new length, batch or number of heads never compiles again. The same device limits stores: rows of bytes are `pitch`
-times STORE long, so that a thread stores no more than STORE of them.
+new length, batch or number of heads never compiles again. The same device limits stores of bytes: a row of PITCH bytes
+is addressed as `row_stores` times STORE, so that a thread stores no more than STORE of them at once.
 """
+import math
+
 import torch
 import triton
 import triton.language as tl
 
+# The stored similarity of a block that the caller wants exact, because it holds a dense query or a sink. It lies below
+# every threshold, so that the comparison which keeps badly described blocks keeps these too; a tensor of flags would be
+# one more load for every block. `mark_forced` alone writes it and `kept_by_rule` alone reads it.
+FORCED = tl.constexpr(float("-inf"))
+
 
 def token_strides(x: torch.Tensor) -> tuple[tuple[int, int, int], int]:
     """((batch, head, token) strides of x (B, H, N, D) in units of align, align)."""
-    strides = x.stride()[:3]
-    align = 8 if all(s % 8 == 0 for s in strides) and x.data_ptr() % 16 == 0 else 1
-    return tuple(s // align for s in strides), align
+    batch, head, token, _ = x.stride()
+    align = 8 if math.gcd(batch, head, token, 8) == 8 and x.data_ptr() % 16 == 0 else 1
+    return (batch // align, head // align, token // align), align
 
 
 def round_up(n: int, multiple: int) -> int:
@@ -32,28 +39,36 @@ def order_rows(order: torch.Tensor | None) -> int:
 
 
 @triton.jit
-def rows_of(x, batch, head, rows, stride_b, stride_h, stride_n, ALIGN: tl.constexpr):
-    """Pointers to the first element of rows [N] of one head."""
-    base = x + (batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h) * ALIGN
-    return base + (rows.to(tl.int64) * stride_n) * ALIGN
+def row_pointers(x_ptr, batch, head, tokens, stride_b, stride_h, stride_n, ALIGN: tl.constexpr):
+    """Pointers to the first element of the rows of `tokens` [N] in one head of x (B, H, N, D)."""
+    head_ptr = x_ptr + (batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h) * ALIGN
+    return head_ptr + (tokens.to(tl.int64) * stride_n) * ALIGN
 
 
 @triton.jit
-def token_at(order, row, rows, n):
-    """Tokens that stand at `rows` of the blocking order; `order` is (heads, n), read at `row`, or None."""
-    if order is None:
-        return rows
+def tokens_at(places, order_ptr, order_row, n_tokens):
+    """Tokens at `places` of the blocking order: a row of order_ptr (rows, n_tokens), or the model's own order."""
+    if order_ptr is None:
+        return places
     else:
-        return tl.load(order + row.to(tl.int64) * n + rows, mask=rows < n, other=0)
+        return tl.load(order_ptr + order_row.to(tl.int64) * n_tokens + places, mask=places < n_tokens, other=0)
 
 
 @triton.jit
-def threshold_of(table, row: tl.constexpr, head, heads, value):
-    """A threshold of this head: from the table (3, heads), or the plain number where there is none."""
-    if table is None:
+def without_padding(exists, tokens, padding_ptr, batch, n_tokens):
+    """`exists`, less the tokens that padding_ptr (B, n_tokens), if there is one, marks as padding."""
+    if padding_ptr is not None:
+        exists = exists & (tl.load(padding_ptr + batch.to(tl.int64) * n_tokens + tokens, mask=exists, other=1) == 0)
+    return exists
+
+
+@triton.jit
+def threshold_of(per_head_ptr, ROW: tl.constexpr, head, heads, value):
+    """A threshold of this head: ROW of the table per_head_ptr (3, heads), or the plain `value` where there is none."""
+    if per_head_ptr is None:
         return value
     else:
-        return tl.load(table + row * heads + head)
+        return tl.load(per_head_ptr + ROW * heads + head)
 
 
 @triton.jit
@@ -62,6 +77,21 @@ def block_similarity(x, count):
     inverse_norm = tl.rsqrt(tl.maximum(tl.sum(x * x, 1), 1e-24))
     mean = tl.sum(x * inverse_norm[:, None], 0) / count
     return tl.sum(mean * mean, 0)
+
+
+@triton.jit
+def mark_forced(similarity, flags_ptr, tokens, exists):
+    """The similarity to store for a block: FORCED where one of its tokens is flagged in flags_ptr (n_tokens,)."""
+    if flags_ptr is not None:
+        flagged = tl.max(tl.load(flags_ptr + tokens, mask=exists, other=0), 0)
+        similarity = tl.where(flagged > 0, FORCED, similarity)
+    return similarity
+
+
+@triton.jit
+def kept_by_rule(similarity, threshold):
+    """Which blocks are kept whatever their score: FORCED ones, ones that their mean describes badly, and NaN's."""
+    return (similarity >= threshold) == 0
 
 
 @triton.jit

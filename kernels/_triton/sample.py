@@ -7,87 +7,110 @@ every value comes back by one addition at the end.
 import triton
 import triton.language as tl
 
-from .primitives import rows_of
+from .primitives import row_pointers, without_padding
 
 SAMPLE = 1024  # tokens a head that the constants are found from; all of them where there are no more
+SPLITS = 8  # programs a head that share the sample; each block of K and V combines what they found
 # A channel whose sample hardly varies is taken to vary by this share of the channel that varies most: a value that the
 # sample missed then costs the other channels of its block no precision. Both formats of V have this range to spare.
 _LEAST_SPREAD = tl.constexpr(2.0 ** -10)
-SPLITS = 8  # programs a head that share the sample; each block of K and V combines what they found
+# Rows of SampledStatistics.partial.
+_K_SUM, _V_SUM, _V_MAX, _V_MIN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 
 
 @triton.jit
-def sample_rows(k, v, padding, partial, sampled, split, row, batch, head,
-                k_stride_b, k_stride_h, k_stride_n, v_stride_b, v_stride_h, v_stride_n, n,
-                D: tl.constexpr, DP: tl.constexpr, K_ALIGN: tl.constexpr, V_ALIGN: tl.constexpr, TILE: tl.constexpr,
-                SAMPLE: tl.constexpr, SPLITS: tl.constexpr):
-    """Sums and range of one share of the sampled tokens of a head."""
-    cols = tl.arange(0, DP)
-    k_sum = tl.zeros([TILE, DP], tl.float32)
-    v_sum = tl.zeros([TILE, DP], tl.float32)
-    v_high = tl.full([TILE, DP], float("-inf"), tl.float32)
-    v_low = tl.full([TILE, DP], float("inf"), tl.float32)
+def sampled_tokens(places, k_tokens, SAMPLE: tl.constexpr):
+    """Tokens at `places` of the sample: all in turn where there are no more than SAMPLE, else spread evenly."""
+    # Multiples of the golden ratio modulo one spread evenly and keep no step with the rows of a picture.
+    spread = ((places.to(tl.int64) * 2654435769) & 0xFFFFFFFF) * k_tokens >> 32
+    return tl.where(k_tokens <= SAMPLE, places, spread.to(tl.int32))
+
+
+@triton.jit
+def sample_keys_and_values(
+        # inputs
+        k_ptr, v_ptr, padding_ptr,
+        # outputs
+        partial_ptr, sampled_ptr,
+        # sizes
+        split, kv_batch_head, batch, kv_head, k_stride_b, k_stride_h, k_stride_n, v_stride_b, v_stride_h, v_stride_n,
+        k_tokens,
+        # constants
+        D: tl.constexpr, PADDED_D: tl.constexpr, K_ALIGN: tl.constexpr, V_ALIGN: tl.constexpr, TILE: tl.constexpr,
+        SAMPLE: tl.constexpr, SPLITS: tl.constexpr):
+    """Sums and range of one share of the sampled tokens of a head, into its rows of partial_ptr and sampled_ptr."""
+    channels = tl.arange(0, PADDED_D)
+    k_sum = tl.zeros([TILE, PADDED_D], tl.float32)
+    v_sum = tl.zeros([TILE, PADDED_D], tl.float32)
+    v_max = tl.full([TILE, PADDED_D], float("-inf"), tl.float32)
+    v_min = tl.full([TILE, PADDED_D], float("inf"), tl.float32)
     count = tl.zeros([TILE], tl.int32)
     first = split * (SAMPLE // SPLITS)
     # A share may lie beyond the end: of a negative range Triton 3.6 runs the remainder of an unrolled loop.
-    last = tl.maximum(first, tl.minimum(first + SAMPLE // SPLITS, n))
+    last = tl.maximum(first, tl.minimum(first + SAMPLE // SPLITS, k_tokens))
     for start in tl.range(first, last, TILE, loop_unroll_factor=2):
-        place = start + tl.arange(0, TILE)
-        exists = (place < n) & (place < SAMPLE)
-        # Multiples of the golden ratio modulo one spread evenly and keep no step with the rows of a picture.
-        spread = ((place.to(tl.int64) * 2654435769) & 0xFFFFFFFF) * n >> 32
-        tokens = tl.where(n <= SAMPLE, place, spread.to(tl.int32))
-        if padding is not None:
-            exists = exists & (tl.load(padding + batch.to(tl.int64) * n + tokens, mask=exists, other=1) == 0)
-        mask = exists[:, None] & (cols < D)
-        k_rows = rows_of(k, batch, head, tokens, k_stride_b, k_stride_h, k_stride_n, K_ALIGN)
-        v_rows = rows_of(v, batch, head, tokens, v_stride_b, v_stride_h, v_stride_n, V_ALIGN)
-        k_tile = tl.load(k_rows[:, None] + cols, mask=mask, other=0.0)
-        x = tl.load(v_rows[:, None] + cols, mask=mask, other=0.0).to(tl.float32)
-        k_sum += k_tile.to(tl.float32)
-        v_sum += x
-        v_high = tl.where(mask, tl.maximum(v_high, x), v_high)
-        v_low = tl.where(mask, tl.minimum(v_low, x), v_low)
+        places = start + tl.arange(0, TILE)
+        exists = (places < k_tokens) & (places < SAMPLE)
+        tokens = sampled_tokens(places=places, k_tokens=k_tokens, SAMPLE=SAMPLE)
+        exists = without_padding(exists=exists, tokens=tokens, padding_ptr=padding_ptr, batch=batch, n_tokens=k_tokens)
+        mask = exists[:, None] & (channels < D)  # [TILE, PADDED_D]
+        k_rows = row_pointers(x_ptr=k_ptr, batch=batch, head=kv_head, tokens=tokens, stride_b=k_stride_b,
+                              stride_h=k_stride_h, stride_n=k_stride_n, ALIGN=K_ALIGN)
+        v_rows = row_pointers(x_ptr=v_ptr, batch=batch, head=kv_head, tokens=tokens, stride_b=v_stride_b,
+                              stride_h=v_stride_h, stride_n=v_stride_n, ALIGN=V_ALIGN)
+        k = tl.load(k_rows[:, None] + channels, mask=mask, other=0.0)  # [TILE, PADDED_D]
+        v = tl.load(v_rows[:, None] + channels, mask=mask, other=0.0).to(tl.float32)
+        k_sum += k.to(tl.float32)
+        v_sum += v
+        v_max = tl.where(mask, tl.maximum(v_max, v), v_max)
+        v_min = tl.where(mask, tl.minimum(v_min, v), v_min)
         count += exists.to(tl.int32)
-    slot = row * SPLITS + split
-    partial += slot * 4 * DP + cols
-    tl.store(partial, tl.sum(k_sum, 0))
-    tl.store(partial + DP, tl.sum(v_sum, 0))
-    tl.store(partial + 2 * DP, tl.max(v_high, 0))
-    tl.store(partial + 3 * DP, tl.min(v_low, 0))
-    tl.store(sampled + slot, tl.sum(count, 0))
+    share = kv_batch_head * SPLITS + split
+    partial_ptr += share * 4 * PADDED_D + channels
+    tl.store(partial_ptr + _K_SUM * PADDED_D, tl.sum(k_sum, 0))
+    tl.store(partial_ptr + _V_SUM * PADDED_D, tl.sum(v_sum, 0))
+    tl.store(partial_ptr + _V_MAX * PADDED_D, tl.max(v_max, 0))
+    tl.store(partial_ptr + _V_MIN * PADDED_D, tl.min(v_min, 0))
+    tl.store(sampled_ptr + share, tl.sum(count, 0))
 
 
 @triton.jit
-def _over_splits(partial, row, which: tl.constexpr, cols, DP: tl.constexpr, SPLITS: tl.constexpr):
-    """The sum, or of what is the largest or the smallest that, over all shares of a head's sample; [DP]."""
-    slots = partial + (row * SPLITS * 4 + which) * DP + cols
-    found = tl.load(slots)
+def _over_splits(partial_ptr, kv_batch_head, ROW: tl.constexpr, channels, PADDED_D: tl.constexpr,
+                 SPLITS: tl.constexpr):
+    """One row of the statistics over all shares of a head's sample: their sum, maximum or minimum, [PADDED_D]."""
+    pointers = partial_ptr + (kv_batch_head * SPLITS * 4 + ROW) * PADDED_D + channels
+    found = tl.load(pointers)
     for split in tl.static_range(1, SPLITS):
-        x = tl.load(slots + split * 4 * DP)
-        found = found + x if which < 2 else tl.maximum(found, x) if which == 2 else tl.minimum(found, x)
+        x = tl.load(pointers + split * 4 * PADDED_D)
+        found = found + x if ROW < _V_MAX else tl.maximum(found, x) if ROW == _V_MAX else tl.minimum(found, x)
     return found
 
 
 @triton.jit
-def _count(sampled, row, SPLITS: tl.constexpr):
-    return tl.maximum(tl.sum(tl.load(sampled + row * SPLITS + tl.arange(0, SPLITS)), 0), 1).to(tl.float32)
+def _sampled_count(sampled_ptr, kv_batch_head, SPLITS: tl.constexpr):
+    """Number of sampled tokens of a head, at least one."""
+    counts = tl.load(sampled_ptr + kv_batch_head * SPLITS + tl.arange(0, SPLITS))
+    return tl.maximum(tl.sum(counts, 0), 1).to(tl.float32)
 
 
 @triton.jit
-def constant_of_keys(partial, sampled, row, cols, DP: tl.constexpr, SPLITS: tl.constexpr):
-    """What is subtracted from the keys of a head, [DP]."""
-    return _over_splits(partial, row, 0, cols, DP, SPLITS) / _count(sampled, row, SPLITS)
+def centre_of_keys(partial_ptr, sampled_ptr, kv_batch_head, channels, PADDED_D: tl.constexpr, SPLITS: tl.constexpr):
+    """What is subtracted from the keys of a head, [PADDED_D]."""
+    return (_over_splits(partial_ptr, kv_batch_head, _K_SUM, channels, PADDED_D, SPLITS)
+            / _sampled_count(sampled_ptr, kv_batch_head, SPLITS))
 
 
 @triton.jit
-def constants_of_values(partial, sampled, row, cols, reach, DP: tl.constexpr, SPLITS: tl.constexpr):
-    """What is subtracted from the values of a head, and the scale that makes the largest sampled one `reach`; [DP].
+def centre_and_scale_of_values(partial_ptr, sampled_ptr, kv_batch_head, channels, reach, PADDED_D: tl.constexpr,
+                               SPLITS: tl.constexpr):
+    """What is subtracted from the values of a head, and the scale that makes the largest sampled one `reach`; both
+    [PADDED_D].
 
-    Where nothing was sampled, or the same value everywhere, the scale is tiny, and each block has a step of its own.
+    Where nothing was sampled, or the same value everywhere, the scale is tiny, and each block has a scale of its own.
     """
-    centre = _over_splits(partial, row, 1, cols, DP, SPLITS) / _count(sampled, row, SPLITS)
-    high = _over_splits(partial, row, 2, cols, DP, SPLITS)
-    low = _over_splits(partial, row, 3, cols, DP, SPLITS)
-    spread = tl.maximum(high - centre, centre - low)
+    centre = (_over_splits(partial_ptr, kv_batch_head, _V_SUM, channels, PADDED_D, SPLITS)
+              / _sampled_count(sampled_ptr, kv_batch_head, SPLITS))
+    v_max = _over_splits(partial_ptr, kv_batch_head, _V_MAX, channels, PADDED_D, SPLITS)
+    v_min = _over_splits(partial_ptr, kv_batch_head, _V_MIN, channels, PADDED_D, SPLITS)
+    spread = tl.maximum(v_max - centre, centre - v_min)
     return centre, tl.maximum(tl.maximum(spread, tl.max(spread, 0) * _LEAST_SPREAD), 1e-12) / reach

@@ -46,10 +46,10 @@ def small_kernels():
     if ON_GPU:
         yield
         return
-    from comfyui_spargeattn.kernels._triton import pipeline, prepare
+    from comfyui_spargeattn.kernels._triton import pipeline, sample
     from comfyui_spargeattn.kernels._triton.config import AttendConfig
     with ExitStack() as patches:
-        for owner, name, value in ((prepare, "SAMPLE", 64), (prepare, "SPLITS", 2),
+        for owner, name, value in ((sample, "SAMPLE", 64), (sample, "SPLITS", 2),
                                    (pipeline, "attend_config", lambda *key: AttendConfig(BlockShape(32, 16), 4, 2))):
             patches.enter_context(mock.patch.object(owner, name, value))
         patches.enter_context(faster_interpreter())
@@ -90,8 +90,8 @@ def check_kernels(call: Call) -> float:
     if not call.finite:
         check_not_finite(q, k, v, out, arguments, call.block_map, maps[0].block)
         return 0.0
-    from comfyui_spargeattn.kernels._triton import prepare
-    loose = k.shape[2] > prepare.SAMPLE
+    from comfyui_spargeattn.kernels._triton import sample
+    loose = k.shape[2] > sample.SAMPLE
     few = 4 / math.sqrt(out.numel())  # so few numbers that one rounding is much of their error
     mask = call.block_map.mask() if isinstance(call.block_map, BlockMap) else call.block_map
     return check_output(q, k, v, out, stats, maps[0], params=call.params, block_mask=mask,

@@ -103,7 +103,7 @@ def test_no_recompilation(kind, pv_dtype, monkeypatch):
     """A call with another length, batch, number of heads, threshold or scale compiles no kernel."""
     import triton
 
-    from comfyui_spargeattn.kernels._triton import launch, prepare
+    from comfyui_spargeattn.kernels._triton import launch, prepare_queries
     compiled = []
     monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", lambda **event: compiled.append(event["fn"].name))
 
@@ -114,7 +114,7 @@ def test_no_recompilation(kind, pv_dtype, monkeypatch):
         qkv = inputs(n, 64, heads=heads, batch=batch)
         sparge_attention(*qkv, scale=scale, pv_dtype=pv_dtype, impl="triton", **call)
 
-    prepare._queries_kernel.device_caches.clear()
+    prepare_queries._queries_kernel.device_caches.clear()
     launch.forget()
     run(1000, 4, 1, 0.9, 0.5, None)
     assert compiled, "the hook did not see the compilation of a kernel whose cache is empty"

@@ -7,7 +7,7 @@ import sys
 
 import torch
 import triton
-from compile_all import CompileOnlyDriver
+from compiler import CompileOnlyDriver
 from triton.runtime.jit import JITFunction
 
 from comfyui_spargeattn.kernels._triton import pipeline

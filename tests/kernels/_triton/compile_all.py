@@ -10,18 +10,14 @@ Runs in a process of its own because the interpreter (TRITON_INTERPRET) and the 
 import itertools
 import json
 import os
-import re
-import subprocess
 import sys
-import tempfile
 from dataclasses import replace
-from pathlib import Path
 
 os.environ.pop("TRITON_INTERPRET", None)
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
+from compiler import CompileOnlyDriver, assembly, cause, resources
 from triton.runtime.jit import JITFunction
 
 from comfyui_spargeattn.kernels import capability
@@ -31,23 +27,6 @@ from comfyui_spargeattn.kernels.call import CallSpec, Thresholds
 # Largest shared memory of one thread block in bytes.
 SHARED_LIMITS = {"sm80": 163 << 10, "sm86": 99 << 10, "sm89": 99 << 10, "sm90": 227 << 10, "sm100": 227 << 10,
                  "sm120": 99 << 10, "gfx942": 64 << 10, "gfx1100": 64 << 10, "gfx1201": 64 << 10}
-
-
-class CompileOnlyDriver:
-    """As much of a Triton driver as compilation asks for."""
-
-    def __init__(self, arch: str):
-        self.target = (GPUTarget("cuda", int(arch[2:]), 32) if arch.startswith("sm") else
-                       GPUTarget("hip", arch, 64 if arch.startswith("gfx9") else 32))
-
-    def get_current_target(self):
-        return self.target
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, device):
-        return 0
 
 
 def compile_calls(arch: str, dims, dtypes, thin: bool = False):
@@ -89,26 +68,6 @@ def compile_calls(arch: str, dims, dtypes, thin: bool = False):
         compiled.clear()
 
 
-def assembly(kernel, tool: str, option: str) -> str:
-    """What one of the CUDA tools that come with Triton says of a compiled kernel."""
-    path = Path(triton.__file__).parent / "backends/nvidia/bin" / tool
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        return subprocess.run([path, option, file.name], capture_output=True, text=True, check=True).stdout
-
-
-def resources(kernel) -> dict:
-    """Registers a thread, spilled bytes and shared memory of a compiled kernel."""
-    shared = kernel.metadata.shared
-    if "cubin" in kernel.asm:
-        found = re.search(r"REG:(\d+) STACK:(\d+)", assembly(kernel, "cuobjdump", "--dump-resource-usage"))
-        return dict(registers=int(found[1]), spilled=int(found[2]), shared=shared)
-    text = kernel.asm["amdgcn"]
-    registers, spilled = (int(re.search(rf"\.{name}:\s+(\d+)", text)[1]) for name in ("vgpr_count", "vgpr_spill_count"))
-    return dict(registers=registers, spilled=spilled * 4, shared=shared)
-
-
 def serialised(kernel) -> bool:
     """Whether the assembler made every tensor-core instruction of an sm90 kernel wait for the one before, as it does
     where registers are short: each then stands in a group of its own."""
@@ -116,14 +75,6 @@ def serialised(kernel) -> bool:
     products = text.count("GMMA.")
     assert products, "no tensor-core instructions"
     return text.count("WARPGROUP.ARRIVE") >= products
-
-
-def cause(error: BaseException) -> str:
-    """The line that says why a kernel did not compile."""
-    while error.__cause__ or error.__context__:
-        error = error.__cause__ or error.__context__
-    lines = [line for line in str(error).splitlines() if line.strip()] or [repr(error)]
-    return next((line for line in lines if line.startswith("ptxas ")), lines[-1]).strip()
 
 
 if __name__ == "__main__":

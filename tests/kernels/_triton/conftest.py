@@ -25,9 +25,9 @@ def interpreter(monkeypatch):
     if ON_GPU:
         yield
         return
-    from comfyui_spargeattn.kernels._triton import prepare
+    from comfyui_spargeattn.kernels._triton import sample
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(prepare, "SPLITS", 2)  # programs run one after another here
+    monkeypatch.setattr(sample, "SPLITS", 2)  # programs run one after another here
     capability.arch_of.cache_clear()
     with faster_interpreter():
         yield

@@ -162,10 +162,10 @@ def check_map(mask: Tensor, asked: tuple, *, offset: Tensor) -> float:
 
 def sampled_mean(x: Tensor, padding: Tensor | None) -> Tensor:
     """What the kernels subtract from x (B, H, N, D): the mean of the sampled tokens that exist, (B, H, 1, D)."""
-    from comfyui_spargeattn.kernels._triton import prepare
+    from comfyui_spargeattn.kernels._triton import sample
     n = x.shape[2]
-    place = torch.arange(min(n, prepare.SAMPLE), device=x.device)
-    tokens = place if n <= prepare.SAMPLE else ((place * 2654435769) & 0xFFFFFFFF) * n >> 32
+    place = torch.arange(min(n, sample.SAMPLE), device=x.device)
+    tokens = place if n <= sample.SAMPLE else ((place * 2654435769) & 0xFFFFFFFF) * n >> 32
     x = x[:, :, tokens]
     if padding is None:
         return x.mean(2, keepdim=True)
@@ -229,7 +229,7 @@ def check_output(q: Tensor, k: Tensor, v: Tensor, out: Tensor, stats: SpargeStat
     where nothing can be attended. The error against float64 over the same map may be that of the eager emulation of the
     same number formats, and rounding. tight: what the λ test drops is most of that error, and both must drop the same.
     """
-    from comfyui_spargeattn.kernels._triton import prepare
+    from comfyui_spargeattn.kernels._triton import sample
     mask = found.mask()
     lists = BlockMap.from_mask(mask, found.block)
     listed = torch.arange(mask.shape[-1], device=mask.device) < found.counts[..., None]
@@ -238,7 +238,7 @@ def check_output(q: Tensor, k: Tensor, v: Tensor, out: Tensor, stats: SpargeStat
 
     call["block"] = found.block
     constant = sampled_mean(k.double(), hidden_keys(call))
-    sampled = k.shape[2] > prepare.SAMPLE
+    sampled = k.shape[2] > sample.SAMPLE
     unskipped = SpargeParams(**dict(params.items()) | dict(pv_threshold=float("inf")))
     with keys_less(constant):
         exact, _, asked = reference_with(mask, q.double(), k.double(), v.double(), params=unskipped, **call)

@@ -156,8 +156,8 @@ def test_block_shapes(shape, dim, monkeypatch):
 
 def sampled_less(monkeypatch):
     """Take the constants of K and V from 64 tokens, of which some later one is none; returns that one."""
-    from comfyui_spargeattn.kernels._triton import prepare
-    monkeypatch.setattr(prepare, "SAMPLE", 64)
+    from comfyui_spargeattn.kernels._triton import sample
+    monkeypatch.setattr(sample, "SAMPLE", 64)
     place = torch.arange(64)
     taken = set((((place * 2654435769) & 0xFFFFFFFF) * N >> 32).tolist())
     return next(token for token in range(N // 2, N) if token not in taken)

@@ -14,8 +14,8 @@ ALL = SpargeParams(topk=1.0)
 
 @pytest.fixture(autouse=True)
 def few_samples(monkeypatch):
-    from comfyui_spargeattn.kernels._triton import prepare
-    monkeypatch.setattr(prepare, "SAMPLE", SAMPLE)
+    from comfyui_spargeattn.kernels._triton import sample
+    monkeypatch.setattr(sample, "SAMPLE", SAMPLE)
 
 
 def sampled():

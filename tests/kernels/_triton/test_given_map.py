@@ -76,9 +76,9 @@ def test_agrees_with_the_reference(name, pv_dtype):
 
 @pytest.mark.parametrize("pv_dtype", PV_FORMATS)
 def test_values_beyond_the_sample(pv_dtype, monkeypatch):
-    """A block whose values have a step of their own is multiplied by it, in the heads that have it."""
-    from comfyui_spargeattn.kernels._triton import prepare
-    monkeypatch.setattr(prepare, "SAMPLE", 64)
+    """A block whose values have a scale of their own is multiplied by it, in the heads that have it."""
+    from comfyui_spargeattn.kernels._triton import sample
+    monkeypatch.setattr(sample, "SAMPLE", 64)
     q, k, v = random_qkv(1, 4, 130, 32, k_tokens=300, kv_heads=2, device=DEVICE)
     v[:, 0, 165, ::2] *= 1e6  # its neighbours are sampled, it is not
     block = block_shape(q, pv_dtype=pv_dtype, impl="triton")

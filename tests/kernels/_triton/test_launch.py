@@ -11,7 +11,7 @@ class Kernel:
     """A jitted function whose compilation ends in `error`."""
 
     def __init__(self, error):
-        self.error, self.__name__ = error, "_broken_kernel"
+        self.error, self.__name__, self.arg_names = error, "_broken_kernel", []
 
     def __getitem__(self, grid):
         def run(*arguments, **options):
@@ -21,7 +21,7 @@ class Kernel:
 
 def launch(error):
     from comfyui_spargeattn.kernels._triton.launch import launch
-    launch(Kernel(error), (1,), torch.device(DEVICE), (), {}, {})
+    launch(Kernel(error), (1,), torch.device(DEVICE), inputs={}, outputs={}, sizes={}, constants={}, options={})
 
 
 @pytest.mark.parametrize("error", (RuntimeError("PassManager::run failed"), TypeError("rank mismatch"),

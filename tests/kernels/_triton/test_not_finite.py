@@ -23,8 +23,8 @@ def dense_is_nan(q, k, v, **call):
 @pytest.fixture(autouse=True)
 def few_samples(monkeypatch):
     """The token that is not finite is in no sample of K and V."""
-    from comfyui_spargeattn.kernels._triton import prepare
-    monkeypatch.setattr(prepare, "SAMPLE", 64)
+    from comfyui_spargeattn.kernels._triton import sample
+    monkeypatch.setattr(sample, "SAMPLE", 64)
     place = torch.arange(64, dtype=torch.int64)
     assert TOKEN not in (((place * 2654435769) & 0xFFFFFFFF) * N >> 32).tolist()
 

@@ -32,7 +32,8 @@ def expected_tokens(x, block, order=None, flagged=(), padding=None, centre=False
     padding = None if padding is None else padding.to(DEVICE)[:, None].expand(-1, heads, -1)
     x = x.double() if padding is None else x.double().masked_fill(padding[..., None], 0.0)
     return reference.compress(reference._reorder(x, order), block, flags=reference._flags(flagged, order, heads, x),
-                              padding=reference._reorder(padding, order), centre=centre), order
+                              padding=None if padding is None else reference._reorder(padding, order),
+                              centre=centre), order
 
 
 def flags_of(ranges):
@@ -69,10 +70,10 @@ def check_step(step, expected, dims, factor=1.0):
 @cases
 @formats
 def test_queries(dtype, dim, case):
-    from comfyui_spargeattn.kernels._triton.prepare import prepare_queries
+    from comfyui_spargeattn.kernels._triton.prepare_queries import prepare_queries
     q, k, v = drifting_qkv(2, 4, N, dim, kv_heads=2, dtype=dtype, device=DEVICE)
     case = {name: value for name, value in case.items() if name != "padding"}
-    found = tensors(prepare_queries(q, k, v, factor=FACTOR, block=BLOCK, **kernel_arguments(**case)))
+    found = tensors(prepare_queries(q, k, v, factor=FACTOR, block=BLOCK, **kernel_arguments(**case))[0])
     if case.get("order") is not None and case["order"].ndim == 2:
         case["order"] = case["order"].repeat_interleave(2, 0)  # one row a key head serves two query heads
     expected, _ = expected_tokens(q, BLOCK.q, **case)
@@ -86,10 +87,11 @@ def test_queries(dtype, dim, case):
 
 def prepared_keys(k, v, *, fp8, pooled, flags=None, **arguments):
     """Keys, values and what the queries' launch sampled of them, as tensors."""
-    from comfyui_spargeattn.kernels._triton.prepare import prepare_keys, prepare_queries
-    queries = prepare_queries(k, k, v, factor=FACTOR, block=BLOCK, flags=None, **arguments)
-    keys, values = prepare_keys(k, v, queries, block=BLOCK, fp8=fp8, pooled=pooled, flags=flags, **arguments)
-    return tensors(keys), values and tensors(values), tensors(queries)
+    from comfyui_spargeattn.kernels._triton.prepare_keys import prepare_keys
+    from comfyui_spargeattn.kernels._triton.prepare_queries import prepare_queries
+    _, statistics = prepare_queries(k, k, v, factor=FACTOR, block=BLOCK, flags=None, **arguments)
+    keys, values = prepare_keys(k, v, statistics, block=BLOCK, fp8=fp8, pooled=pooled, flags=flags, **arguments)
+    return tensors(keys), values and tensors(values), tensors(statistics)
 
 
 @cases
@@ -122,7 +124,7 @@ def test_keys_and_values(pv_dtype, dtype, dim, case):
     padding = None if case.get("padding") is None else case["padding"].to(DEVICE)[:, None, :, None]
     v = v.double() if padding is None else v.double().masked_fill(padding, 0.0)
     limit = FP8_MAX / 8 if fp8 else 1.0  # room for values that a sample of a longer sequence misses
-    assert bool((values.step == 1).all())
+    assert bool((values.block_scale == 1).all())
     exists = torch.ones_like(v, dtype=torch.bool) if padding is None else (~padding).expand_as(v)
     centre = v.sum(2) / exists.sum(2).clamp(min=1)
     assert_near(values.centre, centre, atol=v.abs().amax(2) * 1e-6, what="centre of V")
@@ -164,19 +166,19 @@ def test_keys_without_values():
 
 def test_long_sequences_are_sampled(monkeypatch):
     """Beyond SAMPLE tokens the constants come from an even sample, without the padding in it."""
-    from comfyui_spargeattn.kernels._triton import prepare
-    monkeypatch.setattr(prepare, "SAMPLE", 256)
-    n = 2 * prepare.SAMPLE + 77
+    from comfyui_spargeattn.kernels._triton import sample
+    monkeypatch.setattr(sample, "SAMPLE", 256)
+    n = 2 * sample.SAMPLE + 77
     _, k, v = drifting_qkv(1, 1, n, 16, device=DEVICE)
     v += 1.0
     padding = torch.arange(n, device=DEVICE)[None] >= n // 2
     for mask in (None, padding):
         keys, values, sampled = prepared_keys(k, v, fp8=False, pooled=False, order=None, padding=mask)
         valid = n if mask is None else n // 2
-        assert abs(int(sampled.sampled.sum()) - prepare.SAMPLE * valid / n) <= 3
+        assert abs(int(sampled.sampled.sum()) - sample.SAMPLE * valid / n) <= 3
         centre = v[:, :, :valid].mean(2)
-        assert_near(values.centre, centre, atol=v.std() * 3 / prepare.SAMPLE ** 0.5, what="centre of V")
-        restored = values.values.float() * values.step.repeat_interleave(BLOCK.k, -1)[..., None]
+        assert_near(values.centre, centre, atol=v.std() * 3 / sample.SAMPLE ** 0.5, what="centre of V")
+        restored = values.values.float() * values.block_scale.repeat_interleave(BLOCK.k, -1)[..., None]
         restored = restored * values.scale[:, :, None] + values.centre[:, :, None]
         exact = v if mask is None else v[:, :, :valid]
         assert_near(restored[:, :, :valid], exact, atol=exact.abs() * 2 ** -9 + 1e-3, what="V")
@@ -184,20 +186,21 @@ def test_long_sequences_are_sampled(monkeypatch):
 
 @pytest.mark.parametrize("pv_dtype", PV_FORMATS)
 def test_values_beyond_the_sample_keep_their_size(pv_dtype, monkeypatch):
-    from comfyui_spargeattn.kernels._triton import prepare
-    monkeypatch.setattr(prepare, "SAMPLE", 256)
-    n = 2 * prepare.SAMPLE
+    from comfyui_spargeattn.kernels._triton import sample
+    monkeypatch.setattr(sample, "SAMPLE", 256)
+    n = 2 * sample.SAMPLE
     _, k, v = drifting_qkv(1, 1, n, 16, device=DEVICE)
-    place = torch.arange(prepare.SAMPLE, dtype=torch.int64)
+    place = torch.arange(sample.SAMPLE, dtype=torch.int64)
     taken = set((((place * 2654435769) & 0xFFFFFFFF) * n >> 32).tolist())
     outlier = next(token for token in range(n // 2, n) if token not in taken)
     v[:, :, outlier] *= 1e6
     _, values, _ = prepared_keys(k, v, fp8=pv_dtype == "fp8", pooled=True, order=None, padding=None)
     block = outlier // BLOCK.k
-    assert values.step[0, 0, block] > 1 and (values.step != 1).sum() == 1
+    assert values.block_scale[0, 0, block] > 1 and (values.block_scale != 1).sum() == 1
     assert bool(values.values.float().isfinite().all()) and bool(values.pooled.isfinite().all())
     stored = values.values.float()[0, 0]  # (n, D) in float16, (D, n) in float8
     rows = (stored if pv_dtype == "fp16" else stored.mT)[block * BLOCK.k:(block + 1) * BLOCK.k]
     row = rows.abs().amax(0)
-    assert_near(row * values.step[0, 0, block] * values.scale[0, 0], (v[0, 0, outlier] - values.centre[0, 0]).abs(),
+    assert_near(row * values.block_scale[0, 0, block] * values.scale[0, 0],
+                (v[0, 0, outlier] - values.centre[0, 0]).abs(),
                 atol=v[0, 0, outlier].abs() * 2 ** -4 + 1, what="the outlier")

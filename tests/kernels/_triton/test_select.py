@@ -13,7 +13,7 @@ SCALE = 0.4
 
 def prepared(n_q, n_k, *, seed=0, spread=1.0, padded=False, ties=False):
     """Prepared queries and keys with means and similarities at random: all that the selection reads."""
-    from comfyui_spargeattn.kernels._triton.prepare import PreparedKeys, PreparedQueries
+    from comfyui_spargeattn.kernels._triton.prepared import PreparedKeys, PreparedQueries
     nq, nk = BLOCK.counts(n_q, n_k)
     generator = torch.Generator().manual_seed(seed)
 
@@ -58,7 +58,7 @@ def check(queries, keys, *, n_q, n_k, selection, causal, amounts, thetas=(0.3,),
     per_head = None if plain else torch.stack([amount, theta, torch.zeros(HEADS)]).to(DEVICE)
     thresholds = [amounts[0], thetas[0], 0.0] if plain else [torch.nan] * 3
     lists = select_blocks(queries, keys, None, scale=SCALE, per_head=per_head, thresholds=thresholds,
-                          selection=selection, causal=causal, n_q=n_q, n_k=n_k, block=BLOCK, pooled=pooled)
+                          selection=selection, causal=causal, q_tokens=n_q, block=BLOCK, pooled=pooled)
     found, lists = lists.public(BLOCK), tensors(lists)
     mask = found.mask()
     q, k = described(queries, keys)
