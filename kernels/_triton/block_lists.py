@@ -63,13 +63,13 @@ def needs_care(k_block, count, diagonal, v_block_scale, biased_ptr, kv_offset, i
 
 
 @triton.jit
-def tail_weights(k_block, count, skipped, mean_bias_ptr, kv_offset, inside):
+def tail_weights(k_block, count, visible, kept, mean_bias_ptr, kv_offset, inside):
     """What is added to the scores of pooled keys, in log2 units: the number of keys that each stands for and their mean
-    bias; -inf where the block is not skipped."""
+    bias; -inf where the block is not skipped, that is kept or not visible."""
     weight = tl.log2(tl.maximum(count, 1).to(tl.float32))
     if mean_bias_ptr is not None:
         weight += tl.load(mean_bias_ptr + kv_offset + k_block, mask=inside, other=0.0)
-    return tl.where(skipped, weight, float("-inf")).to(tl.float16)
+    return tl.where(visible & (kept == 0), weight, float("-inf")).to(tl.float16)
 
 
 @triton.jit

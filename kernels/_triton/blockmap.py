@@ -91,7 +91,7 @@ def write_list(
         place = tl.cumsum(taken, 2) - 1 + (by_row(n_kept) + (tl.cumsum(n_piece, 1) - n_piece)[:, :, None])
         n_plain = tl.minimum(n_plain, tl.min(tl.min(tl.where(kept & special, place, k_blocks), 1), 1))
         if tail_ptr is not None:
-            weight = tail_weights(k_block=k_block, count=count, skipped=visible & (kept == 0),
+            weight = tail_weights(k_block=k_block, count=count, visible=visible, kept=kept,
                                   mean_bias_ptr=k_mean_bias_ptr, kv_offset=kv_offset, inside=inside)
             tl.store(tail_ptr + by_row(offset) + k_block, weight, mask=k_block < by_row(end))
         tl.debug_barrier()  # every score of this chunk has been read before its memory takes the list

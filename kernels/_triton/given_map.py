@@ -61,7 +61,7 @@ def _given_kernel(
         n_plain = tl.minimum(n_plain, tl.min(tl.where(special, place, k_blocks), 0))
         tl.store(indices_ptr + place, k_block, mask=kept)
         if tail_ptr is not None:
-            weight = tail_weights(k_block=k_block, count=count, skipped=visible & (kept == 0),
+            weight = tail_weights(k_block=k_block, count=count, visible=visible, kept=kept,
                                   mean_bias_ptr=k_mean_bias_ptr, kv_offset=kv_offset, inside=inside)
             tl.store(tail_ptr + map_row * k_blocks + k_block, weight, mask=k_block < k_blocks)
         n_kept += tl.sum(kept.to(tl.int32), 0)
