@@ -7,7 +7,7 @@ GPU.
 
 Every variant is a public call of the package, so that the checkouts may differ in everything below; each is compiled in
 a process of its own, with the Triton of this Python. Addresses of parameters are left out of the comparison, because
-they follow from the order of a kernel's arguments. NVIDIA alone: AMD's assembly names registers before allocation.
+they follow from the order of a kernel's arguments. NVIDIA alone, with the tools that come with Triton.
 """
 import argparse
 import collections
@@ -20,8 +20,8 @@ import tempfile
 from pathlib import Path
 
 HEADER = "| kernel | variant | registers | spilled | shared | instructions | code |\n" + "|---" * 7 + "|"
-SUMMARY = ("| kernel | architecture | variants | same | registers renamed | reordered | other opcodes | instructions |\n"
-           + "|---" * 8 + "|")
+SUMMARY = ("| kernel | architecture | variants | same | registers renamed | reordered | other opcodes "
+           "| instructions |\n" + "|---" * 8 + "|")
 SAME = ("same", "same, registers renamed", "same opcodes in another order")
 RESOURCES = ("registers", "spilled", "shared")
 
