@@ -84,10 +84,10 @@ def _outcome(summary: RunSummary, settings: NodeSettings) -> list[str]:
 def _speed(summary: RunSummary) -> list[str]:
     if summary.reference:
         return ["Computed on the CPU, where sparse attention shows what it skips and saves no time."]
-    if summary.saved is not None:
+    if summary.saved is not None and (speedup := summary.speedup):
         sparse = sum(times.calls * times.sparse for times in summary.times if times.dense is not None) / 1000
         dense = sparse + summary.saved
-        change = f"{dense / sparse:.2f} × faster" if sparse <= dense else f"{sparse / dense:.2f} × slower"
+        change = f"{speedup:.2f} × faster" if speedup >= 1 else f"{1 / speedup:.2f} × slower"
         return [f"Sparse calls took {sparse:.3g} s in place of {dense:.3g} s: {change}. The run took "
                 f"{summary.seconds:.3g} s."]
     if summary.times:
