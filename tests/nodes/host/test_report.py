@@ -109,7 +109,7 @@ def test_failing_picture_costs_no_latent(comfy_nodes, wan, monkeypatch):
 
 def test_report_says_what_is_missing(comfy_nodes, wan):
     (_, _, text), _ = report(comfy_nodes, wan, None)
-    assert "no Apply SpargeAttn on this model" in text
+    assert "no Apply SpargeAttn on this model" in text and "bypassed" in text
     patched = apply(comfy_nodes, wan)
     (_, _, text), _ = report(comfy_nodes, patched, None)
     assert "has not been sampled yet" in text
