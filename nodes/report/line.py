@@ -43,8 +43,8 @@ class NodeLine:
 def while_sampling(so_far: RunSummary) -> str:
     """so_far: counts of the run that goes on; nothing of it is read from the device."""
     if not so_far.sparse:
-        return f"step {so_far.steps}: nothing sparse yet{_because(so_far)}"
-    return " · ".join([f"step {so_far.steps}: {so_far.sparse} attention calls sparse", *_faults(so_far)])
+        return f"step {so_far.steps} · nothing sparse yet{_because(so_far)}"
+    return " · ".join([f"step {so_far.steps}", f"sparse attention calls: {so_far.sparse}", *_faults(so_far)])
 
 
 def after_run(summary: RunSummary) -> str:
@@ -55,7 +55,7 @@ def after_run(summary: RunSummary) -> str:
     skipped = summary.skipped if summary.skipped_little and not summary.mostly_dense else summary.sparsity
     parts = [f"{skipped:.0%} skipped" if skipped >= 0.1 else f"{skipped:.1%} skipped"]
     if summary.reference:
-        parts.append("CPU reference, saves no time")
+        parts.append("CPU reference")
     elif summary.speedup is not None:
         parts.append(f"attention {_ratio(summary.speedup)}")
     if summary.mostly_dense:

@@ -233,7 +233,7 @@ def test_failed_calls_go_dense(monkeypatch, caplog, kind, text, reason, detail):
         for _ in range(2):
             sample(override, lambda options: attend(options, func=backend), steps=3)
             assert override.run.summary.dense == {reason: 3} and override.run.summary.details == {reason: detail}
-    assert shown[0] == f"step 1: nothing sparse yet: {reason} ({detail})"
+    assert shown[0] == f"step 1 · nothing sparse yet: {reason} ({detail})"
     assert shown[-1] == f"nothing sparse: {reason} ({detail})"
     lines = [line for line in caplog.messages if f"dense attention: {reason}" in line]
     assert len(lines) == 2 and alive and not any(alive)

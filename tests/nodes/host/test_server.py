@@ -91,9 +91,9 @@ def test_line_on_the_node(server):
                     shown.append((message.data[8:end].decode(), message.data[end:].decode()))
 
     low = {"selection.cdf_threshold": 0.5, "selection.similarity_threshold": -1.0}
-    skipped = "step 1: 1 attention calls sparse", "% skipped · CPU reference, saves no time"
+    skipped = "step 1 · sparse attention calls: 1", "% skipped · CPU reference"
     reason = "fewer tokens than min_tokens ("
-    short = f"step 1: nothing sparse yet: {reason}", f"nothing sparse: {reason}"
+    short = f"step 1 · nothing sparse yet: {reason}", f"nothing sparse: {reason}"
     # The last prompt has an equal node in another place, whose output must not come from the cache.
     for name, widgets, (first, last) in (("patch", low, skipped), ("12:3", {"min_tokens": 4096}, short),
                                          ("12:4", {"min_tokens": 4096}, short)):

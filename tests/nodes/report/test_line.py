@@ -19,7 +19,7 @@ SPARSE = RunSummary(20, 480, {"cross-attention": 600, "outside start_percent …
     ({}, "62% skipped · attention 1.9 × faster"),
     ({"times": (CallTimes(480, 19.0, 9.5),)}, "62% skipped · attention 2.0 × slower"),
     ({"times": (CallTimes(480, 10.0, None),)}, "62% skipped"),
-    ({"times": (), "reference": True}, "62% skipped · CPU reference, saves no time"),
+    ({"times": (), "reference": True}, "62% skipped · CPU reference"),
     ({"times": (), "sparsity": 0.042, "skipped": 0.012}, "1.2% skipped · the log says what to change"),
     ({"times": (), "skipped": 0.01},
      "62% skipped · most attention stayed dense: outside start_percent … end_percent"),
@@ -38,11 +38,11 @@ def test_after_a_run(change, expected):
 
 
 def test_while_sampling():
-    assert while_sampling(SPARSE) == "step 20: 480 attention calls sparse"
+    assert while_sampling(SPARSE) == "step 20 · sparse attention calls: 480"
     assert while_sampling(replace(SPARSE, sparse=0, steps=2)) == (
-        "step 2: nothing sparse yet: outside start_percent … end_percent")
+        "step 2 · nothing sparse yet: outside start_percent … end_percent")
     assert while_sampling(replace(SPARSE, dense={"fast kernels failed": 2})).endswith(
-        "sparse · 2 dense: fast kernels failed")
+        "480 · 2 dense: fast kernels failed")
 
 
 def test_run_tells_where_it_is_and_how_it_ended(monkeypatch):
@@ -50,9 +50,9 @@ def test_run_tells_where_it_is_and_how_it_ended(monkeypatch):
     shown = []
     override = SpargeOverride(SETTINGS, show=shown.append)
     run(override)
-    assert shown[0] == "step 1: nothing sparse yet: outside start_percent … end_percent"
-    assert shown[-2] == "step 10: 14 attention calls sparse"
-    assert shown[-1] == "50% skipped · CPU reference, saves no time"
+    assert shown[0] == "step 1 · nothing sparse yet: outside start_percent … end_percent"
+    assert shown[-2] == "step 10 · sparse attention calls: 14"
+    assert shown[-1] == "50% skipped · CPU reference"
 
 
 def test_few_lines_are_shown(monkeypatch):
