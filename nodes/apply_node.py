@@ -10,7 +10,7 @@ from ..kernels import SpargeParams
 from .call.model_rules import expect_tokens
 from .call.plan import HILBERT_CHOICES, NodeSettings
 from .call.transformer_blocks import ListedBlocks
-from .host import running_prompt, show_on_node
+from .host import line_on_running_node, running_prompt
 from .log import log
 from .override import CALLBACK_KEY, SLOT, SpargeOverride, describe
 from .schema import (
@@ -40,6 +40,7 @@ class ApplySpargeAttn(io.ComfyNode):
                         "and the sampler, after other nodes that change attention. The longer the sequence (video, "
                         "large images), the more it gains. What happened is written to the log after each run.",
             search_aliases=[*SEARCH_ALIASES],
+            not_idempotent=True,  # an equal node elsewhere in the graph has a line of its own
             inputs=[
                 io.Model.Input("model", tooltip="The diffusion model. Only the output is patched."),
                 io.DynamicCombo.Input(
@@ -130,7 +131,7 @@ class ApplySpargeAttn(io.ComfyNode):
         previous = options.get(SLOT)
         if previous is not None:
             log.info("SpargeAttn: calls that stay dense go on to %s, found on the model", describe(previous))
-        override = options[SLOT] = SpargeOverride(settings, previous, show_on_node)
+        override = options[SLOT] = SpargeOverride(settings, previous, line_on_running_node())
         override.run.running_prompt = running_prompt
         for event, callback in ((CallbacksMP.ON_PRE_RUN, override.on_pre_run),
                                 (CallbacksMP.ON_PREPARE_STATE, override.on_prepare_state),

@@ -2,7 +2,7 @@
 from comfy_api.latest import ComfyExtension, io
 
 from .apply_node import ApplySpargeAttn
-from .host import keep_compiled_kernels
+from .host import keep_compiled_kernels, log_fast_kernels
 from .params_nodes import SpargeAttnLoadParams, SpargeAttnSaveParams, register_folder
 from .report_node import SpargeAttnReport
 from .tune_node import SpargeAttnTune
@@ -11,6 +11,7 @@ from .tune_node import SpargeAttnTune
 class SpargeAttnExtension(ComfyExtension):
     async def on_load(self) -> None:
         keep_compiled_kernels()
+        log_fast_kernels()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         register_folder()

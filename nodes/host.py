@@ -1,12 +1,17 @@
 """What the pack asks of ComfyUI beyond its nodes."""
 from __future__ import annotations
 
+import functools
 import os
 import sys
+from collections.abc import Callable
 
+import comfy.model_management
 import folder_paths
+import torch
 from comfy_execution.utils import get_executing_context
 
+from ..kernels.capability import Facts, arch_of, has_triton, supports_fp8, triton_declines, triton_version
 from .log import log
 
 # Windows opens paths of up to 260 characters, and Triton's own names take about 150 of them.
@@ -19,15 +24,38 @@ def running_prompt() -> str | None:
     return None if context is None else context.prompt_id
 
 
-def show_on_node(text: str) -> None:
-    """Show a line on the node that is running, in the editor that queued it."""
+def line_on_running_node() -> Callable[[str], None] | None:
+    """A function that shows a line on the node that is running now; None outside a prompt.
+
+    The function may be called later and from any thread. The line appears in the editor that queued the prompt.
+    """
+    context = get_executing_context()
+    return None if context is None else functools.partial(_show_on_node, context.node_id)
+
+
+def _show_on_node(node_id: str, text: str) -> None:
     module = sys.modules.get("server")  # absent where ComfyUI's nodes run without its server
-    context, server = get_executing_context(), module and getattr(module.PromptServer, "instance", None)
-    if context is not None and server is not None and server.client_id is not None:
-        try:
-            server.send_progress_text(text, context.node_id, server.client_id)
-        except Exception:  # a connection may break in any way, and a line on a node is not worth a run
-            log.debug("SpargeAttn: a line could not be shown", exc_info=True)
+    server = module and getattr(module.PromptServer, "instance", None)
+    if server is not None and server.client_id is not None:
+        server.send_progress_text(text, node_id, server.client_id)
+
+
+def log_fast_kernels() -> None:
+    """Log whether this machine has the fast kernels, in one line. Imports no Triton."""
+    try:
+        log.info("SpargeAttn: %s", _fast_kernels(comfy.model_management.get_torch_device()))
+    except Exception:  # drivers may fail in any way, and the nodes work without this line
+        log.debug("SpargeAttn: the GPU could not be described", exc_info=True)
+
+
+def _fast_kernels(device: torch.device) -> str:
+    arch, triton = arch_of(device), triton_version()
+    declined = triton_declines(Facts(device.type, arch, torch.float16, 128, has_triton(), triton))
+    if declined:
+        return f"no fast kernels here: {declined}"
+    version = "Triton {}.{}".format(*triton) if triton else "Triton"
+    name = getattr(torch, device.type).get_device_name(device) if device.type in ("cuda", "xpu") else device.type
+    return f"fast kernels: {version}, {name} ({arch}), INT8 + {'FP8' if supports_fp8(arch) else 'FP16'}"
 
 
 def keep_compiled_kernels() -> None:

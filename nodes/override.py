@@ -22,6 +22,7 @@ from .call.transformer_blocks import TransformerBlock
 from .call.tuned_setting import free_device_tensors
 from .log import log
 from .report.advice import about_little_skipped
+from .report.line import NodeLine, after_run, while_sampling
 from .run.compile_notice import announced
 from .run.sigma_window import SigmaWindow
 from .run.state import RunState
@@ -44,14 +45,13 @@ class SpargeOverride:
                  show: Callable[[str], None] | None = None):
         """
         previous: the override that was on the model when the node ran.
-        show: shows the user a line while the model is being sampled, beside the log.
+        show: shows the user a line on the node, from any thread.
         """
         self.settings = settings
         self.previous = previous
-        self._show = show
+        self._line = NodeLine(show)
         self.run = RunState(SigmaWindow(settings.start_percent, settings.end_percent))
         self.names = LayerNames(settings.tuned.layers if settings.tuned else ())
-        self._shown: set[str] = set()
         self._slot: Any = self
         self._thread = threading.local()
 
@@ -63,8 +63,14 @@ class SpargeOverride:
             # A traced call would keep the decision of the step it was traced in, because ComfyUI's node for
             # torch.compile drops the guards on transformer_options. As a decorator, `disable` would import the compiler
             # for everybody.
-            return torch.compiler.disable(self._attend)(func, args, kwargs)
-        return self._attend(func, args, kwargs)
+            return torch.compiler.disable(self._attend_and_tell)(func, args, kwargs)
+        return self._attend_and_tell(func, args, kwargs)
+
+    def _attend_and_tell(self, func: Callable, args: tuple, kwargs: dict) -> Tensor:
+        out = self._attend(func, args, kwargs)
+        if self.run.running:
+            self._line.update(lambda: while_sampling(self.run.so_far()))
+        return out
 
     def _attend(self, func: Callable, args: tuple, kwargs: dict) -> Tensor:
         entered = enter(args, kwargs, self.settings, self.names, self.run.window.inside)
@@ -97,9 +103,9 @@ class SpargeOverride:
                                               **mask)
         # A traceback holds the tensors of what failed, so the dense call has to come after these except clauses.
         except FastPathError as problem:
-            return self._give_up(Dense("fast kernels failed", str(problem)))
+            return Dense("fast kernels failed", str(problem))
         except torch.OutOfMemoryError:
-            return self._give_up(Dense("out of memory", f"{call.q_tokens} tokens"))
+            return Dense("out of memory", f"{call.q_tokens} tokens")
         watch.stop()
         curve = self.settings.curve
         if plan.untuned:
@@ -124,13 +130,6 @@ class SpargeOverride:
                 raise
             log.warning("SpargeAttn: there is no block map of block %s", block, exc_info=True)
 
-    def _give_up(self, dense: Dense) -> Dense:
-        """Tell the user once a run; the run itself writes to the log."""
-        if self._show is not None and dense.reason not in self._shown:
-            self._shown.add(dense.reason)
-            self._show(f"SpargeAttn: dense attention: {dense}")
-        return dense
-
     def _compilation_announced(self, call: AttentionCall, plan: SparsePlan) -> AbstractContextManager:
         if call.q.device.type == "cpu":  # a call computes there, which takes its time
             return nullcontext()
@@ -140,8 +139,7 @@ class SpargeOverride:
 
     def _say(self, message: str) -> None:
         log.info("SpargeAttn: %s", message)
-        if self._show is not None:
-            self._show(f"SpargeAttn: {message}")
+        self._line.write(lambda: message)
 
     def _stay_dense(self, dense: Dense, func: Callable, args: tuple, kwargs: dict) -> Tensor:
         self.run.add_dense(dense)
@@ -158,7 +156,6 @@ class SpargeOverride:
     def on_pre_run(self, patcher) -> None:
         """ModelPatcher callback: sampling starts; with several GPUs, once for each."""
         self._slot = self
-        self._shown.clear()
         self.names.begin()
         self.run.begin()
 
@@ -199,6 +196,7 @@ class SpargeOverride:
         little = about_little_skipped(summary, self.settings)
         if little:
             log.warning("SpargeAttn: %s", little)
+        self._line.write(lambda: after_run(replace(summary, problem=problem)))
 
 
 def _why_nothing_was_sparse(summary: RunSummary, on_top: object) -> str:

@@ -76,7 +76,8 @@ def _panels(model, wanted: MapRequest) -> Panels:
     override = find_override(model)
     if override is None:
         return failed_report("There is no Apply SpargeAttn on this model",
-                             "Connect the model that leaves Apply SpargeAttn.")
+                             "Connect the model that leaves Apply SpargeAttn, or enable that node if it is bypassed "
+                             "(Ctrl+B) or muted (Ctrl+M).")
     override.run.map_request = wanted
     return run_report(override.run.summary, override.settings, wanted, running_prompt())
 

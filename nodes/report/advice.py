@@ -6,7 +6,7 @@ from ..run.summary import RunSummary
 
 # Advice by the start of a reason to stay dense. These reasons are faults: a report tells them even where other calls
 # went sparse.
-_FAULTS = {
+FAULTS = {
     "fast kernels failed": "The fast kernels failed. Cause and remedy stand in brackets in the list of calls; mostly a "
                            "C compiler is missing, or Triton does not fit torch (on Windows: triton-windows). Restart "
                            "ComfyUI afterwards.",
@@ -17,7 +17,7 @@ _FAULTS = {
     "unsupported call": "This model calls attention in a way that is not known yet: please report it with this text.",
 }
 # Reasons that stand nowhere here call for nothing.
-_ADVICE = _FAULTS | {
+_ADVICE = FAULTS | {
     "no fast kernel": "The fast kernels need Triton and an NVIDIA GPU from RTX 30 or A100 on, or an AMD GPU from RDNA3 "
                       "or CDNA3 on. Triton comes with torch on Linux; on Windows: pip install triton-windows.",
     "too many tokens for the CPU": "A GPU is needed for sequences of this length.",
@@ -34,7 +34,7 @@ _ADVICE = _FAULTS | {
 
 def about_dense_calls(summary: RunSummary) -> list[str]:
     """A sentence or two for each reason that is known; for faults alone, unless most of the run stayed dense."""
-    known = _FAULTS if summary.sparse and not summary.mostly_dense else _ADVICE
+    known = FAULTS if summary.sparse and not summary.mostly_dense else _ADVICE
     return [advice for reason in summary.dense for start, advice in known.items() if reason.startswith(start)]
 
 

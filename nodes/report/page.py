@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, repeat
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ _MARGIN = 24
 _INNER = WIDTH - 2 * _MARGIN
 _LABELS = 110  # width of the names of a heat map's rows
 _MAP = 340  # side of the block map
+_SIDE = 2 * _MARGIN + _MAP  # left edge of what stands beside the block map
 # The font that Pillow brings has no other glyphs than these.
 _GLYPHS = str.maketrans({"×": "x", "–": "-", "θ": "theta", "τ": "tau", "λ": "lambda"})
 Color = tuple[int, int, int]
@@ -31,28 +32,23 @@ Color = tuple[int, int, int]
 class Theme:
     """Colours of a page.
 
-    ramp: of a share, from nothing to everything.
-    dense: of calls that stayed dense, one a reason.
+    ramp: of the share that is skipped; its ends are the colours of what is computed and of what is skipped.
+    errors: of an error, from nothing to the largest allowed.
+    dense: of calls that stayed dense, in turns by reason; all of them grey.
     """
 
     background: Color
     text: Color
     faint: Color
     alarm: Color
-    ramp: tuple[Color, ...]
-    dense: tuple[Color, ...] = ((130, 134, 142), (178, 122, 72), (152, 104, 160), (86, 128, 168), (168, 90, 90))
-
-    def shades(self) -> np.ndarray:
-        """The ramp in 256 steps: uint8 (256, 3)."""
-        at, ends = np.linspace(0, 1, 256), np.linspace(0, 1, len(self.ramp))
-        return np.stack([np.interp(at, ends, channel) for channel in zip(*self.ramp)], 1).round().astype(np.uint8)
+    ramp: tuple[Color, ...] = ((52, 62, 134), (33, 105, 146), (36, 158, 137), (140, 214, 78), (253, 231, 37))
+    errors: tuple[Color, ...] = ((44, 56, 78), (86, 140, 196), (214, 232, 250))
+    dense: tuple[Color, ...] = ((130, 134, 142), (98, 102, 110), (166, 170, 178))
 
 
 THEMES = {
-    "dark": Theme((24, 26, 31), (232, 234, 238), (150, 154, 163), (255, 122, 104),
-                  ((38, 42, 74), (33, 95, 128), (36, 158, 137), (140, 214, 78), (253, 231, 37))),
-    "light": Theme((250, 250, 252), (28, 30, 36), (104, 108, 118), (196, 46, 28),
-                   ((225, 238, 222), (165, 215, 178), (72, 172, 160), (24, 110, 145), (34, 42, 94))),
+    "dark": Theme((24, 26, 31), (232, 234, 238), (166, 170, 179), (255, 122, 104)),
+    "light": Theme((250, 250, 252), (28, 30, 36), (92, 96, 106), (196, 46, 28)),
 }
 
 
@@ -61,21 +57,24 @@ def draw_report(panels: Panels, theme: Theme) -> Image.Image:
     page = Page(theme)
     page.text(panels.headline, 34, theme.alarm if panels.failed else theme.text)
     for note in panels.notes:
-        page.text(note, 22, theme.alarm if panels.failed else theme.faint)
+        page.text(note, 22, theme.alarm if panels.failed else theme.text)
     if panels.cells:
         page.title("Attention skipped, by block (down) and step (across)")
         page.heat_map(panels.cells)
     if panels.calls:
         page.title("Attention calls")
-        page.bar(panels.calls)
+        page.bar(panels.calls, panels.sparsity)
     if panels.map_title:
         page.title(panels.map_title)
+    left, bottom = _MARGIN, page.y
     if panels.block_map is not None:
-        page.block_map(panels.block_map)
+        bottom = page.block_map(panels.block_map)
+        left = _SIDE
     if panels.settings:
-        page.title("Settings")
+        page.title("Settings", left)
         for line in panels.settings:
-            page.text(line, 20, theme.faint)
+            page.text(line, 20, theme.faint, left)
+    page.y = max(page.y, bottom)
     return page.finish()
 
 
@@ -87,7 +86,6 @@ class Page:
         self.image = Image.new("RGB", (WIDTH, 4096), theme.background)
         self.draw = ImageDraw.Draw(self.image)
         self.y = _MARGIN
-        self._shades = theme.shades()
 
     def finish(self) -> Image.Image:
         return self.image.crop((0, 0, WIDTH, min(self.y + _MARGIN, self.image.height)))
@@ -97,19 +95,26 @@ class Page:
             self.draw.text((left, self.y), line, font=_font(size), fill=color)
             self.y += round(size * 1.3)
 
-    def title(self, text: str) -> None:
+    def title(self, text: str, left: int = _MARGIN) -> None:
         self.y += 18
-        self.text(text, 24, self.theme.text)
+        self.text(text, 24, self.theme.text, left)
         self.y += 4
 
     def heat_map(self, cells: Mapping[tuple[Any, int], float | None], height: int = 480,
-                 ends: tuple[str, str] = ("0%", "100%")) -> None:
-        """cells: {(row, column): share from 0 to 1, None for dense}, rows in order. ends: what 0 and 1 are."""
+                 ends: tuple[str, str] = ("computed", "skipped"), above: str = "") -> None:
+        """
+        cells: {(row, column): share from 0 to 1, None for dense}, rows in order.
+        ends: what 0 and 1 are.
+        above: what more than 1 is, for errors, which have colours of their own; empty where no share is more.
+        """
+        shades = _shades(self.theme.errors if above else self.theme.ramp)
         rows = {row: i for i, row in enumerate(dict.fromkeys(row for row, _ in cells))}
         first, last = min(column for _, column in cells), max(column for _, column in cells)
         colors = np.full((len(rows), last - first + 1, 3), self.theme.background, np.uint8)
         for (row, column), share in cells.items():
-            colors[rows[row], column - first] = self.theme.dense[0] if share is None else self._shade(share)
+            colors[rows[row], column - first] = (
+                self.theme.dense[0] if share is None else self.theme.alarm if above and share > 1
+                else shades[round(255 * min(max(share, 0.0), 1.0))])
 
         wide = (_INNER - _LABELS) / colors.shape[1]
         tall = max(3.0, min(26.0, height / len(rows)))
@@ -128,46 +133,67 @@ class Page:
         for column in range(first, last + 1, max(1, round(60 / wide))):
             self._small(str(column), left + wide * (column - first), self.y)
         self.y += 32
-        self._legend(*ends)
+        self._legend(shades, *ends, above)
 
-    def _legend(self, low: str, high: str) -> None:
-        left, width, tall = _MARGIN + _LABELS, 260, 19
-        ramp = self._shades[_cells_of_pixels(256, width / 256)]
+    def _legend(self, shades: np.ndarray, low: str, high: str, above: str) -> None:
+        left, width, tall = _MARGIN + _LABELS, 180, 19
+        ramp = shades[_cells_of_pixels(256, width / 256)]
         self.image.paste(Image.fromarray(np.repeat(ramp[None], tall, axis=0)), (left, self.y + 2))
-        self._small(low, left - 34, self.y)
+        self._small(low, left - 8 - _font(19).getlength(low), self.y)
         self._small(high, left + width + 8, self.y)
-        self.image.paste(self.theme.dense[0], (left + 380, self.y + 2, left + 399, self.y + 2 + tall))
-        self._small("stayed dense", left + 406, self.y)
+        self._swatch(left + 286, "stayed dense", self.theme.dense[0])
+        if above:
+            self._swatch(left + 446, above, self.theme.alarm)
         self.y += 30
 
-    def bar(self, calls: Sequence[tuple[str, int]]) -> None:
-        dense = chain(self.theme.dense, repeat(self.theme.dense[-1]))
-        colors = [self.theme.ramp[2] if label == SPARSE else next(dense) for label, _ in calls]
-        total, left = sum(count for _, count in calls), float(_MARGIN)
-        for (_, count), color in zip(calls, colors):
-            right = left + _INNER * count / total
-            self.draw.rectangle((left, self.y, right, self.y + 28), fill=color)
-            left = right
-        self.y += 38
-        for (label, count), color in zip(calls, colors):
-            self.draw.rectangle((_MARGIN, self.y + 4, _MARGIN + 16, self.y + 20), fill=color)
-            self.text(f"{count} ({count / total:.0%})  {label}", 20, self.theme.faint, left=_MARGIN + 28)
+    def _swatch(self, left: int, label: str, *colors: Color) -> None:
+        """A square, in equal stripes of `colors`, and what they mean."""
+        for i, color in enumerate(colors):
+            wide = 19 // len(colors)
+            self.image.paste(color, (left + i * wide, self.y + 2, left + (i + 1) * wide, self.y + 21))
+        self._small(label, left + 26, self.y)
 
-    def block_map(self, attended: Tensor) -> None:
-        """attended: uint8 (rows, columns), 255 where every pair of a pixel is attended."""
-        image = Image.fromarray(self._shades[255 - attended.numpy()])
+    def bar(self, calls: Sequence[tuple[str, int]], sparsity: float | None) -> None:
+        """sparsity: mean share skipped by the sparse calls, None where it is not known."""
+        computed, skipped = self.theme.ramp[0], self.theme.ramp[-1]
+        total, left, dense = sum(count for _, count in calls), float(_MARGIN), cycle(self.theme.dense)
+        parts: list[tuple[str, list[tuple[Color, float]]]] = []
+        for label, count in calls:
+            label, shares = f"{count} ({count / total:.0%})  {label}", [(computed, 1.0)]
+            if not label.endswith(f"  {SPARSE}"):
+                shares = [(next(dense), 1.0)]
+            elif sparsity is not None:
+                label += f": {sparsity:.1%} skipped, the rest computed"
+                shares = [(skipped, sparsity), (computed, 1 - sparsity)]
+            parts.append((label, [(color, share * count / total) for color, share in shares]))
+        for _, shares in parts:
+            for color, share in shares:
+                right = left + _INNER * share
+                if right - left >= 1:
+                    self.draw.rectangle((left, self.y, right - 1, self.y + 28), fill=color)
+                left = right
+        self.y += 38
+        for label, shares in parts:
+            self._swatch(_MARGIN, "", *(color for color, _ in shares))
+            self.text(label, 20, self.theme.faint, left=_MARGIN + 28)
+
+    def block_map(self, attended: Tensor) -> int:
+        """Draw a block map and its legend beside it, below which is room; returns the y of its lower edge.
+
+        attended: uint8 (rows, columns), 255 where every pair of a pixel is attended.
+        """
+        image = Image.fromarray(_shades(self.theme.ramp)[255 - attended.numpy()])
         self.image.paste(image.resize((_MAP, _MAP), Image.Resampling.NEAREST), (_MARGIN, self.y))
         bottom = self.y + _MAP
-        for line in ("down: blocks of queries", "across: blocks of keys", "", "colour: share skipped, as above"):
-            self.text(line or " ", 20, self.theme.faint, left=_MARGIN * 2 + _MAP)
-        self.y = bottom + 8
+        for line in ("down: blocks of queries", "across: blocks of keys"):
+            self.text(line, 20, self.theme.faint, _SIDE)
+        self._swatch(_SIDE, "computed", self.theme.ramp[0])
+        self._swatch(_SIDE + 150, "skipped", self.theme.ramp[-1])
+        self.y += 26
+        return bottom
 
     def _small(self, text: str, x: float, y: float) -> None:
         self.draw.text((round(x), round(y)), text.translate(_GLYPHS), font=_font(19), fill=self.theme.faint)
-
-    def _shade(self, share: float) -> np.ndarray:
-        """The colour of a share from 0 to 1."""
-        return self._shades[round(255 * min(max(share, 0.0), 1.0))]
 
     def _wrap(self, text: str, size: int, width: int) -> list[str]:
         lines = [""]
@@ -178,6 +204,12 @@ class Page:
             else:
                 lines[-1] = longer
         return lines
+
+
+def _shades(ramp: Sequence[Color]) -> np.ndarray:
+    """A ramp in 256 steps: uint8 (256, 3)."""
+    at, ends = np.linspace(0, 1, 256), np.linspace(0, 1, len(ramp))
+    return np.stack([np.interp(at, ends, channel) for channel in zip(*ramp)], 1).round().astype(np.uint8)
 
 
 def _cells_of_pixels(cells: int, size: float) -> np.ndarray:

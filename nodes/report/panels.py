@@ -25,6 +25,7 @@ class Panels:
     failed: whether the user should be alarmed.
     cells: {(transformer block, step): sparsity, None where all calls stayed dense}.
     calls: [(label, count)], the sparse ones first.
+    sparsity: mean share skipped by the sparse ones, None where it is not known.
     block_map: uint8 (rows, columns), 255 where every pair of a pixel is attended.
     map_title: of the block map, or why there is none.
     settings: lines of text.
@@ -35,6 +36,7 @@ class Panels:
     failed: bool
     cells: Mapping[tuple[TransformerBlock, int], float | None] = field(default_factory=dict)
     calls: Sequence[tuple[str, int]] = ()
+    sparsity: float | None = None
     block_map: Tensor | None = None
     map_title: str = ""
     settings: Sequence[str] = ()
@@ -62,8 +64,8 @@ def run_report(summary: RunSummary | None, settings: NodeSettings, wanted: MapRe
         (f"dense: {reason}" + (f" ({summary.details[reason]})" if reason in summary.details else ""), count)
         for reason, count in summary.dense.items()]
     block_map, map_title = _block_map(summary, settings, wanted)
-    return Panels(headline, notes, not summary.sparse, summary.cells, calls, block_map, map_title,
-                  _settings(settings, summary))
+    return Panels(headline, notes, not summary.sparse, summary.cells, calls, summary.sparsity, block_map,
+                  map_title, _settings(settings, summary))
 
 
 def _outcome(summary: RunSummary, settings: NodeSettings) -> list[str]:
@@ -77,17 +79,18 @@ def _outcome(summary: RunSummary, settings: NodeSettings) -> list[str]:
     notes = [about_little_skipped(summary, settings), *about_dense_calls(summary), *_speed(summary)]
     if summary.pv_skipped:
         notes.append(f"{summary.pv_skipped:.1%} of the remaining products with V skipped by pv_threshold.")
-    return [f"{summary.sparsity:.1%} of the attention skipped" if summary.sparsity else "None of the attention skipped",
+    amount = f"{summary.sparsity:.1%}" if summary.sparsity else "None"
+    return [f"{amount} of the attention skipped" + (" (CPU reference)" if summary.reference else ""),
             *filter(None, notes)]
 
 
 def _speed(summary: RunSummary) -> list[str]:
     if summary.reference:
-        return ["Computed on the CPU, where sparse attention shows what it skips and saves no time."]
-    if summary.saved is not None:
+        return ["Computed on the CPU by the reference, which shows what is skipped and saves no time."]
+    if summary.saved is not None and (speedup := summary.speedup):
         sparse = sum(times.calls * times.sparse for times in summary.times if times.dense is not None) / 1000
         dense = sparse + summary.saved
-        change = f"{dense / sparse:.2f} × faster" if sparse <= dense else f"{sparse / dense:.2f} × slower"
+        change = f"{speedup:.2f} × faster" if speedup >= 1 else f"{1 / speedup:.2f} × slower"
         return [f"Sparse calls took {sparse:.3g} s in place of {dense:.3g} s: {change}. The run took "
                 f"{summary.seconds:.3g} s."]
     if summary.times:

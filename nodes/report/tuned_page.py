@@ -33,13 +33,19 @@ def draw_tuned(tuned: TunedParams) -> Image.Image:
     page.text(str(tuned), 20, page.theme.faint)
     page.title("Attention skipped, by layer (down) and head (across)")
     page.heat_map(_cells(tuned, "sparsity", 1.0), _TALL)
-    most = tuned.bounds.l2
-    page.title("Error (L1) when tuned")
-    page.heat_map(_cells(tuned, "error", most), _TALL, ("0", f"{most:g}"))
+    _errors(page, tuned, "error", "when tuned")
     if tuned.unseen_error is not None:
-        page.title("Error (L1) with another seed")
-        page.heat_map(_cells(tuned, "unseen", most), _TALL, ("0", f"{most:g}"))
+        _errors(page, tuned, "unseen", "with another seed")
     return page.finish()
+
+
+def _errors(page: Page, tuned: TunedParams, name: str, when: str) -> None:
+    """Errors up to the bound in shades, those above it in the alarm's colour, and how many heads these are."""
+    cells, bound = _cells(tuned, name, tuned.bounds.l2), f"{tuned.bounds.l2:g}"
+    sparse = [share for share in cells.values() if share is not None]
+    above = sum(share > 1 for share in sparse)
+    page.title(f"Error (L1) {when}" + (f": {above} of {len(sparse)} heads above {bound}" if above else ""))
+    page.heat_map(cells, _TALL, ("0", bound), f"above {bound}")
 
 
 def _cells(tuned: TunedParams, name: str, most: float) -> dict[tuple[str, int], float | None]:

@@ -108,6 +108,11 @@ class RunState:
                 self._details.setdefault(dense.reason, dense.detail)
         self.say_once(dense.reason, f"dense attention: {dense}")
 
+    def so_far(self) -> RunSummary:
+        """The counts of the open run. Reads nothing from the device."""
+        with self._lock:
+            return self._summarise("the run goes on")
+
     def say_once(self, key: str, message: str) -> None:
         """Log a message, unless this run has logged one with this key."""
         with self._lock:

@@ -143,6 +143,13 @@ class RunSummary:
         known = [times.saved for times in self.times if times.dense is not None]
         return sum(known) / 1000 if known else None
 
+    @property
+    def speedup(self) -> float | None:
+        """Time of dense calls over that of the sparse ones of the same shape in this run; None if unknown."""
+        known = [times for times in self.times if times.dense is not None]
+        sparse = sum(times.calls * times.sparse for times in known)
+        return 1 + sum(times.saved for times in known) / sparse if sparse else None
+
     def __str__(self) -> str:
         text = f"{self.sparse} attention calls sparse"
         if self.sparsity is not None:

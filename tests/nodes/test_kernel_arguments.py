@@ -222,7 +222,7 @@ def failing(kind, text, monkeypatch, name="sparge_attention"):
     (torch.OutOfMemoryError, "CUDA out of memory. Tried to allocate 2 GiB.", "out of memory", "128 tokens"),
 ))
 def test_failed_calls_go_dense(monkeypatch, caplog, kind, text, reason, detail):
-    """After all that the failed call held is free, and with one line to the user."""
+    """After all that the failed call held is free, with one line in the log and the reason on the node."""
     held, alive, shown = failing(kind, text, monkeypatch), [], []
     override = SpargeOverride(SETTINGS, show=shown.append)
 
@@ -234,7 +234,8 @@ def test_failed_calls_go_dense(monkeypatch, caplog, kind, text, reason, detail):
         for _ in range(2):
             sample(override, lambda options: attend(options, func=backend), steps=3)
             assert override.run.summary.dense == {reason: 3} and override.run.summary.details == {reason: detail}
-    assert shown == [f"SpargeAttn: dense attention: {reason} ({detail})"] * 2  # one a run
+    assert shown[0] == f"step 1 · nothing sparse yet: {reason} ({detail})"
+    assert shown[-1] == f"nothing sparse: {reason} ({detail})"
     lines = [line for line in caplog.messages if f"dense attention: {reason}" in line]
     assert len(lines) == 2 and alive and not any(alive)
 

@@ -1,8 +1,10 @@
 """The pack as ComfyUI finds it: a folder in custom_nodes under a name Python could not import."""
+import logging
 import sys
 
 import comfy_host
 import pytest
+import torch
 from sampling import node_class, widget_defaults
 
 
@@ -44,3 +46,29 @@ def test_every_node_is_found_by_what_people_search_for(comfy_nodes, words):
     assert len(own) == 5
     for node in own:
         assert words in node.define_schema().search_aliases, node
+
+
+@pytest.mark.parametrize("arch,triton,line", (
+    ("sm90", (3, 6), "fast kernels: Triton 3.6, cpu (sm90), INT8 + FP8"),
+    ("sm86", (3, 6), "fast kernels: Triton 3.6, cpu (sm86), INT8 + FP16"),
+    ("sm90", None, "no fast kernels here: Triton is not installed (pip install triton"),
+    ("sm75", (3, 6), "no fast kernels here: compute capability sm75 < sm80"),
+    (None, (3, 6), "no fast kernels here: no kernels for device type cpu")))
+def test_load_tells_whether_there_are_fast_kernels(comfy_nodes, monkeypatch, caplog, arch, triton, line):
+    host = comfy_host.pack_module(comfy_nodes, "nodes.host")
+    monkeypatch.setattr(host.comfy.model_management, "get_torch_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(host, "arch_of", lambda device: arch)
+    monkeypatch.setattr(host, "has_triton", lambda: triton is not None)
+    monkeypatch.setattr(host, "triton_version", lambda: triton)
+    with caplog.at_level(logging.INFO):
+        host.log_fast_kernels()
+    [said] = caplog.messages
+    assert said.startswith(f"SpargeAttn: {line}")
+
+
+def test_a_driver_that_fails_does_not_keep_the_pack_from_loading(comfy_nodes, monkeypatch, caplog):
+    host = comfy_host.pack_module(comfy_nodes, "nodes.host")
+    monkeypatch.setattr(host, "arch_of", lambda device: 1 / 0)
+    with caplog.at_level(logging.INFO):
+        host.log_fast_kernels()
+    assert not caplog.messages

@@ -109,7 +109,7 @@ def test_failing_picture_costs_no_latent(comfy_nodes, wan, monkeypatch):
 
 def test_report_says_what_is_missing(comfy_nodes, wan):
     (_, _, text), _ = report(comfy_nodes, wan, None)
-    assert "no Apply SpargeAttn on this model" in text
+    assert "no Apply SpargeAttn on this model" in text and "bypassed" in text
     patched = apply(comfy_nodes, wan)
     (_, _, text), _ = report(comfy_nodes, patched, None)
     assert "has not been sampled yet" in text
@@ -131,7 +131,7 @@ def test_next_run_keeps_the_chosen_map(comfy_nodes, wan):
     sample(patched, WAN, steps=3)
     (_, picture, _), _ = report(comfy_nodes, patched, None, block="1", step=3)
     (_, without, _), _ = report(comfy_nodes, patched, None, block="1", step=3, head=9)
-    assert picture.shape[1] > without.shape[1] + 300
+    assert picture.shape[1] > without.shape[1] + 100
 
 
 def test_block_that_the_model_does_not_have_has_no_map(comfy_nodes, wan):
@@ -139,7 +139,7 @@ def test_block_that_the_model_does_not_have_has_no_map(comfy_nodes, wan):
     sample(patched, WAN)
     (_, kept, _), _ = report(comfy_nodes, patched, None, block="0")
     (_, none, _), _ = report(comfy_nodes, patched, None, block="77")
-    assert kept.shape[1] > none.shape[1] + 250
+    assert kept.shape[1] > none.shape[1] + 100
 
 
 def test_more_than_one_block_is_refused(comfy_nodes):

@@ -1,7 +1,9 @@
 """Prompts with the node on a running server."""
+import asyncio
 import json
 from pathlib import Path
 
+import aiohttp
 import checkpoints
 import comfy_host
 import comfy_server
@@ -9,6 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from sampling import relative_l1
+
+BINARY, TEXT_EVENT = aiohttp.WSMsgType.BINARY, 3
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +73,40 @@ def test_prompt_with_the_node_finishes(server):
     assert relative_l1(sparse, plain) <= 0.02
     # Two blocks, three steps.
     assert "SpargeAttn: 6 attention calls sparse" in server.log(), server.log()[-4000:]
+
+
+def test_line_on_the_node(server):
+    """What a browser is told about the node Apply SpargeAttn, while it samples and afterwards."""
+    async def lines(graph):
+        async with aiohttp.ClientSession() as session, session.ws_connect(f"{server.url}/ws?clientId=me") as socket:
+            queued = await asyncio.to_thread(server.get, "/prompt", {"prompt": graph, "client_id": "me"})
+            await asyncio.to_thread(server.finished, queued["prompt_id"])
+            while True:
+                try:
+                    message = await socket.receive(timeout=2)
+                except asyncio.TimeoutError:
+                    return
+                if message.type == BINARY and int.from_bytes(message.data[:4], "big") == TEXT_EVENT:
+                    end = 8 + int.from_bytes(message.data[4:8], "big")
+                    shown.append((message.data[8:end].decode(), message.data[end:].decode()))
+
+    low = {"selection.cdf_threshold": 0.5, "selection.similarity_threshold": -1.0}
+    skipped = "step 1 · sparse attention calls: 1", "% skipped · CPU reference"
+    reason = "fewer tokens than min_tokens ("
+    short = f"step 1 · nothing sparse yet: {reason}", f"nothing sparse: {reason}"
+    # The last prompt has an equal node in another place, whose output must not come from the cache.
+    for name, widgets, (first, last) in (("patch", low, skipped), ("12:3", {"min_tokens": 4096}, short),
+                                         ("12:4", {"min_tokens": 4096}, short)):
+        shown, graph = [], prompt(**widgets)
+        graph[name] = graph.pop("patch")
+        graph["sparse"]["inputs"]["model"] = [name, 0]
+        asyncio.run(lines(graph))
+        assert {node_id for node_id, _ in shown} == {name}
+        assert shown[0][1].startswith(first) and last in shown[-1][1], shown
+
+
+def test_fast_kernels_are_told_when_the_pack_loads(server):
+    assert server.log().count("SpargeAttn: no fast kernels here: ") + server.log().count("fast kernels: Triton") == 1
 
 
 def test_report_of_a_model_that_this_prompt_did_not_sample(server):

@@ -38,7 +38,7 @@ def test_little_skipped_is_called_so_with_what_to_change(finished, params, wante
         assert panels.notes[0].startswith(f"{amount} of the attention was skipped. ") and not panels.failed
         assert all(text in panels.notes[0] for text in wanted) and unwanted not in panels.notes[0]
         assert not any("outside start_percent" in note for note in panels.notes)
-        assert panels.headline == ("4.2% of the attention skipped" if share else "None of the attention skipped")
+        assert panels.headline == f"{'4.2%' if share else 'None'} of the attention skipped (CPU reference)"
     enough = replace(finished.run.summary, sparsity=0.05, skipped=0.05)
     assert not any("was skipped" in note for note in run_report(enough, settings).notes)
 

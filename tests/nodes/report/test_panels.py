@@ -157,7 +157,10 @@ def test_numbers_that_could_not_be_read_are_not_called_an_interruption(monkeypat
 
 def test_a_cpu_has_nothing_to_say_about_speed(finished):
     assert finished.run.summary.reference
-    text = panels_of(finished).text()
+    panels = panels_of(finished)
+    text = panels.text()
+    assert panels.headline.endswith("(CPU reference)")
+    assert "CPU" not in run_report(replace(finished.run.summary, reference=False), SETTINGS).text()
     assert "saves no time" in text and "faster" not in text and "slower" not in text
 
 
