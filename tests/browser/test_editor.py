@@ -21,7 +21,9 @@ if CHROMIUM is None:
 
 pytestmark = pytest.mark.comfy
 WORKFLOWS = sorted(path.stem for path in (comfy_server.REPOSITORY / "workflows").glob("*.json"))
-PROMPTS = comfy_server.REPOSITORY / "tests/nodes/host/prompts"
+HOST = comfy_server.REPOSITORY / "tests/nodes/host"
+PROMPTS = HOST / "prompts"
+SAVED = sorted(path.relative_to(HOST / "saved") for path in (HOST / "saved").glob("*/workflows/*.json"))
 NODES = "ApplySpargeAttn", "SpargeAttnReport", "SpargeAttnTune", "SpargeAttnSaveParams", "SpargeAttnLoadParams"
 LANGUAGES = "en", "zh", "zh-TW"
 
@@ -96,6 +98,21 @@ def test_example_opens_from_the_template_browser(editor, name, screenshot):
     _, prompt = editor.export()
     assert prompt == json.loads((PROMPTS / f"{name}.json").read_text(encoding="utf-8"))
     editor.clear()
+
+
+@pytest.mark.parametrize("path", SAVED, ids=lambda path: f"{path.parts[0]}/{path.stem}")
+def test_saved_workflow_means_what_it_meant(editor, path):
+    """It loads, and what the editor makes of it has every value of the prompt that was exported with it then."""
+    workflow = json.loads((HOST / "saved" / path).read_text(encoding="utf-8"))
+    expected = json.loads((HOST / "saved" / path.parts[0] / "prompts" / path.name).read_text(encoding="utf-8"))
+    editor.run("workflow => app.loadGraphData(workflow)", workflow)
+    _, prompt = editor.export()
+    editor.clear()
+    assert {key: node["class_type"] for key, node in prompt.items()} == \
+        {key: node["class_type"] for key, node in expected.items()}
+    for key, node in expected.items():
+        inputs = prompt[key]["inputs"]
+        assert {name: inputs.get(name) for name in node["inputs"]} == node["inputs"], node["class_type"]
 
 
 @pytest.fixture(scope="module", params=LANGUAGES)
