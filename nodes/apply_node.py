@@ -19,8 +19,8 @@ from .schema import (
     SPARGE_PARAMS,
     end_percent,
     min_tokens,
+    number,
     similarity_threshold,
-    slider,
     start_percent,
 )
 from .tuned.params import Architecture, TunedParams
@@ -46,14 +46,14 @@ class ApplySpargeAttn(io.ComfyNode):
                     "selection",
                     options=[
                         io.DynamicCombo.Option("cdf", [
-                            slider("cdf_threshold", 0.99, 0.01, 1.0, 0.001,
+                            number("cdf_threshold", 0.99, 0.01, 1.0, 0.001,
                                    "Blocks are kept until they hold this share of the predicted attention. "
                                    "Higher is closer to dense attention, lower is faster; try 0.9 to 0.99. "
                                    "Called τ in the paper, cdfthreshd in its code."),
                             similarity_threshold(),
                         ]),
                         io.DynamicCombo.Option("topk", [
-                            slider("keep_percent", 50.0, 0.1, 100.0, 0.1,
+                            number("keep_percent", 50.0, 0.1, 100.0, 0.1,
                                    "Keeps this share of the blocks, in percent, whatever their similarity; text "
                                    "blocks (sinks) come on top where the tokens are reordered. Speed is the same "
                                    "for every prompt, quality is not; try 30 to 60."),
@@ -63,7 +63,7 @@ class ApplySpargeAttn(io.ComfyNode):
                     tooltip="How blocks are selected. cdf: as many as are needed to hold a share of the attention, "
                             "more where attention is spread out (the paper's rule). topk: the same share of them for "
                             "every prompt, whatever their similarity."),
-                slider("pv_threshold", PV_THRESHOLD_OFF, 1.0, PV_THRESHOLD_OFF, 0.5,
+                number("pv_threshold", PV_THRESHOLD_OFF, 1.0, PV_THRESHOLD_OFF, 0.5,
                        "Inside a kept block, groups of rows whose probabilities are all below 2^-x of the largest "
                        "one seen so far skip the product with V. Lower is faster; try 10 to 20. 50 is off. "
                        "Called -λ in the paper, pvthreshd in its code."),

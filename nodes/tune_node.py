@@ -17,7 +17,7 @@ from .log import log
 from .params_nodes import params_folder
 from .report.page import as_image
 from .report.tuned_page import TunedPictures
-from .schema import CATEGORY, SEARCH_ALIASES, SPARGE_PARAMS, end_percent, min_tokens, slider, start_percent
+from .schema import CATEGORY, SEARCH_ALIASES, SPARGE_PARAMS, end_percent, min_tokens, number, start_percent
 from .tuned import params_file
 from .tuned.params import Architecture, TunedParams
 from .tuned.search import Bounds
@@ -52,11 +52,11 @@ class SpargeAttnTune(io.ComfyNode):
                 io.Conditioning.Input("negative", tooltip="The negative prompt."),
                 io.Latent.Input("latent_image", tooltip="The latent to denoise, of the size that you will use."),
                 io.Float.Input("denoise", default=1.0, min=0.0, max=1.0, step=0.01, tooltip="Amount of denoising."),
-                slider("l1", 0.05, 0.001, 0.5, 0.001,
+                number("l1", 0.05, 0.001, 0.5, 0.001,
                        "Largest error of a head when blocks are skipped: mean absolute difference to dense "
                        "attention, relative to it. Lower is closer to dense attention, higher is faster; try "
                        "0.02 to 0.08."),
-                slider("l2", 0.05, 0.001, 0.5, 0.001,
+                number("l2", 0.05, 0.001, 0.5, 0.001,
                        "Largest error when products with V are skipped too (pv_threshold). Up to l1, none are "
                        "skipped: on an H100 looking for them takes more time than it saves."),
                 io.Int.Input(

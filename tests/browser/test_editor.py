@@ -100,6 +100,25 @@ def test_example_opens_from_the_template_browser(editor, name, screenshot):
     editor.clear()
 
 
+@pytest.mark.parametrize("node, widget, default, typed", (
+    ("ApplySpargeAttn", "selection.cdf_threshold", 0.99, 0.985), ("ApplySpargeAttn", "pv_threshold", 50, 15.5),
+    ("ApplySpargeAttn", "start_percent", 0.2, 0.15), ("SpargeAttnTune", "l1", 0.05, 0.062),
+    ("SpargeAttnTune", "min_gain", 0.1, 0.15)))
+def test_number_holds_what_is_typed(editor, node, widget, default, typed, screenshot):
+    """A click opens a field; a double click alone changes nothing."""
+    editor.place(node)
+    value = "name => app.graph._nodes[0].widgets.find(widget => widget.name === name).value"
+    editor.page.mouse.dblclick(*editor.middle(widget))
+    field = editor.page.locator(".graphdialog input")
+    field.wait_for()
+    assert editor.run(value, widget) == default
+    field.fill(str(typed))
+    screenshot(editor, f"number_{widget}")
+    field.press("Enter")
+    assert editor.run(value, widget) == typed
+    editor.clear()
+
+
 @pytest.mark.parametrize("path", SAVED, ids=lambda path: f"{path.parts[0]}/{path.stem}")
 def test_saved_workflow_means_what_it_meant(editor, path):
     """It loads, and what the editor makes of it has every value of the prompt that was exported with it then."""
