@@ -15,7 +15,6 @@ from .log import log
 from .override import CALLBACK_KEY, SLOT, SpargeOverride, describe
 from .schema import (
     CATEGORY,
-    SEARCH_ALIASES,
     SPARGE_PARAMS,
     end_percent,
     min_tokens,
@@ -26,6 +25,9 @@ from .schema import (
 from .tuned.params import Architecture, TunedParams
 
 PV_THRESHOLD_OFF = 50.0
+# Words that find this node and none of the others, which the editor would list before it.
+SEARCH_ALIASES = ["SpargeAttention", "sage", "sage attention", "sparse attention", "block sparse", "faster attention",
+                  "optimize attention", "speed up", "accelerate", "加速", "稀疏注意力"]
 
 
 class ApplySpargeAttn(io.ComfyNode):
@@ -39,7 +41,7 @@ class ApplySpargeAttn(io.ComfyNode):
                         "map that would hardly contribute are predicted and skipped. Put it between the model loader "
                         "and the sampler, after other nodes that change attention. The longer the sequence (video, "
                         "large images), the more it gains. What happened is written to the log after each run.",
-            search_aliases=[*SEARCH_ALIASES],
+            search_aliases=SEARCH_ALIASES,
             inputs=[
                 io.Model.Input("model", tooltip="The diffusion model. Only the output is patched."),
                 io.DynamicCombo.Input(

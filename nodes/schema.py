@@ -1,9 +1,7 @@
-"""What the nodes share: their category, the words that find them, the socket of tuned parameters, inputs."""
+"""What the nodes share: their category, the socket of tuned parameters, inputs."""
 from comfy_api.latest import io
 
 CATEGORY = "model/patch/SpargeAttn"
-SEARCH_ALIASES = ("sparge", "SpargeAttention", "sage", "sage attention", "sparse attention", "block sparse",
-                  "faster attention", "optimize attention", "speed up", "accelerate", "加速", "稀疏注意力")
 SPARGE_PARAMS = io.Custom("SPARGE_PARAMS")
 
 

@@ -17,7 +17,7 @@ from .log import log
 from .params_nodes import params_folder
 from .report.page import as_image
 from .report.tuned_page import TunedPictures
-from .schema import CATEGORY, SEARCH_ALIASES, SPARGE_PARAMS, end_percent, min_tokens, number, start_percent
+from .schema import CATEGORY, SPARGE_PARAMS, end_percent, min_tokens, number, start_percent
 from .tuned import params_file
 from .tuned.params import Architecture, TunedParams
 from .tuned.search import Bounds
@@ -38,7 +38,7 @@ class SpargeAttnTune(io.ComfyNode):
                         "skipped at an error that you choose. It takes minutes, once for a model; save the result and "
                         "give it to Apply SpargeAttn. Tune on the size of picture or clip that you use. If you stop "
                         "it, what was found is saved; connect it to params to go on.",
-            search_aliases=[*SEARCH_ALIASES, "calibrate", "hyper-parameter search", "调优", "調優"],
+            search_aliases=["calibrate", "hyper-parameter search", "调优", "調優"],
             inputs=[
                 io.Model.Input("model", tooltip="The diffusion model, from before Apply SpargeAttn."),
                 io.Int.Input("seed", default=0, min=0, max=0xffffffffffffffff, control_after_generate=True,

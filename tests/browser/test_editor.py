@@ -64,14 +64,23 @@ def test_loads_without_an_error_of_this_pack(editor, server, screenshot):
     assert "IMPORT FAILED" not in server.log() and "Error while calling comfy_entrypoint" not in server.log()
 
 
-@pytest.mark.parametrize("words", ("sparge", "sage", "sparse attention", "speed up", "accelerate", "加速",
-                                   "稀疏注意力"))
-def test_search_finds_every_node(editor, words, screenshot):
-    wanted = [node["display_name"] for node in translations("en").values()]
-    found = editor.search(words, wanted)
+@pytest.mark.parametrize("words", ("sage attention", "sparse attention", "block sparse", "faster attention", "speed up",
+                                   "accelerate", "SpargeAttention", "加速", "稀疏注意力"))
+def test_search_lists_apply_first(editor, words, screenshot):
+    """Enter adds the first one."""
+    found = editor.search(words, ["Apply SpargeAttn"])
     screenshot(editor, f"search_{words.replace(' ', '_')}")
     editor.close_dialogs()
-    assert set(wanted) <= set(found)
+    assert found[0] == "Apply SpargeAttn"
+
+
+def test_search_for_the_name_finds_every_node(editor, screenshot):
+    """The editor puts the four whose ids begin with it before Apply."""
+    wanted = [node["display_name"] for node in translations("en").values()]
+    found = editor.search("sparge", wanted)
+    screenshot(editor, "search_sparge")
+    editor.close_dialogs()
+    assert set(found[:len(wanted)]) == set(wanted)
 
 
 @pytest.mark.parametrize("name", WORKFLOWS)
