@@ -32,6 +32,9 @@ LANGUAGES = "en", "zh", "zh-TW"
 def server(tmp_path_factory):
     base = tmp_path_factory.mktemp("browser")
     comfy_server.prepare(base, models=comfy_server.needed_models())
+    (base / "custom_nodes/random_conditioning").symlink_to(HOST / "random_conditioning")
+    (base / "models/diffusion_models/demo.safetensors").symlink_to(
+        comfy_server.REPOSITORY / "tests/demo/wan_shapes.safetensors")
     with comfy_server.running(base, "--cpu") as running:
         yield running
 
@@ -128,6 +131,32 @@ def test_number_holds_what_is_typed(editor, node, widget, default, typed, screen
     editor.clear()
 
 
+SEARCH = {name: {"class_type": kind, "inputs": inputs} for name, kind, inputs in (
+    ("1", "UNETLoader", {"unet_name": "demo.safetensors", "weight_dtype": "default"}),
+    ("2", "RandomConditioning", {"length": 11, "width": 64, "seed": 1}),
+    ("3", "EmptyHunyuanLatentVideo", {"width": 256, "height": 128, "length": 13, "batch_size": 1}),
+    ("4", "SpargeAttnTune", {
+        "model": ["1", 0], "positive": ["2", 0], "negative": ["2", 0], "latent_image": ["3", 0], "seed": 1, "steps": 4,
+        "cfg": 1, "sampler_name": "euler", "scheduler": "simple", "denoise": 1, "l1": 0.1, "l2": 0.1,
+        "sampled_steps": 1, "start_percent": 0, "end_percent": 1, "evaluate": True, "min_gain": 0.1,
+        "min_tokens": 512}),
+    ("5", "SpargeAttnSaveParams", {"params": ["4", 0], "filename": "found", "if_exists": "overwrite"}))}
+
+
+def test_search_shows_the_time_left_and_its_picture(editor, screenshot):
+    editor.run("prompt => app.loadApiJson(prompt, 'search')", SEARCH)
+    editor.run("() => { const node = app.graph.getNodeById(4); node.pos = [300, 0]; app.canvas.selectNode(node);"
+               "app.queuePrompt(0) }")
+    text = "app.graph.getNodeById(4).widgets.map(widget => String(widget.value)).join()"
+    editor.page.wait_for_function(f"/about \\d+ s left/.test({text})")
+    editor.page.wait_for_function("app.graph.getNodeById(4).imgs?.length")
+    editor.fit()
+    screenshot(editor, "search")
+    editor.page.wait_for_function(f"/tuned: /.test({text})")
+    screenshot(editor, "search_finished")
+    editor.clear()
+
+
 @pytest.mark.parametrize("path", SAVED, ids=lambda path: f"{path.parts[0]}/{path.stem}")
 def test_saved_workflow_means_what_it_meant(editor, path):
     """It loads, and what the editor makes of it has every value of the prompt that was exported with it then."""
@@ -160,7 +189,8 @@ def test_names_tooltips_and_help(translated, node, screenshot):
     expected = translations(language)[node]
     shown = editor.place(node)
     assert shown["title"] == expected["display_name"]
-    widgets = [(name, label) for name, label in shown["widgets"] if name != "control_after_generate"]  # the editor's
+    # The editor adds the control of a seed, and calls it by its default.
+    widgets = [(name, label) for name, label in shown["widgets"] if name not in ("control_after_generate", "fixed")]
     names = {name.replace(".", "_"): label for name, label in widgets}
     assert names == {name: expected["inputs"][name]["name"] for name in names}
     for name, _ in widgets:
