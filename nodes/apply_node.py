@@ -15,17 +15,19 @@ from .log import log
 from .override import CALLBACK_KEY, SLOT, SpargeOverride, describe
 from .schema import (
     CATEGORY,
-    SEARCH_ALIASES,
     SPARGE_PARAMS,
     end_percent,
     min_tokens,
+    number,
     similarity_threshold,
-    slider,
     start_percent,
 )
 from .tuned.params import Architecture, TunedParams
 
 PV_THRESHOLD_OFF = 50.0
+# Words that find this node and none of the others, which the editor would list before it.
+SEARCH_ALIASES = ["SpargeAttention", "sage", "sage attention", "sparse attention", "block sparse", "faster attention",
+                  "optimize attention", "speed up", "accelerate", "加速", "稀疏注意力"]
 
 
 class ApplySpargeAttn(io.ComfyNode):
@@ -39,7 +41,7 @@ class ApplySpargeAttn(io.ComfyNode):
                         "map that would hardly contribute are predicted and skipped. Put it between the model loader "
                         "and the sampler, after other nodes that change attention. The longer the sequence (video, "
                         "large images), the more it gains. What happened is written to the log after each run.",
-            search_aliases=[*SEARCH_ALIASES],
+            search_aliases=SEARCH_ALIASES,
             not_idempotent=True,  # an equal node elsewhere in the graph has a line of its own
             inputs=[
                 io.Model.Input("model", tooltip="The diffusion model. Only the output is patched."),
@@ -47,14 +49,14 @@ class ApplySpargeAttn(io.ComfyNode):
                     "selection",
                     options=[
                         io.DynamicCombo.Option("cdf", [
-                            slider("cdf_threshold", 0.99, 0.01, 1.0, 0.001,
+                            number("cdf_threshold", 0.99, 0.01, 1.0, 0.001,
                                    "Blocks are kept until they hold this share of the predicted attention. "
                                    "Higher is closer to dense attention, lower is faster; try 0.9 to 0.99. "
                                    "Called τ in the paper, cdfthreshd in its code."),
                             similarity_threshold(),
                         ]),
                         io.DynamicCombo.Option("topk", [
-                            slider("keep_percent", 50.0, 0.1, 100.0, 0.1,
+                            number("keep_percent", 50.0, 0.1, 100.0, 0.1,
                                    "Keeps this share of the blocks, in percent, whatever their similarity; text "
                                    "blocks (sinks) come on top where the tokens are reordered. Speed is the same "
                                    "for every prompt, quality is not; try 30 to 60."),
@@ -64,7 +66,7 @@ class ApplySpargeAttn(io.ComfyNode):
                     tooltip="How blocks are selected. cdf: as many as are needed to hold a share of the attention, "
                             "more where attention is spread out (the paper's rule). topk: the same share of them for "
                             "every prompt, whatever their similarity."),
-                slider("pv_threshold", PV_THRESHOLD_OFF, 1.0, PV_THRESHOLD_OFF, 0.5,
+                number("pv_threshold", PV_THRESHOLD_OFF, 1.0, PV_THRESHOLD_OFF, 0.5,
                        "Inside a kept block, groups of rows whose probabilities are all below 2^-x of the largest "
                        "one seen so far skip the product with V. Lower is faster; try 10 to 20. 50 is off. "
                        "Called -λ in the paper, pvthreshd in its code."),

@@ -9,7 +9,7 @@ import folder_paths
 from comfy_api.latest import io
 
 from .log import log
-from .schema import CATEGORY, SEARCH_ALIASES, SPARGE_PARAMS
+from .schema import CATEGORY, SPARGE_PARAMS
 from .tuned import params_file
 from .tuned.params import TunedParams
 from .tuned.params_file import ParamsFileError
@@ -51,7 +51,7 @@ class SpargeAttnSaveParams(io.ComfyNode):
             display_name="Save SpargeAttn Params",
             category=CATEGORY,
             description=f"Writes tuned parameters to models/{FOLDER}, a small file that can be shared.",
-            search_aliases=[*SEARCH_ALIASES, "tuned", "preset"],
+            search_aliases=["tuned", "preset"],
             is_output_node=True,
             inputs=[
                 SPARGE_PARAMS.Input("params", tooltip="From Tune SpargeAttn."),
@@ -88,7 +88,7 @@ class SpargeAttnLoadParams(io.ComfyNode):
             display_name="Load SpargeAttn Params",
             category=CATEGORY,
             description=f"Reads tuned parameters from models/{FOLDER} and checks them.",
-            search_aliases=[*SEARCH_ALIASES, "tuned", "preset"],
+            search_aliases=["tuned", "preset"],
             inputs=[
                 io.Combo.Input("filename", options=_files(), tooltip=f"A file in models/{FOLDER}."),
                 io.Combo.Input(

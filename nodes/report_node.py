@@ -12,7 +12,7 @@ from .override import CALLBACK_KEY, SpargeOverride
 from .report.page import THEMES, as_image, draw_report
 from .report.panels import Panels, failed_report, run_report
 from .run.block_maps import MapRequest
-from .schema import CATEGORY, SEARCH_ALIASES
+from .schema import CATEGORY
 
 
 class SpargeAttnReport(io.ComfyNode):
@@ -25,8 +25,8 @@ class SpargeAttnReport(io.ComfyNode):
             description="Shows what Apply SpargeAttn did in the last run: how much attention was skipped in every "
                         "block and step, which calls stayed dense and why, the time it saved, and the block map of one "
                         "head. Connect the model that goes into the sampler and the latent that comes out of it.",
-            search_aliases=[*SEARCH_ALIASES, "sparsity", "heat map", "statistics", "why is it not faster", "block map",
-                            "报告", "報告"],
+            search_aliases=["sparsity", "heat map", "statistics", "why is it not faster", "block map", "报告",
+                            "報告"],
             inputs=[
                 io.Model.Input("model", tooltip="The patched model, as it goes into the sampler."),
                 io.Latent.Input("samples", tooltip="The sampler's output: the report is made once it is there. Goes "

@@ -1,23 +1,21 @@
-"""What the nodes share: their category, the words that find them, the socket of tuned parameters, inputs."""
+"""What the nodes share: their category, the socket of tuned parameters, inputs."""
 from comfy_api.latest import io
 
 CATEGORY = "model/patch/SpargeAttn"
-SEARCH_ALIASES = ("sparge", "SpargeAttention", "sage", "sage attention", "sparse attention", "block sparse",
-                  "faster attention", "optimize attention", "speed up", "accelerate", "加速", "稀疏注意力")
 SPARGE_PARAMS = io.Custom("SPARGE_PARAMS")
 
 
-def slider(name: str, default: float, low: float, high: float, step: float, tooltip: str) -> io.Float.Input:
-    return io.Float.Input(name, default=default, min=low, max=high, step=step, display_mode=io.NumberDisplay.slider,
-                          tooltip=tooltip)
+def number(name: str, default: float, low: float, high: float, step: float, tooltip: str) -> io.Float.Input:
+    """A field to type in: a pixel of a slider is more than a step of most of these."""
+    return io.Float.Input(name, default=default, min=low, max=high, step=step, tooltip=tooltip)
 
 
 def start_percent(tooltip: str) -> io.Float.Input:
-    return slider("start_percent", 0.2, 0.0, 1.0, 0.01, tooltip)
+    return number("start_percent", 0.2, 0.0, 1.0, 0.01, tooltip)
 
 
 def end_percent(tooltip: str) -> io.Float.Input:
-    return slider("end_percent", 1.0, 0.0, 1.0, 0.01, tooltip)
+    return number("end_percent", 1.0, 0.0, 1.0, 0.01, tooltip)
 
 
 def min_tokens(tooltip: str) -> io.Int.Input:
@@ -25,7 +23,7 @@ def min_tokens(tooltip: str) -> io.Int.Input:
 
 
 def similarity_threshold() -> io.Float.Input:
-    return slider(
+    return number(
         "similarity_threshold", 0.5, -1.0, 1.0, 0.01,
         "Blocks of tokens that are less alike than this (mean cosine similarity) are always computed, because "
         "their average does not describe them. Higher is closer to dense attention; 0 and below switch the "

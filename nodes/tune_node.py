@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import re
+import time
 from types import MappingProxyType
 
 import comfy.model_management
@@ -13,11 +14,12 @@ from comfy_api.latest import io
 
 from ..kernels import SpargeParams
 from .call.plan import NodeSettings
+from .host import show_on_node
 from .log import log
 from .params_nodes import params_folder
 from .report.page import as_image
 from .report.tuned_page import TunedPictures
-from .schema import CATEGORY, SEARCH_ALIASES, SPARGE_PARAMS, end_percent, min_tokens, slider, start_percent
+from .schema import CATEGORY, SPARGE_PARAMS, end_percent, min_tokens, number, start_percent
 from .tuned import params_file
 from .tuned.params import Architecture, TunedParams
 from .tuned.search import Bounds
@@ -25,6 +27,7 @@ from .tuner import Tuner
 
 _PREVIEW_SIZE = 768
 _PROGRESS = 1000
+_TOLD_EVERY = 1.0  # seconds between two lines on the node
 
 
 class SpargeAttnTune(io.ComfyNode):
@@ -38,11 +41,11 @@ class SpargeAttnTune(io.ComfyNode):
                         "skipped at an error that you choose. It takes minutes, once for a model; save the result and "
                         "give it to Apply SpargeAttn. Tune on the size of picture or clip that you use. If you stop "
                         "it, what was found is saved; connect it to params to go on.",
-            search_aliases=[*SEARCH_ALIASES, "calibrate", "hyper-parameter search", "调优", "調優"],
+            search_aliases=["calibrate", "hyper-parameter search", "调优", "調優"],
             inputs=[
                 io.Model.Input("model", tooltip="The diffusion model, from before Apply SpargeAttn."),
-                io.Int.Input("seed", default=0, min=0, max=0xffffffffffffffff, control_after_generate=True,
-                             tooltip="Seed of the noise."),
+                io.Int.Input("seed", default=0, min=0, max=0xffffffffffffffff,
+                             control_after_generate=io.ControlAfterGenerate.fixed, tooltip="Seed of the noise."),
                 io.Int.Input("steps", default=20, min=1, max=10000, tooltip="Sampling steps, as you use them."),
                 io.Float.Input("cfg", default=8.0, min=0.0, max=100.0, step=0.1, round=0.01,
                                tooltip="Classifier-free guidance, as you use it."),
@@ -52,11 +55,11 @@ class SpargeAttnTune(io.ComfyNode):
                 io.Conditioning.Input("negative", tooltip="The negative prompt."),
                 io.Latent.Input("latent_image", tooltip="The latent to denoise, of the size that you will use."),
                 io.Float.Input("denoise", default=1.0, min=0.0, max=1.0, step=0.01, tooltip="Amount of denoising."),
-                slider("l1", 0.05, 0.001, 0.5, 0.001,
+                number("l1", 0.05, 0.001, 0.5, 0.001,
                        "Largest error of a head when blocks are skipped: mean absolute difference to dense "
                        "attention, relative to it. Lower is closer to dense attention, higher is faster; try "
                        "0.02 to 0.08."),
-                slider("l2", 0.05, 0.001, 0.5, 0.001,
+                number("l2", 0.05, 0.001, 0.5, 0.001,
                        "Largest error when products with V are skipped too (pv_threshold). Up to l1, none are "
                        "skipped: on an H100 looking for them takes more time than it saves."),
                 io.Int.Input(
@@ -103,17 +106,11 @@ class SpargeAttnTune(io.ComfyNode):
                 latent_image: dict, denoise: float, l1: float, l2: float, sampled_steps: int, start_percent: float,
                 end_percent: float, evaluate: bool, min_gain: float, min_tokens: int,
                 params: TunedParams | None = None, other_positive=None) -> io.NodeOutput:
-        runs, shown = 2 if evaluate else 1, 0
-        bar, draw = comfy.utils.ProgressBar(_PROGRESS), TunedPictures()
-
-        def progress(share: float) -> None:
-            nonlocal shown
-            preview = ("JPEG", draw(tuner.tuned), _PREVIEW_SIZE) if tuner.searched > shown else None
-            shown = tuner.searched
-            bar.update_absolute(int(_PROGRESS * (share + (not tuner.learn)) / runs), _PROGRESS, preview)
-
+        draw = TunedPictures()
+        progress = _Progress(2 if evaluate else 1, draw)
         settings = NodeSettings(SpargeParams(), start_percent, end_percent, min_tokens=min_tokens)
-        tuner = Tuner(_beginning(params, model, Bounds(l1, max(l1, l2), min_gain)), settings, sampled_steps, progress,
+        tuner = Tuner(_beginning(params, model, Bounds(l1, max(l1, l2), min_gain)), settings, sampled_steps,
+                      lambda share: progress(tuner, share),
                       comfy.model_management.throw_exception_if_processing_interrupted)
 
         def sample(seed: int, positive) -> dict:
@@ -128,12 +125,50 @@ class SpargeAttnTune(io.ComfyNode):
             if evaluate:
                 tuner.learn = False
                 sample(seed ^ 1, positive if other_positive is None else other_positive)
-            bar.update_absolute(_PROGRESS)
+            progress.finish(tuner)
         except BaseException:  # ComfyUI's interruption is no Exception
             _keep_unfinished(tuner)
             raise
         log.info("SpargeAttn: tuned: %s", tuner.tuned)
         return io.NodeOutput(tuner.tuned, latent, as_image(draw(tuner.tuned)))
+
+
+class _Progress:
+    """Shows on the node how far a search is: a bar, a picture of what has been found, and the time left."""
+
+    def __init__(self, runs: int, draw: TunedPictures):
+        """
+        runs: number of times that the model is sampled.
+        """
+        self._runs, self._draw = runs, draw
+        self._bar = comfy.utils.ProgressBar(_PROGRESS)
+        self._pictured = 0  # calls that the last picture had
+        self._began: float | None = None  # once the model is loaded
+        self._told = 0.0
+
+    def __call__(self, tuner: Tuner, share: float) -> None:
+        """
+        share: of the current run that is done.
+        """
+        done = (share + (not tuner.learn)) / self._runs
+        preview = ("JPEG", self._draw(tuner.tuned), _PREVIEW_SIZE) if tuner.searched > self._pictured else None
+        self._pictured = tuner.searched
+        self._bar.update_absolute(int(_PROGRESS * done), _PROGRESS, preview)
+        now = time.monotonic()
+        if self._began is None:
+            self._began = now
+        elif done > 0 and now - self._told >= _TOLD_EVERY:
+            self._told = now
+            doing = "searching" if tuner.learn else "measuring the error with another seed"
+            show_on_node(f"{doing}: {done:.0%}, about {_duration((now - self._began) * (1 - done) / done)} left")
+
+    def finish(self, tuner: Tuner) -> None:
+        self._bar.update_absolute(_PROGRESS)
+        show_on_node(f"tuned: {tuner.tuned.sparsity:.1%} of the attention can be skipped")
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
 
 
 def _beginning(earlier: TunedParams | None, model, bounds: Bounds) -> TunedParams:
@@ -177,5 +212,6 @@ def _keep_unfinished(tuner: Tuner) -> None:
     except Exception:  # what stopped the search has to reach ComfyUI, whatever becomes of the file
         log.exception("SpargeAttn: what the search found can't be saved")
         return
-    log.warning("SpargeAttn: the search was stopped; what it found is in %s, and goes on from there through params",
-                path.name)
+    message = f"the search was stopped; what it found is in {path.name}, and goes on from there through params"
+    log.warning("SpargeAttn: %s", message)
+    show_on_node(message)

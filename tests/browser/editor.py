@@ -122,13 +122,17 @@ class Editor:
         self.page.wait_for_timeout(700)
         return shown
 
-    def tooltip(self, node, widget):
-        """The tooltip that appears when the mouse rests on a widget."""
-        place = self.run("""name => {
+    def middle(self, widget):
+        """Where a widget of the node on the canvas has its middle on the page, (x, y) in pixels."""
+        return self.run("""name => {
             const node = app.graph._nodes[0], widget = node.widgets.find(widget => widget.name === name)
             const page = app.canvas.canvas.getBoundingClientRect(), [x, y] = app.canvas.ds.offset
             return [page.x + x + node.size[0] / 2, page.y + y + widget.last_y + 10]
         }""", widget)
+
+    def tooltip(self, node, widget):
+        """The tooltip that appears when the mouse rests on a widget."""
+        place = self.middle(widget)
         self.page.mouse.move(10, 300)
         self.page.wait_for_timeout(100)
         self.page.mouse.move(place[0] - 3, place[1])

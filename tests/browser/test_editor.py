@@ -21,7 +21,9 @@ if CHROMIUM is None:
 
 pytestmark = pytest.mark.comfy
 WORKFLOWS = sorted(path.stem for path in (comfy_server.REPOSITORY / "workflows").glob("*.json"))
-PROMPTS = comfy_server.REPOSITORY / "tests/nodes/host/prompts"
+HOST = comfy_server.REPOSITORY / "tests/nodes/host"
+PROMPTS = HOST / "prompts"
+SAVED = sorted(path.relative_to(HOST / "saved") for path in (HOST / "saved").glob("*/workflows/*.json"))
 NODES = "ApplySpargeAttn", "SpargeAttnReport", "SpargeAttnTune", "SpargeAttnSaveParams", "SpargeAttnLoadParams"
 LANGUAGES = "en", "zh", "zh-TW"
 
@@ -30,6 +32,9 @@ LANGUAGES = "en", "zh", "zh-TW"
 def server(tmp_path_factory):
     base = tmp_path_factory.mktemp("browser")
     comfy_server.prepare(base, models=comfy_server.needed_models())
+    (base / "custom_nodes/random_conditioning").symlink_to(HOST / "random_conditioning")
+    (base / "models/diffusion_models/demo.safetensors").symlink_to(
+        comfy_server.REPOSITORY / "tests/demo/wan_shapes.safetensors")
     with comfy_server.running(base, "--cpu") as running:
         yield running
 
@@ -62,14 +67,23 @@ def test_loads_without_an_error_of_this_pack(editor, server, screenshot):
     assert "IMPORT FAILED" not in server.log() and "Error while calling comfy_entrypoint" not in server.log()
 
 
-@pytest.mark.parametrize("words", ("sparge", "sage", "sparse attention", "speed up", "accelerate", "加速",
-                                   "稀疏注意力"))
-def test_search_finds_every_node(editor, words, screenshot):
-    wanted = [node["display_name"] for node in translations("en").values()]
-    found = editor.search(words, wanted)
+@pytest.mark.parametrize("words", ("sage attention", "sparse attention", "block sparse", "faster attention", "speed up",
+                                   "accelerate", "SpargeAttention", "加速", "稀疏注意力"))
+def test_search_lists_apply_first(editor, words, screenshot):
+    """Enter adds the first one."""
+    found = editor.search(words, ["Apply SpargeAttn"])
     screenshot(editor, f"search_{words.replace(' ', '_')}")
     editor.close_dialogs()
-    assert set(wanted) <= set(found)
+    assert found[0] == "Apply SpargeAttn"
+
+
+def test_search_for_the_name_finds_every_node(editor, screenshot):
+    """The editor puts the four whose ids begin with it before Apply."""
+    wanted = [node["display_name"] for node in translations("en").values()]
+    found = editor.search("sparge", wanted)
+    screenshot(editor, "search_sparge")
+    editor.close_dialogs()
+    assert set(found[:len(wanted)]) == set(wanted)
 
 
 @pytest.mark.parametrize("name", WORKFLOWS)
@@ -98,6 +112,66 @@ def test_example_opens_from_the_template_browser(editor, name, screenshot):
     editor.clear()
 
 
+@pytest.mark.parametrize("node, widget, default, typed", (
+    ("ApplySpargeAttn", "selection.cdf_threshold", 0.99, 0.985), ("ApplySpargeAttn", "pv_threshold", 50, 15.5),
+    ("ApplySpargeAttn", "start_percent", 0.2, 0.15), ("SpargeAttnTune", "l1", 0.05, 0.062),
+    ("SpargeAttnTune", "min_gain", 0.1, 0.15)))
+def test_number_holds_what_is_typed(editor, node, widget, default, typed, screenshot):
+    """A click opens a field; a double click alone changes nothing."""
+    editor.place(node)
+    value = "name => app.graph._nodes[0].widgets.find(widget => widget.name === name).value"
+    editor.page.mouse.dblclick(*editor.middle(widget))
+    field = editor.page.locator(".graphdialog input")
+    field.wait_for()
+    assert editor.run(value, widget) == default
+    field.fill(str(typed))
+    screenshot(editor, f"number_{widget}")
+    field.press("Enter")
+    assert editor.run(value, widget) == typed
+    editor.clear()
+
+
+SEARCH = {name: {"class_type": kind, "inputs": inputs} for name, kind, inputs in (
+    ("1", "UNETLoader", {"unet_name": "demo.safetensors", "weight_dtype": "default"}),
+    ("2", "RandomConditioning", {"length": 11, "width": 64, "seed": 1}),
+    ("3", "EmptyHunyuanLatentVideo", {"width": 256, "height": 128, "length": 13, "batch_size": 1}),
+    ("4", "SpargeAttnTune", {
+        "model": ["1", 0], "positive": ["2", 0], "negative": ["2", 0], "latent_image": ["3", 0], "seed": 1, "steps": 4,
+        "cfg": 1, "sampler_name": "euler", "scheduler": "simple", "denoise": 1, "l1": 0.1, "l2": 0.1,
+        "sampled_steps": 1, "start_percent": 0, "end_percent": 1, "evaluate": True, "min_gain": 0.1,
+        "min_tokens": 512}),
+    ("5", "SpargeAttnSaveParams", {"params": ["4", 0], "filename": "found", "if_exists": "overwrite"}))}
+
+
+def test_search_shows_the_time_left_and_its_picture(editor, screenshot):
+    editor.run("prompt => app.loadApiJson(prompt, 'search')", SEARCH)
+    editor.run("() => { const node = app.graph.getNodeById(4); node.pos = [300, 0]; app.canvas.selectNode(node);"
+               "app.queuePrompt(0) }")
+    text = "app.graph.getNodeById(4).widgets.map(widget => String(widget.value)).join()"
+    editor.page.wait_for_function(f"/about \\d+ s left/.test({text})")
+    editor.page.wait_for_function("app.graph.getNodeById(4).imgs?.length")
+    editor.fit()
+    screenshot(editor, "search")
+    editor.page.wait_for_function(f"/tuned: /.test({text})")
+    screenshot(editor, "search_finished")
+    editor.clear()
+
+
+@pytest.mark.parametrize("path", SAVED, ids=lambda path: f"{path.parts[0]}/{path.stem}")
+def test_saved_workflow_means_what_it_meant(editor, path):
+    """It loads, and what the editor makes of it has every value of the prompt that was exported with it then."""
+    workflow = json.loads((HOST / "saved" / path).read_text(encoding="utf-8"))
+    expected = json.loads((HOST / "saved" / path.parts[0] / "prompts" / path.name).read_text(encoding="utf-8"))
+    editor.run("workflow => app.loadGraphData(workflow)", workflow)
+    _, prompt = editor.export()
+    editor.clear()
+    assert {key: node["class_type"] for key, node in prompt.items()} == \
+        {key: node["class_type"] for key, node in expected.items()}
+    for key, node in expected.items():
+        inputs = prompt[key]["inputs"]
+        assert {name: inputs.get(name) for name in node["inputs"]} == node["inputs"], node["class_type"]
+
+
 @pytest.fixture(scope="module", params=LANGUAGES)
 def translated(server, chromium, request):
     editor = Editor(chromium, server.url)
@@ -115,7 +189,8 @@ def test_names_tooltips_and_help(translated, node, screenshot):
     expected = translations(language)[node]
     shown = editor.place(node)
     assert shown["title"] == expected["display_name"]
-    widgets = [(name, label) for name, label in shown["widgets"] if name != "control_after_generate"]  # the editor's
+    # The editor adds the control of a seed, and calls it by its default.
+    widgets = [(name, label) for name, label in shown["widgets"] if name not in ("control_after_generate", "fixed")]
     names = {name.replace(".", "_"): label for name, label in widgets}
     assert names == {name: expected["inputs"][name]["name"] for name in names}
     for name, _ in widgets:

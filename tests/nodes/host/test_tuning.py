@@ -86,13 +86,17 @@ def sample(model, positive, seed=5, steps=4):
 
 @pytest.fixture(scope="module")
 def watched(comfy_nodes, model, positive, other):
-    """A search with evaluation, and the (value, total, preview) that it showed meanwhile."""
+    """A search with evaluation, and what it showed meanwhile: (value, total, preview) of the bar, lines on the node."""
     import comfy.utils
 
-    seen = []
+    seen, lines = [], []
     comfy.utils.set_progress_bar_global_hook(lambda *what, node_id=None: seen.append(what))
     try:
-        return tune(comfy_nodes, model, positive, SHAPE, evaluate=True, other_positive=other), seen
+        with pytest.MonkeyPatch.context() as patch:
+            tune_node = comfy_host.pack_module(comfy_nodes, "nodes.tune_node")
+            patch.setattr(tune_node, "_TOLD_EVERY", 0)
+            patch.setattr(tune_node, "show_on_node", lines.append)
+            return tune(comfy_nodes, model, positive, SHAPE, evaluate=True, other_positive=other), seen, lines
     finally:
         comfy.utils.set_progress_bar_global_hook(None)
 
@@ -237,6 +241,17 @@ def test_progress_shows_pictures_of_what_was_found(watched):
     pictures = [preview for _, _, preview in watched[1] if preview]
     assert len(pictures) == 2 * len(LAYERS)
     assert all(kind == "JPEG" and image.width > 100 for kind, image, _ in pictures)
+
+
+def test_node_shows_the_time_left_and_then_the_result(watched):
+    (params, *_), _, lines = watched
+    searching, measuring = ([int(share) for line in lines
+                             for share in re.findall(rf"^{doing}: (\d+)%, about \d+ (?:s|min) left$", line)]
+                            for doing in ("searching", "measuring the error with another seed"))
+    for shares in (searching, measuring):
+        assert shares == sorted(shares) and len(shares) >= len(LAYERS)
+    assert searching[-1] <= 50 <= measuring[0]
+    assert lines[-1] == f"tuned: {params.sparsity:.1%} of the attention can be skipped"
 
 
 def test_a_model_with_apply_before_it_is_refused(comfy_nodes, model, positive):

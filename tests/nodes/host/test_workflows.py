@@ -1,4 +1,7 @@
-"""The example workflows on a running server: all are valid, and those of families with tiny checkpoints run."""
+"""Example workflows on a running server, those of today and those that a release has brought: all are valid and run.
+
+saved/VERSION/ holds the workflows and prompts of a release as they were. Users have such files: never change them.
+"""
 import json
 from pathlib import Path
 
@@ -9,6 +12,9 @@ from test_server import cpu_option
 
 HOST = Path(__file__).parent
 PROMPTS = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in (HOST / "prompts").glob("*.json")}
+SAVED = {f"{path.parents[1].name}/{path.stem}": json.loads(path.read_text(encoding="utf-8"))
+         for path in (HOST / "saved").glob("*/prompts/*.json")}
+RUN = PROMPTS | {name: prompt for name, prompt in SAVED.items() if prompt not in PROMPTS.values()}  # each one once
 WORKFLOWS = comfy_server.REPOSITORY / "workflows"
 # A tiny checkpoint takes the place of the file that the workflow names.
 FAMILY = {"wan2.1_text_to_video": "wan", "wan2.2_text_to_video": "wan", "wan2.2_image_to_video": "wan_image",
@@ -62,10 +68,38 @@ def test_only_core_nodes_and_this_packs(server, name):
         assert module == "nodes" or module.startswith(("comfy_extras.", "custom_nodes.spargeattn-nodes")), module
 
 
-@pytest.mark.parametrize("name", sorted(PROMPTS))
+@pytest.mark.parametrize("name", sorted(PROMPTS | SAVED))
 def test_server_takes_the_prompt(server, name):
-    answer = server.get("/prompt", {"prompt": PROMPTS[name]})
+    answer = server.get("/prompt", {"prompt": (PROMPTS | SAVED)[name]})
     assert answer["node_errors"] == {}  # it is queued, and ends at the first empty file
+
+
+def widget_names(node, values):
+    """Names of a node's widgets in the editor's order; those of a dynamic combo are the ones of its saved option."""
+    for name, spec in (node["input"]["required"] | node["input"].get("optional", {})).items():
+        kind, options = spec[0], spec[1] if len(spec) > 1 else {}
+        if kind == "COMFY_DYNAMICCOMBO_V3":
+            yield name
+            [option] = [option for option in options["options"] if option["key"] == values[name]]
+            yield from (f"{name}.{inner}" for group in option["inputs"].values() for inner in group)
+        elif isinstance(kind, list) or kind in ("COMBO", "INT", "FLOAT", "STRING", "BOOLEAN"):
+            yield name
+            if options.get("control_after_generate"):
+                yield "control_after_generate"
+
+
+@pytest.mark.parametrize("name", sorted(SAVED))
+def test_saved_values_fall_on_their_widgets(server, name):
+    """A workflow stores values by position; the prompt that was exported with it has them by name."""
+    info, (version, stem) = server.get("/object_info"), name.split("/")
+    workflow = json.loads((HOST / f"saved/{version}/workflows/{stem}.json").read_text(encoding="utf-8"))
+    own = [node for node in workflow["nodes"] if "SpargeAttn" in node["type"]]
+    assert own
+    for node in own:
+        inputs = SAVED[name][str(node["id"])]["inputs"]
+        values = dict(zip(widget_names(info[node["type"]], inputs), node["widgets_values"]))
+        values.pop("control_after_generate", None)  # the editor's own
+        assert values == {key: value for key, value in inputs.items() if not isinstance(value, list)}
 
 
 def shrunk(prompt, family):
@@ -115,18 +149,19 @@ def shrunk(prompt, family):
     return kept
 
 
-@pytest.mark.parametrize("name", sorted(PROMPTS))
+@pytest.mark.parametrize("name", sorted(RUN))
 def test_workflow_runs(server, name):
-    prompt = shrunk(PROMPTS[name], FAMILY[name])
+    family = FAMILY[name.split("/")[-1]]
+    prompt = shrunk(RUN[name], family)
     entry, errors = server.run(prompt)
     assert not errors and entry["status"]["status_str"] == "success", entry["status"]["messages"][-1]
     saved = {node["class_type"] for key, node in prompt.items() if entry["outputs"].get(key, {}).get("images")}
-    assert FAMILY[name] not in checkpoints.VAES or saved & {"SaveImage", "SaveVideo"}
+    assert family not in checkpoints.VAES or saved & {"SaveImage", "SaveVideo"}
     reports = [key for key, node in prompt.items() if node["class_type"] == "SpargeAttnReport"]
     assert reports
     for key in reports:
         output = entry["outputs"][key]
         # A model of random weights is tuned to stay dense.
-        expected = "tuned: " if name == "tune_and_save" else "of the attention skipped"
+        expected = "tuned: " if name.endswith("tune_and_save") else "of the attention skipped"
         assert output["images"] and expected in output["text"][0], output["text"]
         assert entry["outputs"][f"save_{key}"]["latents"]
