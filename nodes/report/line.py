@@ -52,7 +52,9 @@ def after_run(summary: RunSummary) -> str:
         return summary.unread
     if not summary.sparse or summary.sparsity is None:
         return f"nothing sparse{_because(summary)}"
-    skipped = summary.skipped if summary.skipped_little and not summary.mostly_dense else summary.sparsity
+    skipped = summary.sparsity
+    if summary.skipped is not None and summary.skipped_little and not summary.mostly_dense:
+        skipped = summary.skipped
     parts = [f"{skipped:.0%} skipped" if skipped >= 0.1 else f"{skipped:.1%} skipped"]
     if summary.reference:
         parts.append("CPU reference")
