@@ -125,16 +125,6 @@ def test_tuned_parameters_have_a_colour_of_their_own(editor):
             .strip() == socket
 
 
-def test_an_empty_line_of_text_shows_an_example(editor, screenshot):
-    """In the editor's new nodes; the canvas draws none."""
-    editor.setting("Comfy.VueNodes.Enabled", True)
-    editor.place("SpargeAttnReport")
-    screenshot(editor, "placeholder")
-    editor.page.get_by_placeholder("12 or single:3").wait_for()
-    editor.setting("Comfy.VueNodes.Enabled", False)
-    editor.clear()
-
-
 @pytest.mark.parametrize("node, widget, default, typed", (
     ("ApplySpargeAttn", "selection.cdf_threshold", 0.99, 0.985), ("ApplySpargeAttn", "pv_threshold", 50, 15.5),
     ("ApplySpargeAttn", "start_percent", 0.2, 0.15), ("SpargeAttnTune", "l1", 0.05, 0.062),
@@ -193,6 +183,16 @@ def test_saved_workflow_means_what_it_meant(editor, path):
     for key, node in expected.items():
         inputs = prompt[key]["inputs"]
         assert {name: inputs.get(name) for name in node["inputs"]} == node["inputs"], node["class_type"]
+
+
+def test_an_empty_line_of_text_shows_an_example(editor, screenshot):
+    """In the editor's new nodes; the canvas draws none."""
+    editor.setting("Comfy.VueNodes.Enabled", True)
+    editor.place("SpargeAttnReport")
+    screenshot(editor, "placeholder")
+    editor.page.get_by_placeholder("12 or single:3").wait_for()
+    editor.setting("Comfy.VueNodes.Enabled", False)
+    editor.clear()
 
 
 @pytest.fixture(scope="module", params=LANGUAGES)
