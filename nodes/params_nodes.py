@@ -15,6 +15,7 @@ from .tuned.params import TunedParams
 from .tuned.params_file import ParamsFileError
 
 FOLDER = "sparge_params"  # under ComfyUI's models; extra_model_paths.yaml may name more
+NO_FILE = "(no file yet)"  # what the editor offers then, because an empty list looks broken
 
 
 def register_folder() -> None:
@@ -37,6 +38,9 @@ def _files() -> list[str]:
 
 def _resolve(name: str) -> Path:
     """The file of that name in one of the folders. Raises ParamsFileError where there is none."""
+    if name == NO_FILE:
+        raise ParamsFileError(f"models/{FOLDER} has no file: save one with Save SpargeAttn Params or put one there, "
+                              "press R in the editor and choose it")
     path = folder_paths.get_full_path(FOLDER, name)
     if path is None or os.path.isabs(name) or ".." in Path(name.replace("\\", "/")).parts:
         raise ParamsFileError(f"filename must be a file in models/{FOLDER}; got {name!r}")
@@ -55,7 +59,7 @@ class SpargeAttnSaveParams(io.ComfyNode):
             is_output_node=True,
             inputs=[
                 SPARGE_PARAMS.Input("params", tooltip="From Tune SpargeAttn."),
-                io.String.Input("filename", default="tuned",
+                io.String.Input("filename", default="tuned", placeholder="wan21_1.3b_480p",
                                 tooltip="Name of the file, without a folder: letters, digits, spaces and . _ + -"),
                 io.Combo.Input("if_exists", options=["add a number", "overwrite"], default="add a number",
                                tooltip="What to do where a file of this name exists."),
@@ -90,7 +94,7 @@ class SpargeAttnLoadParams(io.ComfyNode):
             description=f"Reads tuned parameters from models/{FOLDER} and checks them.",
             search_aliases=["tuned", "preset"],
             inputs=[
-                io.Combo.Input("filename", options=_files(), tooltip=f"A file in models/{FOLDER}."),
+                io.Combo.Input("filename", options=_files() or [NO_FILE], tooltip=f"A file in models/{FOLDER}."),
                 io.Combo.Input(
                     "if_unusable", options=["stop", "run untuned"], default="stop",
                     tooltip="What to do where the file is damaged or was tuned for another model. stop: an error that "
@@ -98,6 +102,16 @@ class SpargeAttnLoadParams(io.ComfyNode):
             ],
             outputs=[SPARGE_PARAMS.Output(display_name="params", tooltip="For Apply SpargeAttn.")],
         )
+
+    @classmethod
+    def validate_inputs(cls, filename: str | None = None) -> bool | str:
+        """Refuse a name without a file before anything runs, in words that say what to do."""
+        try:
+            if filename is not None:  # as it is where another node gives it
+                _resolve(filename)
+        except ParamsFileError as problem:
+            return str(problem)
+        return True
 
     @classmethod
     def fingerprint_inputs(cls, filename: str, **_) -> tuple:

@@ -14,7 +14,7 @@ if "COMFYUI_PATH" not in os.environ:
     pytest.skip("set COMFYUI_PATH to a ComfyUI folder to run the browser tests", allow_module_level=True)
 pytest.importorskip("playwright", reason="the browser tests need Playwright (pip install playwright)")
 
-from comfyui_spargeattn.tests.browser.editor import CHROMIUM, Editor, browser  # noqa: E402
+from comfyui_spargeattn.tests.browser.editor import CHROMIUM, PATIENCE, Editor, browser  # noqa: E402
 
 if CHROMIUM is None:
     pytest.skip("the browser tests need chromium", allow_module_level=True)
@@ -112,6 +112,19 @@ def test_example_opens_from_the_template_browser(editor, name, screenshot):
     editor.clear()
 
 
+def test_tuned_parameters_have_a_colour_of_their_own(editor):
+    """Whatever palette is loaded: each loads its own colours over those that were there."""
+    colours = """() => [app.canvas.default_connection_color_byType, LGraphCanvas.link_type_colors].map(
+        ({SPARGE_PARAMS: own, ...others}) => [own, Object.values(others).includes(own)])"""
+    for palette in ("light", "dark"):
+        editor.setting("Comfy.ColorPalette", palette)
+        editor.page.wait_for_timeout(500)
+        (socket, taken), (link, _) = editor.run(colours)
+        assert socket == link and socket.startswith("#") and not taken
+        assert editor.run("() => getComputedStyle(document.body).getPropertyValue('--color-datatype-SPARGE_PARAMS')") \
+            .strip() == socket
+
+
 @pytest.mark.parametrize("node, widget, default, typed", (
     ("ApplySpargeAttn", "selection.cdf_threshold", 0.99, 0.985), ("ApplySpargeAttn", "pv_threshold", 50, 15.5),
     ("ApplySpargeAttn", "start_percent", 0.2, 0.15), ("SpargeAttnTune", "l1", 0.05, 0.062),
@@ -138,7 +151,7 @@ SEARCH = {name: {"class_type": kind, "inputs": inputs} for name, kind, inputs in
     ("4", "SpargeAttnTune", {
         "model": ["1", 0], "positive": ["2", 0], "negative": ["2", 0], "latent_image": ["3", 0], "seed": 1, "steps": 4,
         "cfg": 1, "sampler_name": "euler", "scheduler": "simple", "denoise": 1, "l1": 0.1, "l2": 0.1,
-        "sampled_steps": 1, "start_percent": 0, "end_percent": 1, "evaluate": True, "min_gain": 0.1,
+        "sampled_steps": 1, "start_percent": 0, "end_percent": 1, "evaluate": False, "min_gain": 0.1,
         "min_tokens": 512}),
     ("5", "SpargeAttnSaveParams", {"params": ["4", 0], "filename": "found", "if_exists": "overwrite"}))}
 
@@ -148,11 +161,11 @@ def test_search_shows_the_time_left_and_its_picture(editor, screenshot):
     editor.run("() => { const node = app.graph.getNodeById(4); node.pos = [300, 0]; app.canvas.selectNode(node);"
                "app.queuePrompt(0) }")
     text = "app.graph.getNodeById(4).widgets.map(widget => String(widget.value)).join()"
-    editor.page.wait_for_function(f"/about \\d+ s left/.test({text})")
+    editor.page.wait_for_function(f"/about \\d+ (s|min) left/.test({text})")
     editor.page.wait_for_function("app.graph.getNodeById(4).imgs?.length")
     editor.fit()
     screenshot(editor, "search")
-    editor.page.wait_for_function(f"/tuned: /.test({text})")
+    editor.page.wait_for_function(f"/tuned: /.test({text})", timeout=4 * PATIENCE)
     screenshot(editor, "search_finished")
     editor.clear()
 
@@ -170,6 +183,16 @@ def test_saved_workflow_means_what_it_meant(editor, path):
     for key, node in expected.items():
         inputs = prompt[key]["inputs"]
         assert {name: inputs.get(name) for name in node["inputs"]} == node["inputs"], node["class_type"]
+
+
+def test_an_empty_line_of_text_shows_an_example(editor, screenshot):
+    """In the editor's new nodes; the canvas draws none."""
+    editor.setting("Comfy.VueNodes.Enabled", True)
+    editor.place("SpargeAttnReport")
+    screenshot(editor, "placeholder")
+    editor.page.get_by_placeholder("12 or single:3").wait_for()
+    editor.setting("Comfy.VueNodes.Enabled", False)
+    editor.clear()
 
 
 @pytest.fixture(scope="module", params=LANGUAGES)

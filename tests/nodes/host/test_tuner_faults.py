@@ -256,6 +256,21 @@ def test_mistakes_are_shown_where_they_are_before_anything_runs(comfy_nodes, wid
     assert sorted(shown) == sorted(wrong), errors
 
 
+@pytest.mark.parametrize("name, told", ((None, "save one with Save SpargeAttn Params or put one there"),
+                                        ("gone.safetensors", "must be a file in models/sparge_params")))
+def test_load_without_a_file_says_what_to_do(pack, monkeypatch, name, told):
+    """One error at the widget; with an empty folder the list has an entry that says so."""
+    import execution
+
+    monkeypatch.setattr(pack.params_nodes, "_files", list)
+    widget = pack.nodes["SpargeAttnLoadParams"].define_schema().inputs[0]
+    inputs = {"filename": name or widget.options[0], "if_unusable": "run untuned"}
+    prompt = {"load": {"class_type": "SpargeAttnLoadParams", "inputs": inputs}}
+    valid, errors, _ = asyncio.run(execution.validate_inputs("0", prompt, "load", {}))
+    [error] = errors
+    assert not valid and error["extra_info"]["input_name"] == "filename" and told in error["details"]
+
+
 def test_min_tokens_can_hold_powers_of_two_in_the_editor(pack):
     """The editor rounds to a multiple of the step from the smallest value on."""
     widget = next(x for x in pack.nodes["SpargeAttnTune"].define_schema().inputs if x.id == "min_tokens")

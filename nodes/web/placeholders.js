@@ -1,0 +1,16 @@
+// What a node's definition gives as the placeholder of a line of text: the editor itself shows those of larger texts alone.
+import { app } from "../../scripts/app.js"
+
+const CATEGORY = "model/patch/SpargeAttn"
+
+app.registerExtension({
+  name: "SpargeAttn.placeholders",
+  nodeCreated(node) {
+    const definition = node.constructor.nodeData
+    if (definition?.category !== CATEGORY) return
+    for (const widget of node.widgets ?? []) {
+      const placeholder = definition.input.required?.[widget.name]?.[1]?.placeholder
+      if (placeholder) widget.options.placeholder = placeholder
+    }
+  }
+})
