@@ -14,9 +14,10 @@ from comfy_api.latest import io
 
 from ..kernels import SpargeParams
 from .call.plan import NodeSettings
-from .host import show_on_node
+from .host import line_on_running_node
 from .log import log
 from .params_nodes import params_folder
+from .report.line import NodeLine
 from .report.page import as_image
 from .report.tuned_page import TunedPictures
 from .schema import CATEGORY, SPARGE_PARAMS, end_percent, min_tokens, number, start_percent
@@ -27,7 +28,6 @@ from .tuner import Tuner
 
 _PREVIEW_SIZE = 768
 _PROGRESS = 1000
-_TOLD_EVERY = 1.0  # seconds between two lines on the node
 
 
 class SpargeAttnTune(io.ComfyNode):
@@ -144,7 +144,7 @@ class _Progress:
         self._bar = comfy.utils.ProgressBar(_PROGRESS)
         self._pictured = 0  # calls that the last picture had
         self._began: float | None = None  # once the model is loaded
-        self._told = 0.0
+        self._line = NodeLine(line_on_running_node())
 
     def __call__(self, tuner: Tuner, share: float) -> None:
         """
@@ -157,14 +157,14 @@ class _Progress:
         now = time.monotonic()
         if self._began is None:
             self._began = now
-        elif done > 0 and now - self._told >= _TOLD_EVERY:
-            self._told = now
+        elif done > 0:
             doing = "searching" if tuner.learn else "measuring the error with another seed"
-            show_on_node(f"{doing}: {done:.0%}, about {_duration((now - self._began) * (1 - done) / done)} left")
+            left = _duration((now - self._began) * (1 - done) / done)
+            self._line.update(lambda: f"{doing}: {done:.0%}, about {left} left")
 
     def finish(self, tuner: Tuner) -> None:
         self._bar.update_absolute(_PROGRESS)
-        show_on_node(f"tuned: {tuner.tuned.sparsity:.1%} of the attention can be skipped")
+        self._line.write(lambda: f"tuned: {tuner.tuned.sparsity:.1%} of the attention can be skipped")
 
 
 def _duration(seconds: float) -> str:
@@ -214,4 +214,4 @@ def _keep_unfinished(tuner: Tuner) -> None:
         return
     message = f"the search was stopped; what it found is in {path.name}, and goes on from there through params"
     log.warning("SpargeAttn: %s", message)
-    show_on_node(message)
+    NodeLine(line_on_running_node()).write(lambda: message)

@@ -93,9 +93,10 @@ def watched(comfy_nodes, model, positive, other):
     comfy.utils.set_progress_bar_global_hook(lambda *what, node_id=None: seen.append(what))
     try:
         with pytest.MonkeyPatch.context() as patch:
-            tune_node = comfy_host.pack_module(comfy_nodes, "nodes.tune_node")
-            patch.setattr(tune_node, "_TOLD_EVERY", 0)
-            patch.setattr(tune_node, "show_on_node", lines.append)
+            tune_node, line = (comfy_host.pack_module(comfy_nodes, name)
+                               for name in ("nodes.tune_node", "nodes.report.line"))
+            patch.setattr(line, "INTERVAL", 0)
+            patch.setattr(tune_node, "line_on_running_node", lambda: lines.append)
             return tune(comfy_nodes, model, positive, SHAPE, evaluate=True, other_positive=other), seen, lines
     finally:
         comfy.utils.set_progress_bar_global_hook(None)
