@@ -11,6 +11,7 @@ PARTS = "hilbert", "kernels", "nodes"
 MAY_IMPORT = {
     "hilbert": (),
     "kernels": (),
+    "nodes.demo": (),
     "nodes.log": (),
     "nodes.tuned": ("hilbert", "kernels"),
     "nodes.call": ("hilbert", "kernels", "nodes.tuned"),

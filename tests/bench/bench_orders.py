@@ -19,12 +19,12 @@ from torch import Tensor
 from comfyui_spargeattn.hilbert import CURVES, sequence_order
 from comfyui_spargeattn.kernels import SpargeParams, block_shape, sparge_attention
 from comfyui_spargeattn.kernels.reference import compress
+from comfyui_spargeattn.nodes.demo.words import prompt
 from tests.assertions import relative_l1
 from tests.bench.measure import device_ms
 from tests.cases import video_qkv
 from tests.demo import compare
-from tests.demo.clips import prompt
-from tests.demo.model import load, scaled_dot_product
+from tests.demo.model import WEIGHTS, load, scaled_dot_product
 
 GRID = (21, 30, 52)
 TARGET_L1 = 0.05
@@ -134,7 +134,7 @@ def main() -> None:
     parser.add_argument("--out", help="JSON file for the rows")
     args = parser.parse_args()
     device, words = "cuda", prompt(*WORDS)
-    model = load(Path(compare.__file__).parent / "wan_shapes.safetensors", device, torch.bfloat16)
+    model = load(WEIGHTS, device, torch.bfloat16)
     clip = compare.generate(model, "dense", None, words, GRID, 20, 0, 0).latent
     rows = measure("structured", [video_qkv(GRID, 12, 128)], device)
     whole = clips(model, words)

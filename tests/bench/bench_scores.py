@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from comfyui_spargeattn.kernels import block_shape, block_sparse_attention
+from comfyui_spargeattn.nodes.demo.words import prompt
 from tests.assertions import relative_l1
 from tests.bench.bench_orders import GRID, JUDGES, WORDS, Call, demo_calls, largest_sparsity, orders
 from tests.cases import video_qkv
 from tests.demo import compare
-from tests.demo.clips import prompt
-from tests.demo.model import load, scaled_dot_product
+from tests.demo.model import WEIGHTS, load, scaled_dot_product
 
 SCORES = ("mean", "k2", "qk2", "oracle")
 
@@ -126,7 +126,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file for the rows")
     args = parser.parse_args()
     device, words = "cuda", prompt(*WORDS)
-    model = load(Path(compare.__file__).parent / "wan_shapes.safetensors", device, torch.bfloat16)
+    model = load(WEIGHTS, device, torch.bfloat16)
     clip = compare.generate(model, "dense", None, words, GRID, 20, 0, 0).latent
     rows = boundary(device)
     rows += measure("demo model", demo_calls(model, words, clip), device)

@@ -66,11 +66,13 @@ class Editor:
     def fit(self):
         """Scale the canvas so that the whole graph shows beside the menus; returns its box on the page in pixels."""
         box = self.run("""() => {
-            const nodes = app.graph._nodes, ds = app.canvas.ds, title = 40, margin = 20
-            const left = Math.min(...nodes.map(n => n.pos[0])) - margin
-            const top = Math.min(...nodes.map(n => n.pos[1])) - title - margin
-            const right = Math.max(...nodes.map(n => n.pos[0] + n.size[0])) + margin
-            const bottom = Math.max(...nodes.map(n => n.pos[1] + n.size[1])) + margin
+            const ds = app.canvas.ds, title = 40, margin = 20
+            const boxes = [...app.graph._nodes.map(n => [n.pos[0], n.pos[1] - title, ...n.size, title]),
+                           ...app.graph._groups.map(g => [...g.pos, ...g.size, 0])]
+            const left = Math.min(...boxes.map(([x]) => x)) - margin
+            const top = Math.min(...boxes.map(([, y]) => y)) - margin
+            const right = Math.max(...boxes.map(([x, , width]) => x + width)) + margin
+            const bottom = Math.max(...boxes.map(([, y, , height, above]) => y + above + height)) + margin
             const page = app.canvas.canvas.getBoundingClientRect(), menus = 90
             ds.scale = Math.min(1, (page.width - menus - 20) / (right - left),
                                 (page.height - menus - 60) / (bottom - top))

@@ -12,14 +12,13 @@ from pathlib import Path
 import torch
 
 from comfyui_spargeattn.kernels import SpargeParams
+from comfyui_spargeattn.nodes.demo.words import prompt
 
 from . import pictures
-from .clips import prompt
 from .compare import dense_share, generate, probe, psnr
-from .model import load
+from .model import WEIGHTS, load
 
 HERE = Path(__file__).parent
-WEIGHTS = HERE / "wan_shapes.safetensors"
 START_PERCENT = 0.2  # the node's default: the first steps lay out the picture and stay dense
 # cdf_threshold and similarity_threshold. At the CPU's small grid the default keeps nearly every block.
 DEFAULT = (0.99, 0.5)

@@ -1,4 +1,4 @@
-"""Procedural clips in Wan's 16-channel latent space, and the prompts that describe them.
+"""Procedural clips in Wan's 16-channel latent space, drawn from prompts.
 
 A clip shows one or two textured shapes moving over a panning background. It is drawn as RGB at latent
 resolution together with 13 feature planes (masks, texture phases, edges), then lifted to 16 channels:
@@ -12,15 +12,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-SHAPES = ("circle", "square", "triangle", "star", "ring")
-COLOURS = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "white")
-TEXTURES = ("plain", "stripes", "checker", "dots")
-MOTIONS = ("right", "left", "up", "down", "orbit", "spin", "pulse")
-PANS = ("right", "left", "up", "down")
-
-_OBJECT = (SHAPES, COLOURS, TEXTURES, MOTIONS)
-SLOTS = (*_OBJECT, *(("none", *words) for words in _OBJECT), COLOURS, TEXTURES, PANS)
-TEXT_DIM = 64
+from comfyui_spargeattn.nodes.demo.words import MOTIONS, SLOTS
 
 _RGB = torch.tensor([
     [0.95, 0.10, 0.10], [1.00, 0.50, 0.05], [0.98, 0.90, 0.10], [0.10, 0.80, 0.20],
@@ -64,29 +56,6 @@ def _tables(device: torch.device) -> tuple[Tensor, ...]:
     return tuple(x.to(device) for x in (_RGB, _STEP, _PREVIEW_BIAS, _FEATURE_MEAN, _FEATURE_SCALE))
 
 
-@cache
-def _vocabulary(device: torch.device) -> Tensor:
-    """(slots, words, TEXT_DIM) unit-variance vectors, one for each word in each place of a prompt."""
-    generator = torch.Generator().manual_seed(2502)
-    words = max(map(len, SLOTS))
-    return torch.randn(len(SLOTS), words, TEXT_DIM, generator=generator).to(device)
-
-
-def prompt(first: str, background: str, second: str = "none none none none") -> Tensor:
-    """Word indices (11,) of e.g. ``prompt("star red stripes right", "blue checker left")``.
-
-    An object is "shape colour texture motion", a background "colour texture pan".
-    Raises ValueError for a word that its place does not know.
-    """
-    words = [*first.split(), *second.split(), *background.split()]
-    if len(words) != len(SLOTS):
-        raise ValueError(f"a prompt must have 4 + 4 + 3 words, got {len(words)}: {words}")
-    for word, slot in zip(words, SLOTS):
-        if word not in slot:
-            raise ValueError(f"word must be one of {slot}, got {word!r}")
-    return torch.tensor([slot.index(word) for word, slot in zip(words, SLOTS)])
-
-
 def random_prompts(count: int, device, generator: torch.Generator | None = None) -> Tensor:
     """(count, 11) word indices; half of them have a second object."""
     def draw(low, high):
@@ -97,12 +66,6 @@ def random_prompts(count: int, device, generator: torch.Generator | None = None)
     columns += [second * draw(1, len(slot)) for slot in SLOTS[4:8]]
     columns += [draw(0, len(slot)) for slot in SLOTS[8:]]
     return torch.stack(columns, dim=1)
-
-
-def encode(prompts: Tensor) -> Tensor:
-    """(B, 11) word indices -> (B, 11, TEXT_DIM) context. The empty prompt is a context of zeros."""
-    table = _vocabulary(prompts.device)
-    return table[torch.arange(len(SLOTS), device=prompts.device), prompts]
 
 
 def _shape_distance(x: Tensor, y: Tensor, shape: Tensor) -> Tensor:

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from comfyui_spargeattn.kernels import SpargeParams, block_map, sparge_attention
+from comfyui_spargeattn.nodes.demo.words import encode
 
 from ..assertions import relative_l1
-from .clips import encode, preview
+from .clips import preview
 from .model import scaled_dot_product
 from .sampling import sample, shifted
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from comfyui_spargeattn.nodes.demo.words import encode
+
 from ..nodes.host import comfy_host
-from .clips import encode
 from .compare import Run
 
 WIDGETS = {"pv_threshold": 50.0, "end_percent": 1.0, "skipped_blocks": "drop", "pv_precision": "auto",

@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+WEIGHTS = Path(__file__).resolve().parents[2] / "nodes/demo/wan_shapes.safetensors"  # ships with the pack
 PATCH = (1, 2, 2)
 
 

@@ -6,7 +6,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .clips import encode, preview
+from comfyui_spargeattn.nodes.demo.words import encode
+
+from .clips import preview
 
 SHIFT = 8.0  # ComfyUI's default for Wan 2.1
 

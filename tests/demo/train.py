@@ -14,7 +14,9 @@ from pathlib import Path
 import torch
 from torch.func import functional_call
 
-from .clips import clips, encode, prompt, random_prompts
+from comfyui_spargeattn.nodes.demo.words import encode, prompt
+
+from .clips import clips, random_prompts
 from .model import WanConfig, WanT2V, load, save
 from .muon import Muon
 from .sampling import sample, sheet, shifted

@@ -1,6 +1,6 @@
 """An example workflow is a list of nodes. make_workflows.py builds it in ComfyUI's editor.
 
-A node is {key, type, column, links: {input: [key of another node, output number]}, widgets, models}. A model is
+A node is {key, type, column, group, links: {input: [key of another node, output number]}, widgets, models}. A model is
 (folder, address). The workflow's note lists the models, and the editor offers to download them.
 """
 from dataclasses import dataclass, field
@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 HUB = "https://huggingface.co"
 FLUX_TEXT = f"{HUB}/comfyanonymous/flux_text_encoders/resolve/main"
 SEED = 42
+BLUE, GREEN, YELLOW, GREY = "#3f789e", "#3c8c5c", "#b58b2a", "#777777"
+# The group that a node stands in by its column: columns 0 and 1, 2 and 3, 4 and 5.
+GROUPS = ("Model and prompt", BLUE), ("SpargeAttn", GREEN), ("Result", YELLOW)
 
 
 @dataclass
@@ -18,14 +21,20 @@ class Example:
     title: str
     about: str
     nodes: dict[str, dict] = field(default_factory=dict)
+    groups: dict[str, str] = field(default_factory=dict)  # colour of each title, in the order of the first node
 
-    def add(self, key, kind, column, links=None, /, *, models=(), title=None, **widgets):
-        """Add a node; `__` in a widget's name stands for a dot. Returns its first output."""
+    def add(self, key, kind, column, links=None, /, *, models=(), title=None, group=None, **widgets):
+        """Add a node; `__` in a widget's name stands for a dot. Returns its first output.
+
+        group: (title, colour) of the one that the node stands in; by default that of its column.
+        """
         links = {name: list(source) for name, source in (links or {}).items()}
         widgets = {name.replace("__", "."): value for name, value in widgets.items()}
-        self.nodes[key] = {"key": key, "type": kind, "column": column, "links": links, "widgets": widgets,
-                           "models": [{"name": url.rsplit("/", 1)[1], "url": url, "directory": folder}
-                                      for folder, url in models], "title": title}
+        group, colour = group or GROUPS[column // 2]
+        self.groups.setdefault(group, colour)
+        files = [{"name": url.rsplit("/", 1)[1], "url": url, "directory": folder} for folder, url in models]
+        self.nodes[key] = {"key": key, "type": kind, "title": title, "column": column, "group": group, "links": links,
+                           "widgets": widgets, "models": files}
         return key, 0
 
     @property
@@ -67,19 +76,19 @@ class Example:
 
     def sample(self, model, positive, negative, latent, key="sampler", title=None, **widgets):
         widgets = {"seed": SEED, "sampler_name": "euler", "scheduler": "simple", **widgets}
-        return self.add(key, "KSampler", 3, {"model": model, "positive": positive, "negative": negative,
+        return self.add(key, "KSampler", 2, {"model": model, "positive": positive, "negative": negative,
                                              "latent_image": latent}, title=title, **widgets)
 
-    def report(self, model, latent, key="report"):
+    def report(self, model, latent, key="report", **place):
         """Its output is the sampler's latent, so that nodes after it need no second link to the sampler."""
-        return self.add(key, "SpargeAttnReport", 4, {"model": model, "samples": latent})
+        return self.add(key, "SpargeAttnReport", 4, {"model": model, "samples": latent}, **place)
 
-    def decode(self, latent, vae, key="decode"):
-        return self.add(key, "VAEDecode", 5, {"samples": latent, "vae": vae})
+    def decode(self, latent, vae, key="decode", column=5, **place):
+        return self.add(key, "VAEDecode", column, {"samples": latent, "vae": vae}, **place)
 
-    def save_video(self, images, fps):
-        video = self.add("video", "CreateVideo", 5, {"images": images}, fps=fps)
-        self.add("save", "SaveVideo", 6, {"video": video}, filename_prefix=f"video/{self.name}")
+    def save_video(self, images, fps, column=5):
+        video = self.add("video", "CreateVideo", column, {"images": images}, fps=fps)
+        self.add("save", "SaveVideo", column, {"video": video}, filename_prefix=f"video/{self.name}")
 
     def save_image(self, images):
-        self.add("save", "SaveImage", 6, {"images": images}, filename_prefix=self.name)
+        self.add("save", "SaveImage", 5, {"images": images}, filename_prefix=self.name)

@@ -1,5 +1,5 @@
 """Example workflows that make pictures."""
-from .example import FLUX_TEXT, HUB, Example
+from .example import FLUX_TEXT, GREEN, GREY, HUB, Example
 
 QWEN = f"{HUB}/Comfy-Org/Qwen-Image_ComfyUI/resolve/main/split_files"
 FLUX_VAE = f"{HUB}/Comfy-Org/Lumina_Image_2.0_Repackaged/resolve/main/split_files/vae/ae.safetensors"
@@ -39,9 +39,9 @@ def flux_kontext():
     encoded = graph.add("encode", "VAEEncode", 1, {"pixels": scaled, "vae": vae})
     positive = graph.add("positive", "CLIPTextEncode", 1, {"clip": clip}, title="What to change",
                          text="Make it a snowy winter day")
-    reference = graph.add("reference", "ReferenceLatent", 2, {"conditioning": positive, "latent": encoded})
-    guided = graph.add("guidance", "FluxGuidance", 2, {"conditioning": reference}, guidance=2.5)
-    negative = graph.add("negative", "ConditioningZeroOut", 2, {"conditioning": positive})
+    reference = graph.add("reference", "ReferenceLatent", 1, {"conditioning": positive, "latent": encoded})
+    guided = graph.add("guidance", "FluxGuidance", 1, {"conditioning": reference}, guidance=2.5)
+    negative = graph.add("negative", "ConditioningZeroOut", 1, {"conditioning": positive})
     model = graph.sparge(model, **IMAGE, dense_blocks="0")
     samples = graph.sample(model, guided, negative, encoded, steps=20, cfg=1.0)
     graph.save_image(graph.decode(graph.report(model, samples), vae))
@@ -87,11 +87,13 @@ def sdxl():
                                         "sd_xl_base_1.0.safetensors")
     positive, negative = graph.prompts(clip, PICTURE, "text, watermark")
     latent = graph.add("latent", "EmptyLatentImage", 1, width=1024, height=1024)
+    first_pass, second_pass = ("First pass, dense", GREY), ("SpargeAttn", GREEN)
     first = graph.sample(model, positive, negative, latent, steps=25, cfg=7.0, scheduler="karras",
-                         sampler_name="dpmpp_2m", title="First pass, dense")
-    larger = graph.add("larger", "LatentUpscaleBy", 3, {"samples": first}, upscale_method="bislerp", scale_by=2.0)
-    model = graph.sparge(model, **IMAGE, start_percent=0.0)
+                         sampler_name="dpmpp_2m", title="First pass, dense", group=first_pass)
+    larger = graph.add("larger", "LatentUpscaleBy", 2, {"samples": first}, upscale_method="bislerp", scale_by=2.0,
+                       group=first_pass)
+    model = graph.sparge(model, **IMAGE, start_percent=0.0, group=second_pass)
     samples = graph.sample(model, positive, negative, larger, "second", "Second pass, sparse", steps=20, cfg=7.0,
-                           scheduler="karras", sampler_name="dpmpp_2m", denoise=0.5)
+                           group=second_pass, scheduler="karras", sampler_name="dpmpp_2m", denoise=0.5)
     graph.save_image(graph.decode(graph.report(model, samples), vae))
     return graph

@@ -13,11 +13,14 @@ import tempfile
 import uuid
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from ...nodes.host import comfy_server
 from ..editor import Editor, browser
+from . import thumbnail
+from .example import GROUPS
 from .image_examples import flux_dev, flux_kontext, qwen_image, sd35, sdxl
+from .layout import arrange, node_size
 from .video_examples import (
     compare,
     hunyuan_video,
@@ -31,13 +34,15 @@ from .video_examples import (
 
 WORKFLOWS = comfy_server.REPOSITORY / "workflows"
 PROMPTS = comfy_server.REPOSITORY / "tests/nodes/host/prompts"
+NOTE = "note"  # key of the note among an example's nodes
 EXAMPLES = {graph.name: graph for graph in (make() for make in (
     wan21_text_to_video, wan22_text_to_video, wan22_image_to_video, hunyuan_video, mochi, ltx_video, flux_dev,
     flux_kontext, sd35, qwen_image, sdxl, compare, tune_and_save))}
 
-BUILD = """async ({nodes, note}) => {
+# Makes the nodes and their links; returns the size that each node asks for.
+BUILD = """async nodes => {
     app.graph.clear()
-    const made = {}
+    const made = window.made = {}
     for (const spec of nodes) {
         const node = LiteGraph.createNode(spec.type)
         if (!node) throw new Error('no node ' + spec.type)
@@ -61,56 +66,48 @@ BUILD = """async ({nodes, note}) => {
                 throw new Error(`no link from ${source} to ${spec.key}.${input}`)
         }
     await new Promise(resolve => setTimeout(resolve, 300))
-    const text = LiteGraph.createNode('MarkdownNote')
-    app.graph.add(text)
-    text.title = 'Read me'
-    text.widgets[0].value = note
-    text.pos = [0, 0]
-    text.size = [460, 420]
-    const columns = []
-    for (const spec of nodes) (columns[spec.column] ??= []).push(made[spec.key])
-    let x = 500
-    for (const column of columns.filter(Boolean)) {
-        let y = 0, wide = 0
-        for (const node of column) {
-            const [least, tall] = node.computeSize()
-            node.size = [Math.max(least, {CLIPTextEncode: 340, ApplySpargeAttn: 340, SpargeAttnReport: 340}[node.type]
-                                         ?? 300), Math.max(tall, node.type === 'CLIPTextEncode' ? 150 : 0,
-                                         node.type === 'SpargeAttnReport' ? 560 : 0)]
-            node.pos = [x, y]
-            y += node.size[1] + 70
-            wide = Math.max(wide, node.size[0])
-        }
-        x += wide + 60
+    return Object.fromEntries(nodes.map(spec => [spec.key, [...made[spec.key].computeSize()]]))
+}"""
+
+# Puts the nodes and the groups (title, colour, box) into their boxes (x, y, width, height).
+PLACE = """({places, groups}) => {
+    for (const [key, [x, y, width, height]] of Object.entries(places)) {
+        made[key].pos = [x, y]
+        made[key].size = [width, height]
+    }
+    for (const [title, color, [x, y, width, height]] of groups) {
+        const group = new LiteGraph.LGraphGroup(title)
+        app.graph.add(group)
+        group.pos = [x, y]
+        group.size = [width, height]
+        group.color = color
     }
     app.canvas.setDirty(true, true)
 }"""
 
 
-def make(editor, example):
-    editor.run(BUILD, {"nodes": list(example.nodes.values()), "note": example.note})
+def build(editor, example):
+    """Build the example in the editor, the note last; returns its groups: (title, colour, box)."""
+    nodes = {**example.nodes, NOTE: {"key": NOTE, "type": "MarkdownNote", "column": 0, "group": GROUPS[0][0],
+                                     "links": {}, "widgets": {"text": example.note}, "models": [], "title": "Read me"}}
+    computed = editor.run(BUILD, list(nodes.values()))
+    first = {NOTE: nodes[NOTE], **example.nodes}  # the note stands above all others
+    places, boxes = arrange(first, {key: node_size(node["type"], computed[key]) for key, node in nodes.items()})
+    groups = [(title, colour, boxes[title]) for title, colour in example.groups.items()]
+    editor.run(PLACE, {"places": places, "groups": groups})
     editor.page.wait_for_timeout(500)
+    return groups
+
+
+def make(editor, example):
+    groups = build(editor, example)
     box = editor.fit()
     workflow, prompt = editor.export()
     workflow |= {"id": str(uuid.uuid5(uuid.NAMESPACE_URL, example.name)), "extra": {}}
     (WORKFLOWS / f"{example.name}.json").write_text(json.dumps(workflow, ensure_ascii=False, indent=1) + "\n")
     (PROMPTS / f"{example.name}.json").write_text(json.dumps(prompt, ensure_ascii=False, indent=1) + "\n")
     graph = Image.open(io.BytesIO(editor.page.screenshot(clip=box))).convert("RGB")
-    thumbnail(graph, example.title).save(WORKFLOWS / f"{example.name}.jpg", quality=88)
-
-
-def thumbnail(graph, title):
-    """The graph over its title, 16:9."""
-    width, height, band = 960, 540, 150
-    page = Image.new("RGB", (width, height), (20, 22, 27))
-    graph.thumbnail((width - 40, height - band - 30), Image.Resampling.LANCZOS)
-    page.paste(graph, ((width - graph.width) // 2, (height - band - graph.height) // 2))
-    draw = ImageDraw.Draw(page)
-    draw.rectangle((0, height - band, width, height), fill=(36, 158, 137))
-    model, _, rest = title.partition(" with ")
-    draw.text((30, height - band + 18), model, font=ImageFont.load_default(50), fill="white")
-    draw.text((30, height - band + 86), rest or "SpargeAttn", font=ImageFont.load_default(36), fill="white")
-    return page
+    thumbnail.of_graph(graph, groups, example).save(WORKFLOWS / f"{example.name}.jpg", quality=88)
 
 
 def main(names):

@@ -1,5 +1,5 @@
 """Example workflows that make clips."""
-from .example import FLUX_TEXT, HUB, SEED, Example
+from .example import FLUX_TEXT, GREEN, GREY, HUB, SEED, Example
 
 WAN21 = f"{HUB}/Comfy-Org/Wan_2.1_ComfyUI_repackaged/resolve/main/split_files"
 WAN22 = f"{HUB}/Comfy-Org/Wan_2.2_ComfyUI_Repackaged/resolve/main/split_files"
@@ -35,16 +35,18 @@ def _wan22(graph, kind, positive, negative, latent, vae):
     """Both experts of Wan 2.2 14B, each with its own Apply SpargeAttn and report."""
     latents = latent
     for key, low in (("high", False), ("low", True)):
+        expert = f"Expert for {key} noise", GREEN
         model = graph.diffusion_model(
             f"{WAN22}/diffusion_models/wan2.2_{kind}_{key}_noise_14B_fp8_scaled.safetensors", key)
-        shifted = graph.add(f"shift_{key}", "ModelSamplingSD3", 1, {"model": model}, shift=8.0)
-        model = graph.sparge(shifted, f"sparge_{key}", **VIDEO, dense_blocks="0")
+        shifted = graph.add(f"shift_{key}", "ModelSamplingSD3", 2, {"model": model}, shift=8.0, group=expert)
+        model = graph.sparge(shifted, f"sparge_{key}", title=f"Apply SpargeAttn ({key} noise)", group=expert, **VIDEO,
+                             dense_blocks="0")
         latents = graph.add(f"sampler_{key}", "KSamplerAdvanced", 3, {
-            "model": model, "positive": positive, "negative": negative, "latent_image": latents},
+            "model": model, "positive": positive, "negative": negative, "latent_image": latents}, group=expert,
             title=f"{key.capitalize()} noise", add_noise="disable" if low else "enable", noise_seed=SEED, steps=20,
             cfg=3.5, sampler_name="euler", scheduler="simple", start_at_step=10 if low else 0,
             end_at_step=10000 if low else 10, return_with_leftover_noise="disable" if low else "enable")
-        latents = graph.report(model, latents, f"report_{key}")
+        latents = graph.report(model, latents, f"report_{key}", group=expert)
     graph.save_video(graph.decode(latents, vae), 16)
 
 
@@ -66,7 +68,7 @@ def wan22_image_to_video():
     graph = Example("wan2.2_image_to_video", "Wan 2.2 14B image to video with SpargeAttn", _WAN22_ABOUT)
     clip = graph.text_encoder("wan", f"{WAN21}/text_encoders/umt5_xxl_fp8_e4m3fn_scaled.safetensors")
     vae = graph.vae(f"{WAN22}/vae/wan_2.1_vae.safetensors")
-    image = graph.add("image", "LoadImage", 0, image="example.png")
+    image = graph.add("image", "LoadImage", 1, image="example.png")
     positive, negative = graph.prompts(clip, PROMPT, "blurry, static, low quality, subtitles")
     graph.add("latent", "WanImageToVideo", 1, {"positive": positive, "negative": negative, "vae": vae,
                                                "start_image": image}, width=832, height=480, length=81)
@@ -119,7 +121,7 @@ def ltx_video():
     model = graph.sparge(model, **VIDEO)
     sigmas = graph.add("sigmas", "LTXVScheduler", 2, {"latent": latent}, steps=30)
     sampler = graph.add("euler", "KSamplerSelect", 2, sampler_name="euler")
-    samples = graph.add("sampler", "SamplerCustom", 3, {
+    samples = graph.add("sampler", "SamplerCustom", 2, {
         "model": model, "positive": ("conditioning", 0), "negative": ("conditioning", 1), "sampler": sampler,
         "sigmas": sigmas, "latent_image": latent}, add_noise=True, noise_seed=SEED, cfg=3.0)
     graph.save_video(graph.decode(graph.report(model, samples), vae), 25)
@@ -132,15 +134,16 @@ def compare():
                     "SpargeAttn. Both clips are saved as one.")
     shifted, vae, positive, negative, latent = _wan21(graph)
     settings = {"steps": 30, "cfg": 6.0, "sampler_name": "uni_pc"}
-    sparse_model = graph.sparge(shifted, **VIDEO, dense_blocks="0")
-    dense = graph.sample(shifted, positive, negative, latent, "dense", "Dense", **settings)
-    sparse = graph.sample(sparse_model, positive, negative, latent, "sparse", "Sparse", **settings)
-    left = graph.decode(dense, vae, "decode_dense")
-    right = graph.decode(graph.report(sparse_model, sparse), vae, "decode_sparse")
-    both = graph.add("both", "ImageStitch", 6, {"image1": left, "image2": right}, direction="right",
+    dense_branch, sparse_branch = ("Dense attention", GREY), ("SpargeAttn", GREEN)
+    sparse_model = graph.sparge(shifted, **VIDEO, dense_blocks="0", group=sparse_branch)
+    dense = graph.sample(shifted, positive, negative, latent, "dense", "Dense", group=dense_branch, **settings)
+    sparse = graph.sample(sparse_model, positive, negative, latent, "sparse", "Sparse", group=sparse_branch, **settings)
+    left = graph.decode(dense, vae, "decode_dense", 4, group=dense_branch)
+    report = graph.report(sparse_model, sparse, group=sparse_branch)
+    right = graph.decode(report, vae, "decode_sparse", 4, group=sparse_branch)
+    both = graph.add("both", "ImageStitch", 5, {"image1": left, "image2": right}, direction="right",
                      match_image_size=True, spacing_width=8, spacing_color="white")
-    video = graph.add("video", "CreateVideo", 6, {"images": both}, fps=16)
-    graph.add("save", "SaveVideo", 6, {"video": video}, filename_prefix=f"video/{graph.name}")
+    graph.save_video(both, 16)
     return graph
 
 
@@ -151,16 +154,15 @@ def tune_and_save():
                     "takes the place of the tuning node, and others can use your file.")
     shifted, vae, positive, negative, latent = _wan21(graph)
     settings = {"steps": 30, "cfg": 6.0, "sampler_name": "uni_pc"}
-    tuned = graph.add("tune", "SpargeAttnTune", 2, {"model": shifted, "positive": positive, "negative": negative,
-                                                    "latent_image": latent}, seed=SEED, scheduler="simple", **settings)
-    graph.add("save_params", "SpargeAttnSaveParams", 3, {"params": tuned}, filename="wan2.1_1.3b_480p")
-    graph.add("tuning_report", "PreviewImage", 3, {"images": ("tune", 2)})
+    tuning = "Tune once", GREY
+    tuned = graph.add("tune", "SpargeAttnTune", 2, {
+        "model": shifted, "positive": positive, "negative": negative, "latent_image": latent}, group=tuning, seed=SEED,
+        scheduler="simple", **settings)
+    graph.add("save_params", "SpargeAttnSaveParams", 2, {"params": tuned}, group=tuning, filename="wan2.1_1.3b_480p")
+    graph.add("tuning_report", "PreviewImage", 2, {"images": ("tune", 2)}, group=tuning)
     model = graph.add("sparge", "ApplySpargeAttn", 3, {"model": shifted, "params": tuned}, **VIDEO, dense_blocks="0")
-    samples = graph.add("sampler", "KSampler", 4, {
+    samples = graph.add("sampler", "KSampler", 3, {
         "model": model, "positive": positive, "negative": negative, "latent_image": latent}, seed=SEED + 1,
         scheduler="simple", **settings)
-    report = graph.add("report", "SpargeAttnReport", 5, {"model": model, "samples": samples})
-    images = graph.add("decode", "VAEDecode", 6, {"samples": report, "vae": vae})
-    video = graph.add("video", "CreateVideo", 6, {"images": images}, fps=16)
-    graph.add("save", "SaveVideo", 7, {"video": video}, filename_prefix=f"video/{graph.name}")
+    graph.save_video(graph.decode(graph.report(model, samples), vae, column=4), 16, column=4)
     return graph

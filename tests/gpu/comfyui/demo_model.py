@@ -13,7 +13,7 @@ from pathlib import Path
 
 import in_comfyui
 
-CHECKPOINT = in_comfyui.TESTS / "demo/wan_shapes.safetensors"
+CHECKPOINT = in_comfyui.TESTS.parent / "nodes/demo/wan_shapes.safetensors"
 PROMPT = "star red stripes right", "blue checker left"
 
 
@@ -61,7 +61,8 @@ def sample(model, grid, steps):
     import comfy.sample
     import torch
     from comfy.patcher_extension import WrappersMP
-    from demo.clips import encode, prompt
+
+    from comfyui_spargeattn.nodes.demo.words import encode, prompt
 
     condition = [[encode(prompt(*PROMPT)[None]), {}]]
     frames, height, width = grid

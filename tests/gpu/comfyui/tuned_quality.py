@@ -19,7 +19,7 @@ from pathlib import Path
 
 import in_comfyui
 
-CHECKPOINT = in_comfyui.TESTS / "demo/wan_shapes.safetensors"
+CHECKPOINT = in_comfyui.TESTS.parent / "nodes/demo/wan_shapes.safetensors"
 TUNED_ON = ("star red stripes right", "blue checker left", "ring yellow plain left")
 # Objects, background, second object, seed: none of them in the search.
 UNSEEN = ((("triangle cyan stripes spin", "orange plain up", "none none none none"), 11),
@@ -46,7 +46,7 @@ class Pack:
 
 
 def condition(words):
-    from demo.clips import encode, prompt
+    from comfyui_spargeattn.nodes.demo.words import encode, prompt
 
     return [[encode(prompt(*words)[None]), {}]]
 

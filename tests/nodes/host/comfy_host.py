@@ -41,10 +41,16 @@ def start(base, **options):
     import nodes
 
     asyncio.run(nodes.init_external_custom_nodes())
+    # tests/demo imports the package by its name, under which ComfyUI's Python need not have it.
+    sys.modules.setdefault("comfyui_spargeattn", sys.modules[pack_root(nodes)])
     return nodes
+
+
+def pack_root(comfy_nodes):
+    """The name under which ComfyUI has imported the pack."""
+    return comfy_nodes.NODE_CLASS_MAPPINGS["ApplySpargeAttn"].__module__.removesuffix(".nodes.apply_node")
 
 
 def pack_module(comfy_nodes, name):
     """A module of the pack that ComfyUI loaded, such as "nodes.override"."""
-    root = comfy_nodes.NODE_CLASS_MAPPINGS["ApplySpargeAttn"].__module__.removesuffix(".nodes.apply_node")
-    return sys.modules[f"{root}.{name}"]
+    return sys.modules[f"{pack_root(comfy_nodes)}.{name}"]

@@ -8,13 +8,13 @@ import torch
 from sampling import apply, relative_l1
 
 TESTS = comfy_host.REPOSITORY / "tests"
-CHECKPOINT = TESTS / "demo/wan_shapes.safetensors"
+CHECKPOINT = comfy_host.REPOSITORY / "nodes/demo/wan_shapes.safetensors"
 GRID = 4, 16, 24  # tokens: 1536
 STEPS = 4
 
 
 @pytest.fixture(scope="module")
-def demo():
+def demo(comfy_nodes):
     """The demo's modules, as a package."""
     sys.path.insert(0, str(TESTS))
     import demo.clips
@@ -26,18 +26,22 @@ def demo():
 
 
 @pytest.fixture(scope="module")
-def prompts(demo):
-    return demo.clips.prompt("star red stripes right", "blue checker left")[None]
+def prompts(comfy_nodes):
+    from comfyui_spargeattn.nodes.demo.words import prompt
+
+    return prompt("star red stripes right", "blue checker left")[None]
 
 
 @pytest.fixture(scope="module")
-def sample(comfy_nodes, demo, prompts):
+def sample(comfy_nodes, prompts):
     """Model-space latent (1, 16, T, H, W) of the prompt from a ModelPatcher, by ComfyUI's sampler."""
     import comfy.sample
 
+    from comfyui_spargeattn.nodes.demo.words import encode
+
     shape = (1, 16, GRID[0], 2 * GRID[1], 2 * GRID[2])
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    condition = [[demo.clips.encode(prompts), {}]]
+    condition = [[encode(prompts), {}]]
 
     def run(model):
         latent = comfy.sample.sample(model, noise, STEPS, 1.0, "euler", "simple", condition, condition,

@@ -11,14 +11,14 @@ import torch
 from sampling import MIN_TOKENS, apply, condition, interrupted_at, widget_defaults
 
 TESTS = comfy_host.REPOSITORY / "tests"
-CHECKPOINT = TESTS / "demo/wan_shapes.safetensors"
+CHECKPOINT = comfy_host.REPOSITORY / "nodes/demo/wan_shapes.safetensors"
 GRID = 4, 8, 16  # tokens: 512, in 4 × 8 blocks
 LAYERS, HEADS = [f"double:{i}" for i in range(6)], 2
 BOUNDS = {"l1": 0.1, "l2": 0.12}
 
 
 @pytest.fixture(scope="module")
-def clips():
+def clips(comfy_nodes):
     sys.path.insert(0, str(TESTS))
     import demo.clips
 
@@ -64,13 +64,20 @@ def model(comfy_nodes):
 
 
 @pytest.fixture(scope="module")
-def positive(clips):
-    return [[clips.encode(clips.prompt("star red stripes right", "blue checker left")[None]), {}]]
+def words(comfy_nodes):
+    from comfyui_spargeattn.nodes.demo import words
+
+    return words
 
 
 @pytest.fixture(scope="module")
-def other(clips):
-    return [[clips.encode(clips.prompt("ring yellow plain left", "green plain up")[None]), {}]]
+def positive(words):
+    return [[words.encode(words.prompt("star red stripes right", "blue checker left")[None]), {}]]
+
+
+@pytest.fixture(scope="module")
+def other(words):
+    return [[words.encode(words.prompt("ring yellow plain left", "green plain up")[None]), {}]]
 
 
 SHAPE = (1, 16, GRID[0], 2 * GRID[1], 2 * GRID[2])

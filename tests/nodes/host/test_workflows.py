@@ -61,6 +61,20 @@ def test_workflow_and_prompt_have_the_same_nodes(name):
 
 
 @pytest.mark.parametrize("name", sorted(PROMPTS))
+def test_workflow_opens_readable(name):
+    """In a window of 1600×1000 the editor opens it at a scale that draws text, and every node has a group."""
+    workflow = json.loads((WORKFLOWS / f"{name}.json").read_text(encoding="utf-8"))
+    groups = [group["bounding"] for group in workflow["groups"]]
+    assert len(groups) >= 3 and all(group["title"] for group in workflow["groups"])
+    for node in workflow["nodes"]:
+        (x, y), (width, height) = node["pos"], node["size"]
+        assert any(left <= x and top <= y and x + width <= left + wide and y + height <= top + tall
+                   for left, top, wide, tall in groups), node["type"]
+    assert max(x + width for x, _, width, _ in groups) - min(group[0] for group in groups) <= 2100
+    assert max(y + height for _, y, _, height in groups) - min(group[1] for group in groups) <= 1340
+
+
+@pytest.mark.parametrize("name", sorted(PROMPTS))
 def test_only_core_nodes_and_this_packs(server, name):
     info = server.get("/object_info")
     for node in PROMPTS[name].values():
