@@ -34,7 +34,7 @@ def server(tmp_path_factory):
     comfy_server.prepare(base, models=comfy_server.needed_models())
     (base / "custom_nodes/random_conditioning").symlink_to(HOST / "random_conditioning")
     (base / "models/diffusion_models/demo.safetensors").symlink_to(
-        comfy_server.REPOSITORY / "tests/demo/wan_shapes.safetensors")
+        comfy_server.REPOSITORY / "nodes/demo/wan_shapes.safetensors")
     with comfy_server.running(base, "--cpu") as running:
         yield running
 
@@ -161,11 +161,12 @@ def test_search_shows_the_time_left_and_its_picture(editor, screenshot):
     editor.run("() => { const node = app.graph.getNodeById(4); node.pos = [300, 0]; app.canvas.selectNode(node);"
                "app.queuePrompt(0) }")
     text = "app.graph.getNodeById(4).widgets.map(widget => String(widget.value)).join()"
-    editor.page.wait_for_function(f"/about \\d+ (s|min) left/.test({text})")
-    editor.page.wait_for_function("app.graph.getNodeById(4).imgs?.length")
+    patience = 4 * PATIENCE  # two cores search for a minute or two
+    editor.page.wait_for_function(f"/about \\d+ (s|min) left/.test({text})", timeout=patience)
+    editor.page.wait_for_function("app.graph.getNodeById(4).imgs?.length", timeout=patience)
     editor.fit()
     screenshot(editor, "search")
-    editor.page.wait_for_function(f"/tuned: /.test({text})", timeout=4 * PATIENCE)
+    editor.page.wait_for_function(f"/tuned: /.test({text})", timeout=patience)
     screenshot(editor, "search_finished")
     editor.clear()
 
