@@ -23,6 +23,7 @@ pytestmark = pytest.mark.comfy
 WORKFLOWS = sorted(path.stem for path in (comfy_server.REPOSITORY / "workflows").glob("*.json"))
 PROMPTS = comfy_server.REPOSITORY / "tests/nodes/host/prompts"
 NODES = "ApplySpargeAttn", "SpargeAttnReport", "SpargeAttnTune", "SpargeAttnSaveParams", "SpargeAttnLoadParams"
+DEMO_NODES = "LoadSpargeAttnDemoModel", "EncodeSpargeAttnDemo", "DecodeSpargeAttnDemo"
 LANGUAGES = "en", "zh", "zh-TW"
 
 
@@ -65,7 +66,7 @@ def test_loads_without_an_error_of_this_pack(editor, server, screenshot):
 @pytest.mark.parametrize("words", ("sparge", "sage", "sparse attention", "speed up", "accelerate", "加速",
                                    "稀疏注意力"))
 def test_search_finds_every_node(editor, words, screenshot):
-    wanted = [node["display_name"] for node in translations("en").values()]
+    wanted = [translations("en")[node]["display_name"] for node in NODES]
     found = editor.search(words, wanted)
     screenshot(editor, f"search_{words.replace(' ', '_')}")
     editor.close_dialogs()
@@ -109,7 +110,7 @@ def translated(server, chromium, request):
     editor.context.close()
 
 
-@pytest.mark.parametrize("node", NODES)
+@pytest.mark.parametrize("node", NODES + DEMO_NODES)
 def test_names_tooltips_and_help(translated, node, screenshot):
     language, editor = translated
     expected = translations(language)[node]
