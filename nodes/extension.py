@@ -2,6 +2,7 @@
 from comfy_api.latest import ComfyExtension, io
 
 from .apply_node import ApplySpargeAttn
+from .demo_nodes import DecodeSpargeAttnDemo, EncodeSpargeAttnDemo, LoadSpargeAttnDemoModel
 from .host import keep_compiled_kernels, log_fast_kernels
 from .params_nodes import SpargeAttnLoadParams, SpargeAttnSaveParams, register_folder
 from .report_node import SpargeAttnReport
@@ -15,4 +16,5 @@ class SpargeAttnExtension(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         register_folder()
-        return [ApplySpargeAttn, SpargeAttnTune, SpargeAttnSaveParams, SpargeAttnLoadParams, SpargeAttnReport]
+        return [ApplySpargeAttn, SpargeAttnTune, SpargeAttnSaveParams, SpargeAttnLoadParams, SpargeAttnReport,
+                LoadSpargeAttnDemoModel, EncodeSpargeAttnDemo, DecodeSpargeAttnDemo]

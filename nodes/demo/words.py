@@ -14,6 +14,15 @@ PANS = ("right", "left", "up", "down")
 _OBJECT = (SHAPES, COLOURS, TEXTURES, MOTIONS)
 SLOTS = (*_OBJECT, *(("none", *words) for words in _OBJECT), COLOURS, TEXTURES, PANS)
 TEXT_DIM = 64
+# For prompt(): an object, a background and, in some, a second object.
+SCENES = {
+    "red star, yellow ring": ("star red plain right", "blue checker left", "ring yellow plain left"),
+    "spinning cyan triangle": ("triangle cyan stripes spin", "orange plain up"),
+    "checkered yellow ball": ("circle yellow checker left", "purple stripes right"),
+    "green ring, white square": ("ring green plain orbit", "white dots down", "square white plain up"),
+    "pulsing orange ball, purple star": ("circle orange plain pulse", "cyan stripes down", "star purple plain orbit"),
+    "spinning red square": ("square red stripes spin", "white checker right"),
+}
 
 
 @cache

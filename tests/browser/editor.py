@@ -118,7 +118,7 @@ class Editor:
             app.canvas.ds.offset = [300, 250]
             app.canvas.selectNode(node)
             app.canvas.setDirty(true, true)
-            return {title: node.title, widgets: node.widgets.filter(widget => !widget.name.startsWith('$$'))
+            return {title: node.title, widgets: (node.widgets ?? []).filter(widget => !widget.name.startsWith('$$'))
                 .map(widget => [widget.name, widget.label ?? widget.name])}
         }""", node)
         self.page.wait_for_timeout(700)

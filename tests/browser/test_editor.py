@@ -25,6 +25,7 @@ HOST = comfy_server.REPOSITORY / "tests/nodes/host"
 PROMPTS = HOST / "prompts"
 SAVED = sorted(path.relative_to(HOST / "saved") for path in (HOST / "saved").glob("*/workflows/*.json"))
 NODES = "ApplySpargeAttn", "SpargeAttnReport", "SpargeAttnTune", "SpargeAttnSaveParams", "SpargeAttnLoadParams"
+DEMO_NODES = "LoadSpargeAttnDemoModel", "EncodeSpargeAttnDemo", "DecodeSpargeAttnDemo"
 LANGUAGES = "en", "zh", "zh-TW"
 
 
@@ -79,7 +80,7 @@ def test_search_lists_apply_first(editor, words, screenshot):
 
 def test_search_for_the_name_finds_every_node(editor, screenshot):
     """The editor puts the four whose ids begin with it before Apply."""
-    wanted = [node["display_name"] for node in translations("en").values()]
+    wanted = [translations("en")[node]["display_name"] for node in NODES]
     found = editor.search("sparge", wanted)
     screenshot(editor, "search_sparge")
     editor.close_dialogs()
@@ -207,7 +208,7 @@ def translated(server, chromium, request):
     editor.context.close()
 
 
-@pytest.mark.parametrize("node", NODES)
+@pytest.mark.parametrize("node", NODES + DEMO_NODES)
 def test_names_tooltips_and_help(translated, node, screenshot):
     language, editor = translated
     expected = translations(language)[node]

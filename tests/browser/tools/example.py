@@ -41,8 +41,10 @@ class Example:
     def note(self):
         files = {(model["directory"], model["name"]): model["url"] for node in self.nodes.values()
                  for model in node["models"]}
-        lines = [f"## {self.title}", "", self.about, "", "**Files**", ""]
-        lines += [f"- [{name}]({url}) → `models/{folder}`" for (folder, name), url in sorted(files.items())]
+        lines = [f"## {self.title}", "", self.about]
+        if files:
+            lines += ["", "**Files**", ""]
+            lines += [f"- [{name}]({url}) → `models/{folder}`" for (folder, name), url in sorted(files.items())]
         lines += ["", "Bypass **Apply SpargeAttn** (Ctrl+B) and run again with the same seed to compare. **SpargeAttn "
                       "Report** shows what was skipped, and why calls stayed dense."]
         return "\n".join(lines)

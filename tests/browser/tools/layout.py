@@ -11,7 +11,8 @@ BETWEEN_NODES, BETWEEN_COLUMNS, BETWEEN_GROUPS = 25, 30, 30
 PADDING, GROUP_TITLE = 15, 45
 # Least width and height of a node; what shows pictures or text needs more than its widgets.
 LEAST = {"MarkdownNote": (320, 320), "CLIPTextEncode": (300, 150), "ApplySpargeAttn": (320, 0),
-         "SpargeAttnReport": (350, 560), "LoadImage": (280, 330), "SaveImage": (280, 300), "PreviewImage": (280, 300)}
+         "SpargeAttnReport": (350, 560), "LoadImage": (280, 330), "SaveImage": (280, 300), "PreviewImage": (280, 300),
+         "SaveAnimatedWEBP": (420, 330)}
 LEAST_WIDTH = 280
 
 

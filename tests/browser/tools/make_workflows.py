@@ -1,6 +1,7 @@
 """Build the example workflows in ComfyUI's own editor and export them.
 
-This writes the files of workflows/ and the prompts that the tests send to the server.
+This writes the files of workflows/ and the prompts that the tests send to the server. It also runs the example that
+needs no download, for the picture of its clips.
 
     COMFYUI_PATH=... python -m tests.browser.tools.make_workflows [name ...]
 
@@ -8,6 +9,7 @@ Run it after a change of the nodes' inputs or of the examples.
 """
 import io
 import json
+import re
 import sys
 import tempfile
 import uuid
@@ -23,6 +25,7 @@ from .image_examples import flux_dev, flux_kontext, qwen_image, sd35, sdxl
 from .layout import arrange, node_size
 from .video_examples import (
     compare,
+    demo,
     hunyuan_video,
     ltx_video,
     mochi,
@@ -34,10 +37,11 @@ from .video_examples import (
 
 WORKFLOWS = comfy_server.REPOSITORY / "workflows"
 PROMPTS = comfy_server.REPOSITORY / "tests/nodes/host/prompts"
+DEMO_PICTURE = comfy_server.REPOSITORY / "nodes/web/docs/LoadSpargeAttnDemoModel/demo.jpg"
 NOTE = "note"  # key of the note among an example's nodes
 EXAMPLES = {graph.name: graph for graph in (make() for make in (
     wan21_text_to_video, wan22_text_to_video, wan22_image_to_video, hunyuan_video, mochi, ltx_video, flux_dev,
-    flux_kontext, sd35, qwen_image, sdxl, compare, tune_and_save))}
+    flux_kontext, sd35, qwen_image, sdxl, compare, tune_and_save, demo))}
 
 # Makes the nodes and their links; returns the size that each node asks for.
 BUILD = """async nodes => {
@@ -99,15 +103,32 @@ def build(editor, example):
     return groups
 
 
-def make(editor, example):
+def make(editor, server, example):
     groups = build(editor, example)
     box = editor.fit()
     workflow, prompt = editor.export()
     workflow |= {"id": str(uuid.uuid5(uuid.NAMESPACE_URL, example.name)), "extra": {}}
     (WORKFLOWS / f"{example.name}.json").write_text(json.dumps(workflow, ensure_ascii=False, indent=1) + "\n")
     (PROMPTS / f"{example.name}.json").write_text(json.dumps(prompt, ensure_ascii=False, indent=1) + "\n")
-    graph = Image.open(io.BytesIO(editor.page.screenshot(clip=box))).convert("RGB")
-    thumbnail.of_graph(graph, groups, example).save(WORKFLOWS / f"{example.name}.jpg", quality=88)
+    if any(node["models"] for node in example.nodes.values()):
+        graph = Image.open(io.BytesIO(editor.page.screenshot(clip=box))).convert("RGB")
+        picture = thumbnail.of_graph(graph, groups, example)
+    else:
+        clips = sample(server, prompt)
+        clips.save(DEMO_PICTURE, quality=88)
+        picture = thumbnail.of_clips(clips, example)
+    picture.save(WORKFLOWS / f"{example.name}.jpg", quality=88)
+
+
+def sample(server, prompt):
+    """A picture of the clips that the demo makes."""
+    entry, _ = server.run(prompt, 600)
+    saved, report = (next(entry["outputs"][key] for key, node in prompt.items() if node["class_type"] == kind)
+                   for kind in ("SaveAnimatedWEBP", "SpargeAttnReport"))
+    animation = Image.open(server.base / "output" / saved["images"][0]["filename"])
+    animation.seek(animation.n_frames // 2)
+    skipped = re.search(r"[\d.]+%", report["text"][0])[0]
+    return thumbnail.captioned(animation.convert("RGB"), ("dense", f"SpargeAttn, {skipped} skipped"))
 
 
 def main(names):
@@ -121,7 +142,7 @@ def main(names):
             for name in names or EXAMPLES:
                 editor = Editor(chromium, server.url, width=2800, height=1300)
                 editor.plain_canvas()
-                make(editor, EXAMPLES[name])
+                make(editor, server, EXAMPLES[name])
                 editor.context.close()
                 print(name)
 

@@ -39,3 +39,22 @@ def of_graph(graph, groups, example):
             size -= 1
         draw.text((x + 5, y + height / 2), title, font=ImageFont.load_default(size), fill=INK, anchor="lm")
     return picture
+
+
+def captioned(picture, captions):
+    """A picture of clips side by side, enlarged, with a caption over each."""
+    width, line = WIDTH - 60, 34
+    picture = picture.resize((width, round(picture.height * width / picture.width)), Image.Resampling.LANCZOS)
+    whole = Image.new("RGB", (width, line + picture.height), PAPER)
+    whole.paste(picture, (0, line))
+    for i, caption in enumerate(captions):
+        ImageDraw.Draw(whole).text((width * i / len(captions) + 4, line / 2), caption, font=ImageFont.load_default(24),
+                                   fill=INK, anchor="lm")
+    return whole
+
+
+def of_clips(picture, example):
+    """What the example makes, as `captioned` returns it."""
+    whole, _ = page(example)
+    whole.paste(picture, ((WIDTH - picture.width) // 2, (HEIGHT - BAND - picture.height) // 2))
+    return whole

@@ -166,3 +166,31 @@ def tune_and_save():
         scheduler="simple", **settings)
     graph.save_video(graph.decode(graph.report(model, samples), vae, column=4), 16, column=4)
     return graph
+
+
+def demo():
+    """The one example that runs as it is; its model comes with the pack."""
+    graph = Example("demo_without_download", "Try it now, without a download",
+                    "A small video model comes with this pack. Press **Run**: it draws one clip with dense attention "
+                    "and one with SpargeAttn from the same seed, and shows them side by side. On a CPU that takes "
+                    "about a minute, and SpargeAttn, which is a slow reference there, is the slower of the two.\n\n"
+                    "**On a GPU** set width 832, height 480, length 81 and 20 steps in both samplers: 32760 tokens, as "
+                    "Wan 2.1 has at this size.")
+    dense_branch, sparse_branch = ("Dense attention", GREY), ("SpargeAttn", GREEN)
+    model = graph.add("model", "LoadSpargeAttnDemoModel", 0)
+    positive = graph.add("scene", "EncodeSpargeAttnDemo", 1)
+    negative = graph.add("negative", "ConditioningZeroOut", 1, {"conditioning": positive})
+    latent = graph.add("latent", "EmptyHunyuanLatentVideo", 1, width=320, height=256, length=33)
+    settings = {"steps": 8, "cfg": 1.0}
+    dense = graph.sample(model, positive, negative, latent, "dense", "Dense", group=dense_branch, **settings)
+    left = graph.add("decode_dense", "DecodeSpargeAttnDemo", 4, {"samples": dense}, group=dense_branch)
+    model = graph.sparge(model, selection__cdf_threshold=0.95, selection__similarity_threshold=0.3,
+                         group=sparse_branch)
+    sparse = graph.sample(model, positive, negative, latent, "sparse", "Sparse", group=sparse_branch, **settings)
+    report = graph.report(model, sparse, group=sparse_branch)
+    right = graph.add("decode_sparse", "DecodeSpargeAttnDemo", 4, {"samples": report}, group=sparse_branch)
+    both = graph.add("both", "ImageStitch", 5, {"image1": left, "image2": right}, direction="right",
+                     match_image_size=True, spacing_width=8, spacing_color="white")
+    graph.add("save", "SaveAnimatedWEBP", 5, {"images": both}, title="Dense and sparse", fps=7,
+              filename_prefix="spargeattn_demo", lossless=False, quality=90)
+    return graph

@@ -81,9 +81,9 @@ class Server:
                 time.sleep(0.5)
         raise AssertionError(f"the server did not start:\n{self.log()[-4000:]}")
 
-    def finished(self, prompt_id):
+    def finished(self, prompt_id, timeout=RUN_TIMEOUT):
         """The history's entry of a queued prompt, once it is there."""
-        deadline = time.monotonic() + RUN_TIMEOUT
+        deadline = time.monotonic() + timeout
         while time.monotonic() < deadline and self.process.poll() is None:
             history = self.get(f"/history/{prompt_id}")
             if prompt_id in history:
@@ -91,10 +91,10 @@ class Server:
             time.sleep(POLL)
         raise AssertionError(f"the prompt did not finish:\n{self.log()[-4000:]}")
 
-    def run(self, prompt):
+    def run(self, prompt, timeout=RUN_TIMEOUT):
         """Queue `prompt` (API format) and wait for its entry in the history; returns it and the node errors."""
         queued = self.get("/prompt", {"prompt": prompt})
-        return self.finished(queued["prompt_id"]), queued["node_errors"]
+        return self.finished(queued["prompt_id"], timeout), queued["node_errors"]
 
 
 @contextmanager

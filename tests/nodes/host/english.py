@@ -34,7 +34,7 @@ def english(node):
 def own_nodes(server):
     """{node id: entry of /object_info} of this pack."""
     return {name: node for name, node in server.get("/object_info").items()
-            if node["category"] == "model/patch/SpargeAttn"}
+            if node["category"].startswith("model/patch/SpargeAttn")}
 
 
 if __name__ == "__main__":
