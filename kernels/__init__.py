@@ -1,9 +1,10 @@
 """Block-sparse quantised attention after SpargeAttn; importing this needs torch alone."""
-from .api import block_map, block_shape, block_sparse_attention, sparge_attention
+from .api import attention_residual, block_map, block_shape, block_sparse_attention, sparge_attention
 from .capability import select_implementation
 from .dense import dense_attention
 from .failures import FastPathError
-from .types import BlockMap, BlockShape, SpargeParams, SpargeStats
+from .types import BlockMap, BlockShape, Residual, SpargeParams, SpargeStats
 
-__all__ = ["BlockMap", "BlockShape", "FastPathError", "SpargeParams", "SpargeStats", "block_map", "block_shape",
-           "block_sparse_attention", "dense_attention", "select_implementation", "sparge_attention"]
+__all__ = ["BlockMap", "BlockShape", "FastPathError", "Residual", "SpargeParams", "SpargeStats", "attention_residual",
+           "block_map", "block_shape", "block_sparse_attention", "dense_attention", "select_implementation",
+           "sparge_attention"]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .formats import HIDDEN, LOG2E
-from .types import BlockShape, SpargeParams, Threshold, TokenRanges
+from .types import BlockShape, Residual, SpargeParams, Threshold, TokenRanges
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +75,7 @@ class CallSpec:
     return_stats: bool = False
     block_mask: Tensor | None = None
     mask_block: BlockShape | None = None
+    residual: Residual | None = None
 
     @property
     def pooled(self) -> bool:
@@ -108,14 +109,17 @@ class CallSpec:
     def heads(self, first: int, last: int, group: int) -> CallSpec:
         """The call of the heads `first` to `last` of K, each of which serves `group` heads of Q."""
         of_queries = slice(first * group, last * group)
-        order, mask, per_head = self.order, self.block_mask, self.thresholds.per_head
+        order, mask, per_head, residual = self.order, self.block_mask, self.thresholds.per_head, self.residual
         if per_head is not None:
             per_head = per_head[:, of_queries].contiguous()
         if order is not None and order.ndim == 2:
             order = order[first:last]
         if mask is not None and mask.shape[1] > 1:
             mask = mask[:, of_queries]
-        return replace(self, thresholds=replace(self.thresholds, per_head=per_head), order=order, block_mask=mask)
+        if residual is not None:
+            residual = residual.heads(of_queries.start, of_queries.stop)
+        return replace(self, thresholds=replace(self.thresholds, per_head=per_head), order=order, block_mask=mask,
+                       residual=residual)
 
 
 def centred_bias(bias: Tensor, padding: Tensor | None, causal: bool) -> tuple[Tensor, Tensor]:

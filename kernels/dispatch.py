@@ -11,7 +11,7 @@ from . import reference
 from .call import CallSpec
 from .capability import select_implementation
 from .failures import FastPathError, raise_failed, remember
-from .types import BlockMap, BlockShape, SpargeStats
+from .types import BlockMap, BlockShape, Residual, SpargeStats
 
 _Result = TypeVar("_Result")
 
@@ -21,6 +21,10 @@ class Implementation(Protocol):
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, call: CallSpec) -> SpargeStats | None:
         """Write the attention into `out`; return the statistics if the call asks for them."""
+        ...
+
+    def residual(self, q: Tensor, k: Tensor, v: Tensor, dense: Tensor, call: CallSpec) -> Residual:
+        """What `dense`, attention like q, has beyond the attention."""
         ...
 
     def predict(self, q: Tensor, k: Tensor, call: CallSpec) -> BlockMap:
@@ -40,6 +44,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, call: CallSpec, layout: str,
     # A given map is made of the blocks of the implementation that was chosen: no other one can take the call over.
     stats = _run(impl, q, lambda chosen: chosen.attention(q, k, v, target, call), falls_back=call.block_mask is None)
     return out, stats
+
+
+def residual(q: Tensor, k: Tensor, v: Tensor, dense: Tensor, call: CallSpec, layout: str, impl: str) -> Residual:
+    """What dense attention, in `layout`, has beyond a checked call."""
+    q, k, v, dense = (_heads_first(x, layout) for x in (q, k, v, dense))
+    return _run(impl, q, lambda chosen: chosen.residual(q, k, v, dense, call))
 
 
 def predict(q: Tensor, k: Tensor, call: CallSpec, layout: str, impl: str) -> BlockMap:

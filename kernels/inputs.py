@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .call import CallSpec
-from .types import SpargeParams, TokenRanges
+from .types import Residual, SpargeParams, TokenRanges
 
 LAYOUTS = ("BHND", "BNHD")
 PV_DTYPES = ("auto", "fp16", "fp8")
@@ -62,6 +62,8 @@ def check_call(call: CallSpec, q: Tensor, k: Tensor, layout: str, impl: str) -> 
         _check_bias(call.key_bias, (q.shape[0], k_tokens), q.device)
     if call.order is not None:
         _check_order(call.order, k.shape[layout.index("H")], q_tokens, k_tokens, call.causal, q.device)
+    if call.residual is not None:
+        _check_residual(call.residual, (q.shape[0], q.shape[layout.index("H")], q_tokens, q.shape[3]), q.device)
     _check_ranges("sink_keys", call.sink_keys, k_tokens)
     _check_ranges("dense_queries", call.dense_queries, q_tokens)
     check_choice("pv_dtype", call.pv_dtype, PV_DTYPES)
@@ -84,6 +86,32 @@ def check_block_mask(mask: object, batch: int, heads: int, device: torch.device)
     if mask.ndim != 4 or mask.shape[0] not in (1, batch) or mask.shape[1] not in (1, heads) or mask.device != device:
         raise ValueError(f"block_map must have shape ({batch} or 1, {heads} or 1, nq, nk) on {device}; "
                          f"got {tuple(mask.shape)} on {mask.device}")
+
+
+def check_dense(dense: object, q: Tensor) -> None:
+    """Raise where `dense` is no attention of q."""
+    if not isinstance(dense, Tensor):
+        raise TypeError(f"dense must be a tensor; got {type(dense).__name__}")
+    if dense.shape != q.shape or dense.dtype != q.dtype or dense.device != q.device:
+        raise ValueError(f"dense must be like q, {q.dtype} {tuple(q.shape)} on {q.device}; "
+                         f"got {dense.dtype} {tuple(dense.shape)} on {dense.device}")
+
+
+def _check_residual(residual: object, shape: tuple[int, int, int, int], device: torch.device) -> None:
+    if not isinstance(residual, Residual):
+        raise TypeError(f"residual must be a Residual; got {type(residual).__name__}")
+    quantised, scale = residual.quantised, residual.scale
+    if quantised.dtype != torch.int8 or scale.dtype != torch.float32:
+        raise TypeError(f"residual must hold int8 and float32; got {quantised.dtype} and {scale.dtype}")
+    if tuple(quantised.shape) != shape or tuple(scale.shape) != shape[:3]:
+        raise ValueError(f"residual must have shapes {shape} and {shape[:3]}, heads before tokens; "
+                         f"got {tuple(quantised.shape)} and {tuple(scale.shape)}")
+    if quantised.device != device or scale.device != device:
+        raise ValueError(f"residual must be on {device}; got {quantised.device} and {scale.device}")
+    rows, (_, _, tokens, dim) = residual.rows_a_batch, shape
+    if quantised.stride() != (rows * dim, tokens * dim, dim, 1) or scale.stride() != (rows, tokens, 1):
+        raise ValueError("residual must be contiguous, or batch entries of one that is; "
+                         f"got strides {quantised.stride()} and {scale.stride()}")
 
 
 def _check_padding(mask: Tensor, shape: tuple[int, int], device: torch.device) -> None:

@@ -6,35 +6,40 @@ from torch import Tensor
 
 from . import dispatch
 from .call import CallSpec, Thresholds
-from .types import BlockShape, SpargeStats, TokenRanges
+from .types import BlockShape, Residual, SpargeStats, TokenRanges
 
 _NAMESPACE = "comfyui_spargeattn"
 _SCHEMA = """attention(Tensor q, Tensor k, Tensor v, *, Tensor? per_head, Tensor? key_padding_mask, Tensor? key_bias,
     Tensor? order, float[] thresholds, float? scale, int[] sink_keys, int[] dense_queries, bool causal,
     bool return_stats, str selection, str layout, str pv_dtype, str skipped, str impl, Tensor? block_mask=None,
-    int[] block=[]) -> (Tensor, Tensor, Tensor)"""
+    int[] block=[], Tensor? residual=None, Tensor? residual_scale=None) -> (Tensor, Tensor, Tensor)"""
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, call: CallSpec, layout: str,
               impl: str) -> tuple[Tensor, SpargeStats | None]:
     """`dispatch.attention` as one node of a graph."""
-    thresholds, block = call.thresholds, call.mask_block
+    thresholds, block, residual = call.thresholds, call.mask_block, call.residual
     out, kept, pv_skipped = torch.ops.comfyui_spargeattn.attention(
         q, k, v, per_head=thresholds.per_head, key_padding_mask=call.key_padding_mask, key_bias=call.key_bias,
         order=call.order, thresholds=list(thresholds.numbers), scale=call.scale, sink_keys=_flat(call.sink_keys),
         dense_queries=_flat(call.dense_queries), causal=call.causal, return_stats=call.return_stats,
         selection=thresholds.selection, layout=layout, pv_dtype=call.pv_dtype, skipped=call.skipped, impl=impl,
-        block_mask=call.block_mask, block=[] if block is None else [block.q, block.k])
+        block_mask=call.block_mask, block=[] if block is None else [block.q, block.k],
+        residual=None if residual is None else residual.quantised,
+        residual_scale=None if residual is None else residual.scale)
     return out, SpargeStats(kept, pv_skipped) if call.return_stats else None
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, *, per_head: Tensor | None, thresholds: list[float], selection: str,
                sink_keys: list[int], dense_queries: list[int], layout: str, impl: str, block: list[int] | None = None,
+               residual: Tensor | None = None, residual_scale: Tensor | None = None,
                **fields) -> tuple[Tensor, Tensor, Tensor]:
     """The op itself, whose statistics are empty unless asked for. `fields` are those of `CallSpec` as they are."""
     call = CallSpec(Thresholds(selection, (thresholds[0], thresholds[1], thresholds[2]), per_head),
                     sink_keys=_pairs(sink_keys), dense_queries=_pairs(dense_queries),
-                    mask_block=BlockShape(*block) if block else None, **fields)
+                    mask_block=BlockShape(*block) if block else None,
+                    residual=None if residual is None or residual_scale is None else Residual(residual, residual_scale),
+                    **fields)
     out, stats = dispatch.attention(q, k, v, call, layout, impl)
     return (out, _nothing(q), _nothing(q)) if stats is None else (out, stats.kept, stats.pv_skipped)
 

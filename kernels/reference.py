@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .call import CallSpec, Thresholds
 from .formats import FP8_MAX, INT8_MAX, LOG2E, ROW_GROUP
-from .types import BlockMap, BlockShape, SpargeStats, Threshold, TokenRanges
+from .types import BlockMap, BlockShape, Residual, SpargeStats, Threshold, TokenRanges
 
 BLOCK = BlockShape(128, 64)
 
@@ -25,6 +25,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor, call: CallSpec) -> S
     result, _, stats = sparge_attention(q, k, v, call)
     out.copy_(result)
     return stats if call.return_stats else None
+
+
+def residual(q: Tensor, k: Tensor, v: Tensor, dense: Tensor, call: CallSpec) -> Residual:
+    """What `dense` (B, H, Nq, D), attention of the same tensors, has beyond `sparge_attention`."""
+    result, *_ = sparge_attention(*(x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k, v)), call)
+    return Residual.of(dense - result)
 
 
 def predict(q: Tensor, k: Tensor, call: CallSpec) -> BlockMap:
@@ -55,6 +61,8 @@ def sparge_attention(q: Tensor, k: Tensor, v: Tensor, call: CallSpec,
     if call.order is not None:
         order = _order_by_head(call.order, q.shape[1], k.shape[1])
         out = torch.empty_like(out).scatter_(2, order[None, :, :, None].expand_as(out), out)
+    if call.residual is not None:
+        out = out + call.residual.tensor()
     stats = SpargeStats((mask.sum((-2, -1)) / rules.visible.sum((-2, -1)).clamp(min=1)).float(), pv_skipped)
     return out.to(q.dtype), BlockMap.from_mask(mask, block), stats
 

@@ -1,4 +1,4 @@
-"""The values of the public calls: thresholds, block maps, statistics."""
+"""The values of the public calls: thresholds, block maps, statistics, residuals."""
 from __future__ import annotations
 
 import math
@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from .formats import INT8_MAX
 
 Threshold = float | Tensor
 TokenRanges = Sequence[tuple[int, int]]
@@ -158,3 +160,54 @@ class SpargeStats:
     def sparsity(self) -> Tensor:
         """float32 (B, H), the share of block pairs that was not attended."""
         return 1 - self.kept
+
+
+@dataclass(frozen=True, eq=False)
+class Residual:
+    """What dense attention has beyond sparse attention of the same q, k and v, in INT8 with a scale for each row.
+
+    quantised: int8 (B, H, Nq, D), tokens in the caller's order.
+    scale: float32 (B, H, Nq).
+
+    Both are contiguous, or the same batch entries and heads of tensors that are.
+    """
+
+    quantised: Tensor
+    scale: Tensor
+
+    @classmethod
+    def empty(cls, shape: Sequence[int], device: torch.device) -> Residual:
+        """Memory for a residual of attention of `shape` (B, H, Nq, D)."""
+        return cls(torch.empty(tuple(shape), dtype=torch.int8, device=device),
+                   torch.empty(tuple(shape[:3]), dtype=torch.float32, device=device))
+
+    @classmethod
+    def of(cls, difference: Tensor) -> Residual:
+        """The residual of dense - sparse, floating (B, H, Nq, D); zero where that is not finite."""
+        difference = difference.float()
+        difference = difference.where(difference.isfinite(), 0.0)
+        scale = difference.abs().amax(-1) / INT8_MAX
+        rounded = (difference / scale.clamp(min=1e-30)[..., None]).round()
+        return cls(rounded.to(torch.int8).contiguous(), scale.contiguous())
+
+    @property
+    def rows_a_batch(self) -> int:
+        """Rows from one batch entry to the next."""
+        return self.scale.stride(0)
+
+    @property
+    def bytes(self) -> int:
+        """Memory that it takes."""
+        return self.quantised.nbytes + self.scale.nbytes
+
+    def tensor(self) -> Tensor:
+        """The difference, float32 (B, H, Nq, D)."""
+        return self.quantised * self.scale[..., None]
+
+    def batch(self, first: int, last: int) -> Residual:
+        """The residual of the batch entries `first` to `last`, in the same memory."""
+        return Residual(self.quantised[first:last], self.scale[first:last])
+
+    def heads(self, first: int, last: int) -> Residual:
+        """The residual of the heads `first` to `last`, in the same memory."""
+        return Residual(self.quantised[:, first:last], self.scale[:, first:last])

@@ -9,12 +9,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..formats import FP8_MAX, ROW_GROUP
+from ..formats import FP8_MAX, INT8_MAX, ROW_GROUP
+from ..types import Residual
 from .block_lists import BlockLists
 from .config import AUTOTUNE_CHOICES, AttendConfig, autotune
 from .launch import HAS_DESCRIPTORS, descriptor, launch
+from .output import write_output
 from .prepared import PreparedKeys, PreparedQueries, PreparedValues
-from .primitives import order_rows, padded_dim, row_pointers, threshold_of, token_strides, tokens_at
+from .primitives import order_rows, padded_dim, threshold_of, token_strides
 from .tiles import load_channels, load_pooled, load_tile
 
 
@@ -102,46 +104,29 @@ def add_pooled_tail(
     return acc, total
 
 
-@triton.jit
-def write_output(
-        acc, total, v_scale_ptr, v_centre_ptr, order_ptr, out_ptr, kv_batch_head, batch, head, group, order_rows,
-        q_places, stride_b, stride_h, stride_n, q_tokens, D: tl.constexpr, PADDED_D: tl.constexpr,
-        ALIGN: tl.constexpr):
-    """Write acc / total in the units of V to the tokens at q_places, zero in rows that saw no key."""
-    channels = tl.arange(0, PADDED_D)
-    scale = tl.load(v_scale_ptr + kv_batch_head * D + channels, mask=channels < D, other=0.0)
-    centre = tl.load(v_centre_ptr + kv_batch_head * D + channels, mask=channels < D, other=0.0)
-    out = tl.where(total[:, None] == 0, 0.0, acc / total[:, None] * scale[None, :] + centre[None, :])
-    tokens = tokens_at(places=q_places, order_ptr=order_ptr, order_row=(head // group) % order_rows, n_tokens=q_tokens)
-    rows = row_pointers(x_ptr=out_ptr, batch=batch, head=head, tokens=tokens, stride_b=stride_b, stride_h=stride_h,
-                        stride_n=stride_n, ALIGN=ALIGN)
-    mask = (q_places < q_tokens)[:, None] & (channels < D)
-    tl.store(rows[:, None] + channels, out.to(out_ptr.dtype.element_ty), mask=mask)
-
-
 @triton.jit(do_not_specialize=["stride_b", "stride_h", "stride_n", "q_blocks", "k_blocks", "q_tokens", "k_tokens",
-                               "heads", "group", "order_rows"])
+                               "heads", "group", "order_rows", "residual_batch"])
 def _attend_kernel(
         # inputs
         q_ptr, q_scale_ptr, k_ptr, k_scale_ptr, v_ptr, v_scale_ptr, v_centre_ptr, v_block_scale_ptr, k_valid_ptr,
         k_bias_ptr, indices_ptr, counts_ptr, pooled_k_ptr, pooled_k_scale_ptr, pooled_v_ptr, tail_weight_ptr,
-        order_ptr, per_head_ptr, pv_threshold,
+        order_ptr, per_head_ptr, pv_threshold, residual_ptr, residual_scale_ptr,
         # outputs
-        out_ptr, skips_ptr,
+        out_ptr, skips_ptr, made_ptr, made_scale_ptr,
         # sizes
         stride_b: tl.int64, stride_h: tl.int64, stride_n: tl.int64, q_blocks, k_blocks, q_tokens, k_tokens, heads,
-        group, order_rows,
+        group, order_rows, residual_batch,
         # constants
         D: tl.constexpr, PADDED_D: tl.constexpr, PITCH: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
         ALIGN: tl.constexpr, FP8: tl.constexpr, CAUSAL: tl.constexpr, SKIP_PV: tl.constexpr, ROW_GROUP: tl.constexpr,
-        TAIL_TILE: tl.constexpr, P_SHIFT: tl.constexpr, TMA: tl.constexpr):
+        TAIL_TILE: tl.constexpr, P_SHIFT: tl.constexpr, TMA: tl.constexpr, INT8_MAX: tl.constexpr):
     """A block of queries a program, over its list of kept blocks; the online softmax in log2 units.
 
     s = (q · kᵀ) · q_scale · k_scale + k_bias                    of a kept block, -inf where a query sees no key
     m = max(m_before, max s),  p = 2^(s - m + P_SHIFT)
     total = total · 2^(m_before - m) + Σ p
     acc = acc · 2^(m_before - m) + (p · v) · v_block_scale       p in the format of v
-    out = acc / total · v_scale + v_centre
+    out = acc / total · v_scale + v_centre (+ residual · residual_scale)
     Under SKIP_PV, groups of ROW_GROUP rows with s - m < -pv_threshold leave p · v out, not Σ p. With a pooled tail each
     skipped block is one more key. Source: SpargeAttn (arXiv 2502.18137), sections 3.4 and 3.5.
 
@@ -162,9 +147,11 @@ def _attend_kernel(
     tail_weight_ptr: float16 (B, H, q_blocks, k_blocks), log2, -inf for blocks that are not skipped, or None.
     order_ptr: int32 (order_rows, q_tokens), the token at each place of the blocking order, or None.
     per_head_ptr: float32 (3, H), whose last row takes the place of pv_threshold, in log2 units; or None.
+    residual_ptr: int8 (B, H, q_tokens, D); residual_scale_ptr: float32 (B, H, q_tokens); or None.
     Outputs:
-    out_ptr: (B, H, q_tokens, D), strides in units of ALIGN elements.
+    out_ptr: (B, H, q_tokens, D), strides in units of ALIGN elements. Beside made_ptr it holds dense attention to read.
     skips_ptr: int32 (B, H, q_blocks), row groups whose p · v was left out, or None.
+    made_ptr, made_scale_ptr: a residual to make, dense attention less `out`; or None.
     """
     pid = tl.program_id(0)
     q_block, batch_head = pid % q_blocks, pid // q_blocks
@@ -253,9 +240,10 @@ def _attend_kernel(
 
     write_output(
         acc=acc, total=total, v_scale_ptr=v_scale_ptr, v_centre_ptr=v_centre_ptr, order_ptr=order_ptr,
-        out_ptr=out_ptr, kv_batch_head=kv_batch_head, batch=batch, head=head, group=group,
+        residual_ptr=residual_ptr, residual_scale_ptr=residual_scale_ptr, out_ptr=out_ptr, made_ptr=made_ptr,
+        made_scale_ptr=made_scale_ptr, kv_batch_head=kv_batch_head, batch=batch, head=head, group=group,
         order_rows=order_rows, q_places=q_places, stride_b=stride_b, stride_h=stride_h, stride_n=stride_n,
-        q_tokens=q_tokens, D=D, PADDED_D=PADDED_D, ALIGN=ALIGN)
+        q_tokens=q_tokens, residual_batch=residual_batch, D=D, PADDED_D=PADDED_D, ALIGN=ALIGN, INT8_MAX=INT8_MAX)
     if skips_ptr is not None:
         tl.store(skips_ptr + map_row, n_skipped)
 
@@ -267,9 +255,12 @@ def _autotuned_kernel():
 
 
 def attend(queries: PreparedQueries, keys: PreparedKeys, values: PreparedValues, lists: BlockLists, out: Tensor, *,
-           k_tokens: int, order: Tensor | None, per_head: Tensor | None, pv_threshold: float, causal: bool,
-           config: AttendConfig, count_skips: bool) -> Tensor | None:
+           residual: Residual | None, made: Residual | None, k_tokens: int, order: Tensor | None,
+           per_head: Tensor | None, pv_threshold: float, causal: bool, config: AttendConfig,
+           count_skips: bool) -> Tensor | None:
     """Write the attention of prepared tensors into out (B, H, Nq, D), any strides with a contiguous last dimension.
+
+    residual: is added. made: takes what out, which is dense attention and stays as it is, has beyond the result.
 
     Returns int32 (B, H, q_blocks), the row groups whose P·V was skipped; None where the λ test is off or not counted.
     """
@@ -292,6 +283,7 @@ def attend(queries: PreparedQueries, keys: PreparedKeys, values: PreparedValues,
             tile = [config.tail_tile, padded]
             pooled_k, pooled_v = (descriptor(x, rows * k_blocks, pitch, tile) for x in (pooled_k, pooled_v))
     strides, align = token_strides(out)
+    stored = residual or made
     kernel, options = (_autotuned_kernel(), {}) if autotune() else (_attend_kernel, config.options())
     launch(
         kernel, (q_blocks * batch * heads,), out.device,
@@ -299,13 +291,15 @@ def attend(queries: PreparedQueries, keys: PreparedKeys, values: PreparedValues,
                     v_scale_ptr=values.scale, v_centre_ptr=values.centre, v_block_scale_ptr=values.block_scale,
                     k_valid_ptr=keys.valid, k_bias_ptr=keys.bias, indices_ptr=lists.indices, counts_ptr=lists.counts,
                     pooled_k_ptr=pooled_k, pooled_k_scale_ptr=keys.pooled_scale, pooled_v_ptr=pooled_v,
-                    tail_weight_ptr=lists.tail, order_ptr=order, per_head_ptr=per_head, pv_threshold=pv_threshold),
-        outputs=dict(out_ptr=out, skips_ptr=skips),
+                    tail_weight_ptr=lists.tail, order_ptr=order, per_head_ptr=per_head, pv_threshold=pv_threshold,
+                    residual_ptr=residual and residual.quantised, residual_scale_ptr=residual and residual.scale),
+        outputs=dict(out_ptr=out, skips_ptr=skips, made_ptr=made and made.quantised,
+                     made_scale_ptr=made and made.scale),
         sizes=dict(stride_b=strides[0], stride_h=strides[1], stride_n=strides[2], q_blocks=q_blocks,
                    k_blocks=k_blocks, q_tokens=q_tokens, k_tokens=k_tokens, heads=heads, group=heads // kv_heads,
-                   order_rows=order_rows(order)),
+                   order_rows=order_rows(order), residual_batch=stored.rows_a_batch if stored else 0),
         constants=dict(D=dim, PADDED_D=padded, PITCH=pitch, BLOCK_Q=block.q, BLOCK_K=block.k, ALIGN=align, FP8=fp8,
                        CAUSAL=causal, SKIP_PV=skip_pv, ROW_GROUP=ROW_GROUP, TAIL_TILE=config.tail_tile,
-                       P_SHIFT=math.log2(FP8_MAX) if fp8 else 0.0, TMA=tma),
+                       P_SHIFT=math.log2(FP8_MAX) if fp8 else 0.0, TMA=tma, INT8_MAX=INT8_MAX),
         options=options)
     return skips

@@ -7,7 +7,7 @@ from torch import Tensor
 from ..call import CallSpec
 from ..capability import arch_of, uses_fp8
 from ..formats import LOG2E, ROW_GROUP
-from ..types import BlockMap, BlockShape, SpargeStats, TokenRanges
+from ..types import BlockMap, BlockShape, Residual, SpargeStats, TokenRanges
 from .attend import attend
 from .block_lists import BlockLists
 from .blockmap import select_blocks
@@ -25,13 +25,26 @@ def attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor, call: CallSpec) -> S
 
     Takes the heads in groups where memory is short.
     """
+    return _in_memory(q, k, v, out, None, call)
+
+
+def residual(q: Tensor, k: Tensor, v: Tensor, dense: Tensor, call: CallSpec) -> Residual:
+    """What `dense`, attention like q, has beyond the attention of the same arguments as above."""
+    made = Residual.empty(q.shape, q.device)
+    _in_memory(q, k, v, dense if dense.stride(-1) == 1 else dense.contiguous(), made, call)
+    return made
+
+
+def _in_memory(q: Tensor, k: Tensor, v: Tensor, out: Tensor, made: Residual | None,
+               call: CallSpec) -> SpargeStats | None:
+    """`_attention` of all heads, together or in groups, as memory allows."""
     config, fp8 = _configure(q, call.pv_dtype)
     call.check_blocks(config.block, q.shape[2], k.shape[2])
     size = q, k, fp8, config.block, call.pooled
     with torch.cuda.device_of(q):  # Triton launches on the current GPU
         if not is_short(*size):
             try:
-                return _attention(q, k, v, out, call, config, fp8)
+                return _attention(q, k, v, out, made, call, config, fp8)
             except torch.OutOfMemoryError:
                 pass  # what the attempt held is free once this handler is left
         group = q.shape[1] // k.shape[1]
@@ -39,6 +52,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor, call: CallSpec) -> S
         for first, last in groups_of_heads(*size):
             of_queries, of_keys = slice(first * group, last * group), slice(first, last)
             stats.append(_attention(q[:, of_queries], k[:, of_keys], v[:, of_keys], out[:, of_queries],
+                                    made and made.heads(of_queries.start, of_queries.stop),
                                     call.heads(first, last, group), config, fp8))
     if not call.return_stats:
         return None
@@ -65,14 +79,14 @@ def _configure(q: Tensor, pv_dtype: str) -> tuple[AttendConfig, bool]:
     return attend_config(arch, padded_dim(q.shape[-1]), fp8), fp8
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor, call: CallSpec, config: AttendConfig,
-               fp8: bool) -> SpargeStats | None:
-    """`attention` of all heads together."""
+def _attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor, made: Residual | None, call: CallSpec,
+               config: AttendConfig, fp8: bool) -> SpargeStats | None:
+    """Attention of all heads together, into out; or, where one is to be made, the residual that out has beyond it."""
     order = _contiguous(call.order)
     queries, keys, values, lists = _prepare(q, k, v, call, config, fp8, order)
-    skips = attend(queries, keys, values, lists, out, k_tokens=k.shape[2], order=order,
-                   per_head=call.thresholds.per_head, pv_threshold=call.thresholds.numbers[2], causal=call.causal,
-                   config=config, count_skips=call.return_stats)
+    skips = attend(queries, keys, values, lists, out, residual=call.residual, made=made, k_tokens=k.shape[2],
+                   order=order, per_head=call.thresholds.per_head, pv_threshold=call.thresholds.numbers[2],
+                   causal=call.causal, config=config, count_skips=call.return_stats)
     return _statistics(lists, skips, config.block) if call.return_stats else None
 
 

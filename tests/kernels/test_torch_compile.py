@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from comfyui_spargeattn.kernels import SpargeParams, sparge_attention
+from comfyui_spargeattn.kernels import Residual, SpargeParams, sparge_attention
 from comfyui_spargeattn.tests.cases import drifting_qkv
 
 PER_HEAD = SpargeParams(cdf_threshold=torch.tensor([0.5, 0.7, 0.9, 1.0]), pv_threshold=6.0)
@@ -14,6 +14,7 @@ CALLS = {
     "causal, other layout": dict(causal=True, layout="BNHD", return_stats=True),
     "tensors and ranges": dict(key_padding_mask=torch.arange(200).expand(2, -1) > 150, order=torch.arange(200).flip(0),
                                sink_keys=[(0, 7), (90, 95)], dense_queries=[(3, 4)], skipped="pooled"),
+    "residual": dict(residual=Residual.of(torch.ones(2, 4, 200, 16))),
 }
 
 
