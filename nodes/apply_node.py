@@ -10,7 +10,7 @@ from ..kernels import SpargeParams
 from .call.model_rules import expect_tokens
 from .call.plan import HILBERT_CHOICES, NodeSettings
 from .call.transformer_blocks import ListedBlocks
-from .host import line_on_running_node, running_prompt
+from .host import free_bytes, line_on_running_node, running_prompt
 from .log import log
 from .override import CALLBACK_KEY, SLOT, SpargeOverride, describe
 from .schema import (
@@ -98,6 +98,13 @@ class ApplySpargeAttn(io.ComfyNode):
                             "own order. auto is off: where it was measured no order is the best at every threshold, "
                             "and Tune SpargeAttn chooses one for each head. Where a model's grid is not certain, the "
                             "order stays as it is."),
+                io.Int.Input(  # optional as well
+                    "refreshes", default=0, min=0, max=50, step=1, optional=True, advanced=True,
+                    tooltip="0 is off. Otherwise so many steps of the sparse part compute dense attention and keep "
+                            "what sparse attention lacks of it, and the steps between add that. The picture comes "
+                            "much closer to that of dense attention, so that far fewer blocks need to be kept. It "
+                            "takes memory: half of q for each layer and condition, from half of what is free. Needs 6 "
+                            "steps or more; try 4 in 20 steps."),
                 SPARGE_PARAMS.Input(
                     "params", optional=True,
                     tooltip="Tuned parameters of this model. Layers they know use them, each head its own; the "
@@ -122,18 +129,19 @@ class ApplySpargeAttn(io.ComfyNode):
     @classmethod
     def execute(cls, model, selection: dict, pv_threshold: float, start_percent: float, end_percent: float,
                 skipped_blocks: str, pv_precision: str, dense_blocks: str, min_tokens: int,
-                verbose: bool, hilbert: str = "auto", params: TunedParams | None = None) -> io.NodeOutput:
+                verbose: bool, hilbert: str = "auto", refreshes: int = 0,
+                params: TunedParams | None = None) -> io.NodeOutput:
         if start_percent > end_percent:
             raise ValueError(f"start_percent must be at most end_percent; got {start_percent:g} and {end_percent:g}")
         settings = NodeSettings(_thresholds(selection, pv_threshold), start_percent, end_percent,
                                 ListedBlocks.parse(dense_blocks), min_tokens, skipped_blocks, pv_precision, verbose,
-                                hilbert, _fitting(params, model))
+                                hilbert, _fitting(params, model), refreshes)
         patched = model.clone()
         options = patched.model_options["transformer_options"]
         previous = options.get(SLOT)
         if previous is not None:
             log.info("SpargeAttn: calls that stay dense go on to %s, found on the model", describe(previous))
-        override = options[SLOT] = SpargeOverride(settings, previous, line_on_running_node())
+        override = options[SLOT] = SpargeOverride(settings, previous, line_on_running_node(), free_bytes)
         override.run.running_prompt = running_prompt
         for event, callback in ((CallbacksMP.ON_PRE_RUN, override.on_pre_run),
                                 (CallbacksMP.ON_PREPARE_STATE, override.on_prepare_state),

@@ -40,6 +40,11 @@ def _show_on_node(node_id: str, text: str) -> None:
         server.send_progress_text(text, node_id, server.client_id)
 
 
+def free_bytes(device: torch.device) -> int:
+    """Memory that a device has left, what PyTorch keeps for later included."""
+    return int(comfy.model_management.get_free_memory(device))
+
+
 def log_fast_kernels() -> None:
     """Log whether this machine has the fast kernels, in one line. Imports no Triton."""
     try:

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels import FastPathError, block_map, sparge_attention
+from ..kernels import FastPathError, Residual, attention_residual, block_map, sparge_attention
 from ..kernels.failures import is_of_the_device
 from .call.arguments import AttentionCall
 from .call.entry import enter
 from .call.layer_names import LayerNames, handed_on
-from .call.plan import Dense, NodeSettings, SparsePlan
+from .call.plan import OUTSIDE, REFRESH, CallSite, Dense, NodeSettings, SparsePlan
 from .call.transformer_blocks import TransformerBlock
 from .call.tuned_setting import free_device_tensors
 from .log import log
@@ -42,15 +42,17 @@ class SpargeOverride:
     """
 
     def __init__(self, settings: NodeSettings, previous: Callable | None = None,
-                 show: Callable[[str], None] | None = None):
+                 show: Callable[[str], None] | None = None,
+                 free_bytes: Callable[[torch.device], int] = lambda device: 0):
         """
         previous: the override that was on the model when the node ran.
         show: shows the user a line on the node, from any thread.
+        free_bytes: memory that a device has left, of which residuals take a share.
         """
         self.settings = settings
         self.previous = previous
         self._line = NodeLine(show)
-        self.run = RunState(SigmaWindow(settings.start_percent, settings.end_percent))
+        self.run = RunState(SigmaWindow(settings.start_percent, settings.end_percent), settings.refreshes, free_bytes)
         self.names = LayerNames(settings.tuned.layers if settings.tuned else ())
         self._slot: Any = self
         self._thread = threading.local()
@@ -73,34 +75,40 @@ class SpargeOverride:
         return out
 
     def _attend(self, func: Callable, args: tuple, kwargs: dict) -> Tensor:
-        entered = enter(args, kwargs, self.settings, self.names, self.run.window.inside)
+        inside, refreshing = self.run.window.inside, self.run.refresh.due
+        entered = enter(args, kwargs, self.settings, self.names, inside or refreshing)
         if isinstance(entered, Dense):
             return self._stay_dense(entered, func, args, kwargs)
         call, site, plan = entered
         if site.block is None and self.settings.dense_blocks:
             self.run.say_once("dense_blocks", "dense_blocks has no effect, this model does not number its blocks")
-        if isinstance(plan, SparsePlan):
-            out = self._go_sparse(plan, call, site.block)
+        if isinstance(plan, Dense):
+            dense = plan
+        elif refreshing:
+            dense = REFRESH if inside else OUTSIDE
+        else:
+            out = self._go_sparse(plan, call, site)
             if isinstance(out, Tensor):
                 return out
-            plan = out
+            dense = out
         watch = Stopwatch(call.q.device)
         with handed_on(site.layer):
-            out = self._stay_dense(plan, func, args, kwargs)
+            out = self._stay_dense(dense, func, args, kwargs)
         if call.q_tokens == call.k_tokens and call.q_tokens >= self.settings.min_tokens:
             self.run.add_call(call, site.block, watch.stop())
+        if isinstance(plan, SparsePlan) and refreshing:
+            self._keep_residual(plan, call, site, out)
         return out
 
-    def _go_sparse(self, plan: SparsePlan, call: AttentionCall, block: TransformerBlock | None) -> Tensor | Dense:
+    def _go_sparse(self, plan: SparsePlan, call: AttentionCall, site: CallSite) -> Tensor | Dense:
         """The result in the caller's form, or why there is none after all."""
-        mask = call.key_mask
-        how = {"params": plan.params, "layout": call.layout, "scale": call.scale, "order": plan.order,
-               "sink_keys": plan.sink_keys, "pv_dtype": plan.pv_dtype, "impl": plan.impl}
+        how = _arguments(plan, call)
+        residual = self._residual(call, site)
         watch = Stopwatch(call.q.device)
         try:
-            with self._compilation_announced(call, plan):
-                out, stats = sparge_attention(call.q, call.k, call.v, skipped=plan.skipped, return_stats=True, **how,
-                                              **mask)
+            with self._compilation_announced(call, plan, residual):
+                out, stats = sparge_attention(call.q, call.k, call.v, skipped=plan.skipped, residual=residual,
+                                              return_stats=True, **how)
         # A traceback holds the tensors of what failed, so the dense call has to come after these except clauses.
         except FastPathError as problem:
             return Dense("fast kernels failed", str(problem))
@@ -115,10 +123,32 @@ class SpargeOverride:
             tokens = f"{plan.curve} order of {plan.layout}"
         elif curve is not None:
             self.run.say_once(plan.layout, f"tokens keep the model's order, no {curve} order: {plan.layout}")
-        wanted = self.run.add_call(call, block, watch, stats, tokens)
+        wanted = self.run.add_call(call, site.block, watch, stats, tokens)
         if wanted is not None:
-            self._keep_map(wanted, call, how | mask)
+            self._keep_map(wanted, call, how)
         return call.give_back(out)
+
+    def _residual(self, call: AttentionCall, site: CallSite) -> Residual | None:
+        """What this layer and condition lacked at the last refresh."""
+        store = self.run.residuals
+        try:
+            return store.get(store.keys(call, site)) if self.run.refresh.levels else None
+        except torch.OutOfMemoryError:  # those of several conditions are put together in new memory
+            return None
+
+    def _keep_residual(self, plan: SparsePlan, call: AttentionCall, site: CallSite, dense: Tensor) -> None:
+        """Keep what sparse attention lacks of the result of a dense call, in the caller's form."""
+        store, result = self.run.residuals, call.take_back(dense)
+        keys = store.keys(call, site)
+        if keys is None or result is None or not store.admits(call, keys, self.run.steps):
+            return
+        try:
+            residual = attention_residual(call.q, call.k, call.v, result, skipped=plan.skipped,
+                                          **_arguments(plan, call))
+        except (FastPathError, torch.OutOfMemoryError):  # sparse calls will meet it too, and say why
+            store.drop(keys)
+            return
+        store.put(keys, residual, self.run.steps)
 
     def _keep_map(self, block: TransformerBlock, call: AttentionCall, how: dict[str, Any]) -> None:
         """Keep the block map of the first sample of the batch for a report."""
@@ -130,11 +160,12 @@ class SpargeOverride:
                 raise
             log.warning("SpargeAttn: there is no block map of block %s", block, exc_info=True)
 
-    def _compilation_announced(self, call: AttentionCall, plan: SparsePlan) -> AbstractContextManager:
+    def _compilation_announced(self, call: AttentionCall, plan: SparsePlan,
+                               residual: Residual | None) -> AbstractContextManager:
         if call.q.device.type == "cpu":  # a call computes there, which takes its time
             return nullcontext()
         kind = (call.q.device, call.q.dtype, call.q.shape[-1], *call.key_mask, plan.order is None, plan.pv_dtype,
-                plan.skipped, plan.params.selection)
+                plan.skipped, plan.params.selection, residual is None)
         return announced(kind, self._say)
 
     def _say(self, message: str) -> None:
@@ -197,6 +228,12 @@ class SpargeOverride:
         if little:
             log.warning("SpargeAttn: %s", little)
         self._line.write(lambda: after_run(replace(summary, problem=problem)))
+
+
+def _arguments(plan: SparsePlan, call: AttentionCall) -> dict[str, Any]:
+    """What `block_map` and the attention functions take beside the tensors."""
+    return {"params": plan.params, "layout": call.layout, "scale": call.scale, "order": plan.order,
+            "sink_keys": plan.sink_keys, "pv_dtype": plan.pv_dtype, "impl": plan.impl, **(call.key_mask or {})}
 
 
 def _why_nothing_was_sparse(summary: RunSummary, on_top: object) -> str:

@@ -130,6 +130,12 @@ class AttentionCall:
             return {"key_padding_mask": ~by_key}  # ComfyUI's are True where a key takes part
         return {"key_bias": by_key} if mask.dtype in DTYPES else None
 
+    def take_back(self, out: Tensor) -> Tensor | None:
+        """The 4-D view, in `layout`, of what the caller got for a result; None where that is no attention of q."""
+        if self.layout == "BNHD" and out.ndim == 3 and out.shape[-1] == self.heads[0] * self.q.shape[-1]:
+            out = out.unflatten(-1, (self.heads[0], -1))
+        return out if out.shape == self.q.shape and out.dtype == self.q.dtype and out.device == self.q.device else None
+
     def give_back(self, out: Tensor) -> Tensor:
         """The kernel's result, in `layout`, as the caller wants it."""
         return out if self.layout == "BHND" else out.reshape(*out.shape[:2], -1)

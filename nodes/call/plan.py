@@ -33,6 +33,7 @@ class NodeSettings:
     verbose: log the sparsity of every transformer block and step.
     hilbert: a key of `HILBERT_CHOICES`.
     tuned: replaces params, skipped, pv_dtype and hilbert in the layers that it knows.
+    refreshes: evaluations that compute dense attention, for those between to add what they lack of it; 0 for none.
     """
 
     params: SpargeParams
@@ -45,6 +46,7 @@ class NodeSettings:
     verbose: bool = False
     hilbert: str = "auto"
     tuned: TunedParams | None = None
+    refreshes: int = 0
 
     @property
     def curve(self) -> str | None:
@@ -104,6 +106,10 @@ class Dense:
         return f"{self.reason} ({self.detail})" if self.detail else self.reason
 
 
+OUTSIDE = Dense("outside start_percent … end_percent")
+REFRESH = Dense("refresh of the residuals")
+
+
 def plan_call(call: AttentionCall, settings: NodeSettings, site: CallSite = CallSite()) -> SparsePlan | Dense:
     """What becomes of a call."""
     declined = _not_wanted(call, settings, site) or _no_implementation_takes(call)
@@ -151,7 +157,7 @@ def _not_wanted(call: AttentionCall, settings: NodeSettings, site: CallSite) -> 
     if site.block is not None and site.block in settings.dense_blocks:
         return Dense("listed in dense_blocks", f"block {site.block}")
     if not site.in_window:
-        return Dense("outside start_percent … end_percent")
+        return OUTSIDE
     return None
 
 

@@ -36,7 +36,7 @@ class SigmaWindow:
     def reset(self) -> None:
         """End of a run. Without a run nothing tells the noise level, and only a window without bounds includes it."""
         self.inside = not self.bounded
-        self._lowest, self._highest = -math.inf, math.inf
+        self.lowest, self.highest = -math.inf, math.inf  # noise levels inside
         self._schedule: Sequence[float] = ()
         self._falls = False
         self._evaluations = 0
@@ -44,14 +44,14 @@ class SigmaWindow:
     def begin(self, percent_to_sigma: Callable[[float], float], schedule: Sequence[float]) -> None:
         """Start a run. percent_to_sigma: of the model's sampling. schedule: noise levels of the run, in order."""
         self.reset()
-        self._lowest, self._highest = sigma_range(*self.percents, percent_to_sigma)
+        self.lowest, self.highest = sigma_range(*self.percents, percent_to_sigma)
         self._schedule = schedule
         self._falls = all(a >= b for a, b in pairwise(schedule))
 
     def advance(self, read_sigma: Callable[[], float]) -> None:
         """Go to the next evaluation of the model; `read_sigma` returns its noise level."""
         if self.bounded and not self._settled():
-            self.inside = self._lowest <= read_sigma() <= self._highest
+            self.inside = self.lowest <= read_sigma() <= self.highest
         self._evaluations += 1
 
     def _settled(self) -> bool:
@@ -59,5 +59,5 @@ class SigmaWindow:
         if not self._falls:
             return False
         if self.inside:
-            return self._lowest == -math.inf
-        return self._evaluations < len(self._schedule) and self._schedule[self._evaluations] > self._highest
+            return self.lowest == -math.inf
+        return self._evaluations < len(self._schedule) and self._schedule[self._evaluations] > self.highest

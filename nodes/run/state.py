@@ -1,6 +1,7 @@
 """One sampling run of a patched model: where it is, and what became of its attention calls."""
 from __future__ import annotations
 
+import functools
 import sys
 import threading
 import time
@@ -8,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from ...kernels import SpargeStats
@@ -16,6 +18,8 @@ from ..call.plan import Dense
 from ..call.transformer_blocks import TransformerBlock
 from ..log import log
 from .block_maps import BlockPictures, MapRequest
+from .refresh_schedule import RefreshSchedule
+from .residuals import ResidualStore
 from .sigma_window import SigmaWindow
 from .stopwatch import Stopwatch
 from .summary import CallRecord, RunSummary
@@ -24,8 +28,13 @@ from .summary import CallRecord, RunSummary
 class RunState:
     """What a run collects. Several threads may add to it. It holds tensors only between `begin` and `end`."""
 
-    def __init__(self, window: SigmaWindow):
+    def __init__(self, window: SigmaWindow, refreshes: int = 0,
+                 free_bytes: Callable[[torch.device], int] = lambda device: 0):
+        """refreshes: as in `NodeSettings`. free_bytes: memory that a device has left, of which residuals take a share.
+        """
         self.window = window
+        self.refresh = RefreshSchedule(refreshes)
+        self.residuals = ResidualStore(free_bytes)
         self.summary: RunSummary | None = None  # of the last run that ended
         self.map_request = MapRequest()  # for the next run
         self.running_prompt: Callable[[], str | None] = lambda: None  # ComfyUI's id of the prompt that it executes
@@ -46,6 +55,8 @@ class RunState:
         self._prompt: str | None = None
         self._said: set[str] = set()
         self.window.reset()
+        self.refresh.reset()
+        self.residuals.clear()
 
     def begin(self) -> None:
         with self._lock:
@@ -65,10 +76,14 @@ class RunState:
             return
         if self.steps == 0:
             self._maps.steps = 0 if schedule is None else len(schedule) - 1
-            if self.window.bounded:
+            if self.window.bounded or self.refresh.count:
                 # Reading the schedule waits for the device once a run, when nothing is queued yet.
-                self.window.begin(percent_to_sigma, [] if schedule is None else schedule.tolist())
-        self.window.advance(lambda: timestep.flatten()[0].item())
+                levels = [] if schedule is None else schedule.tolist()
+                self.window.begin(percent_to_sigma, levels)
+                self.refresh.begin(levels, self.window.lowest, self.window.highest, float(percent_to_sigma(0.0)))
+        read = functools.cache(lambda: timestep.flatten()[0].item())
+        self.window.advance(read)
+        self.refresh.advance(read)
         self._timestep = timestep
         self.steps += 1
         self._calls_of_step = 0
@@ -145,5 +160,17 @@ class RunState:
 
     def _summarise(self, unread: str = "") -> RunSummary:
         summary = RunSummary.of(self.steps, self._dense, self._calls, unread)
-        return replace(summary, details=self._details, seconds=time.perf_counter() - self._started,
-                       maps=None if unread else self._maps.fetch(), prompt=self._prompt, ended=time.time())
+        return replace(summary, details=self._details, residuals=self._about_residuals(),
+                       seconds=time.perf_counter() - self._started, maps=None if unread else self._maps.fetch(),
+                       prompt=self._prompt, ended=time.time())
+
+    def _about_residuals(self) -> str:
+        """What became of them, in words; empty where none were asked for."""
+        if not self.refresh.count:
+            return ""
+        if not self.refresh.levels:
+            return f"none: {self.refresh.problem}" if self.refresh.problem else ""
+        store = self.residuals
+        text = (f"refreshed at {len(self.refresh.levels)} noise levels, added to {store.used} sparse calls, "
+                f"{store.most_bytes / 2 ** 20:.0f} MiB")
+        return f"{text}; no memory for {store.refused}" if store.refused else text

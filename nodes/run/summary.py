@@ -81,6 +81,7 @@ class RunSummary:
     ended: when, in seconds of `time.time`.
     prompt: ComfyUI's id of the prompt that the run was part of.
     maps: the block maps that were kept.
+    residuals: what became of the residuals of dense attention, in words; empty where none were asked for.
     problem: why nothing was sparse, empty where something was.
     unread: why sparsity and all else that lies on the device is not known, empty where it was read.
     """
@@ -102,6 +103,7 @@ class RunSummary:
     ended: float = 0.0
     prompt: str | None = None
     maps: BlockPictures | None = None
+    residuals: str = ""
     problem: str = ""
     unread: str = ""
 
@@ -160,6 +162,8 @@ class RunSummary:
             text += ": " + ", ".join(f"{count} {reason}" for reason, count in self.dense.items())
         if self.tokens:
             text += "; tokens: " + ", ".join(f"{count} in {order}" for order, count in self.tokens.items())
+        if self.residuals:
+            text += f"; residuals {self.residuals}"
         return text
 
     def table(self) -> str:

@@ -21,16 +21,17 @@ def condition(family, length=None, seed=1, mask=None):
     return [[context, extra]]
 
 
-def sample(model, family, *, steps=2, cfg=1.0, positive=None, negative=None, batch=1, callback=None):
-    """Euler steps from seeded noise; the same arguments give the same latent, bit for bit, on one machine."""
+def sample(model, family, *, steps=2, cfg=1.0, positive=None, negative=None, batch=1, callback=None,
+           sampler="euler", **more):
+    """Steps from seeded noise; the same arguments give the same latent, bit for bit, on one machine."""
     import comfy.sample
 
     shape = (batch, *family.latent[1:])
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     positive = condition(family) if positive is None else positive
     negative = condition(family, seed=2) if negative is None else negative
-    return comfy.sample.sample(model, noise, steps, cfg, "euler", "simple", positive, negative, torch.zeros(shape),
-                               seed=0, callback=callback, disable_pbar=True)
+    return comfy.sample.sample(model, noise, steps, cfg, sampler, "simple", positive, negative, torch.zeros(shape),
+                               seed=0, callback=callback, disable_pbar=True, **more)
 
 
 def relative_l1(actual, expected):

@@ -43,8 +43,8 @@ def sample(comfy_nodes, prompts):
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     condition = [[encode(prompts), {}]]
 
-    def run(model):
-        latent = comfy.sample.sample(model, noise, STEPS, 1.0, "euler", "simple", condition, condition,
+    def run(model, steps=STEPS):
+        latent = comfy.sample.sample(model, noise, steps, 1.0, "euler", "simple", condition, condition,
                                      torch.zeros(shape), seed=0, disable_pbar=True)
         return model.model.process_latent_in(latent)
 
@@ -61,6 +61,11 @@ def model(comfy_nodes):
 @pytest.fixture(scope="module")
 def dense(model, sample):
     return sample(model)
+
+
+def psnr(demo, clip, dense):
+    """Decibels between the previews of two clips."""
+    return -10 * torch.log10((demo.clips.preview(clip) - demo.clips.preview(dense)).square().mean()).item()
 
 
 def test_comfyui_and_the_demo_make_the_same_clip(demo, prompts, dense):
@@ -83,5 +88,17 @@ def test_sparse_clip_is_close_to_dense(comfy_nodes, demo, model, sample, dense, 
     calls, sparsity = re.search(r"(\d+) attention calls sparse \(mean sparsity ([\d.]+)%", caplog.text).groups()
     assert int(calls) == STEPS * 6
     assert float(sparsity) / 100 >= least_sparsity
-    error = (demo.clips.preview(sparse) - demo.clips.preview(dense)).square().mean()
-    assert -10 * torch.log10(error) > least_psnr
+    assert psnr(demo, sparse, dense) > least_psnr
+
+
+def test_residuals_bring_a_clip_closer_to_dense(comfy_nodes, demo, model, sample, caplog):
+    """Two refreshes in eight steps, against the same dense steps without a residual and against no refresh."""
+    steps = 8
+    dense = sample(model, steps)
+    selection = {"selection": "topk", "keep_percent": 25.0, "similarity_threshold": -1.0}
+    plain = apply(comfy_nodes, model, selection=selection, start_percent=0.2)
+    with_residual, without = (apply(comfy_nodes, model, selection=selection, start_percent=0.2, refreshes=2)
+                              for _ in range(2))
+    without.model_options["transformer_options"]["optimized_attention_override"].run.residuals._free_bytes = lambda _: 0
+    found = [psnr(demo, sample(patched, steps), dense) for patched in (plain, without, with_residual)]
+    assert found[2] > found[1] + 5 > found[0] + 5, found

@@ -1,0 +1,118 @@
+"""Which evaluations of the model compute dense attention again, so that those between can add what they lack of it."""
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import torch
+
+FEWEST = 6  # evaluations that may go sparse; with fewer, every second one would be dense
+# Difference of the logarithm of signal over noise at which two residuals have nothing in common any more. Below it,
+# the square of what separates them grows in proportion.
+_UNRELATED = 4.0
+_ALIKE = 1e-4  # relative; schedulers and samplers round the same noise level differently
+_TRIED = 4  # evaluations after which a sampler that took one for each step so far is taken to go on so
+
+
+def refresh_steps(noise: Sequence[float], count: int, first: int = 0) -> list[int]:
+    """The steps to refresh at: `count` of those from `first` on, with `first` itself.
+
+    A step uses the residual of the last refresh. What that costs grows with the distance of their noise levels, and
+    counts by how much of the final picture the step decides. The sum over all steps is as small as it can be.
+
+    noise: share of noise in the sample, from 1 to 0, at each step and at the end; it falls.
+    """
+    # Pure noise is infinitely far from any other level; what the first step covers is not.
+    noise = [level if level < 1 else (1 + following) / 2 for level, following in pairwise(noise)] + [noise[-1]]
+    level = torch.tensor(noise, dtype=torch.float64, device="cpu")[first:]
+    decides = (level[:-1] - level[1:]) / (1 - level[1:]).clamp(min=1e-9)
+    level = level[:-1].clamp(1e-9, 1 - 1e-9)
+    snr = (1 - level).log() - level.log()
+    apart = ((snr[:, None] - snr).abs() / _UNRELATED).clamp(max=1)
+    # serves[s, e]: cost of steps s to e - 1 with the residual of step s
+    steps = len(snr)
+    serves = torch.full((steps, steps + 1), math.inf, dtype=torch.float64, device="cpu")
+    serves[:, 1:] = (apart * decides).triu().cumsum(1)
+    serves.masked_fill_(torch.ones_like(serves, dtype=torch.bool).tril(), math.inf)
+    best, choices = serves[0], []
+    for _ in range(min(count, steps) - 1):
+        best, choice = (best[:-1, None] + serves).min(0)
+        choices.append(choice)
+    last, chosen = steps, []
+    for choice in reversed(choices):
+        last = int(choice[last])
+        chosen.append(last)
+    return [first, *(first + step for step in reversed(chosen))]
+
+
+class RefreshSchedule:
+    """Follows a run and tells for each evaluation of the model whether it refreshes the residuals.
+
+    Refreshes are chosen from the sampler's schedule before the run, and are due when the noise has fallen to their
+    level, however many evaluations a step takes. Reading a noise level waits for the device. So it is read at the first
+    evaluations, and then only with samplers that don't take one evaluation a step.
+
+    due: whether this evaluation refreshes.
+    levels: noise levels of the refreshes of this run; none where there are none.
+    problem: why there are none although `count` asks for some.
+    """
+
+    def __init__(self, count: int):
+        """count: refreshes among the evaluations that may go sparse. The last evaluation before them is one too, at no
+        cost, because it is dense in any case."""
+        self.count = count
+        self.reset()
+
+    def reset(self) -> None:
+        """End of a run."""
+        self.due = False
+        self.levels: tuple[float, ...] = ()
+        self.problem = ""
+        self._pending: list[float] = []
+        self._schedule: Sequence[float] = ()
+        self._evaluations = 0
+        self._one_a_step = True
+
+    def begin(self, schedule: Sequence[float], lowest: float, highest: float, largest: float) -> None:
+        """Start a run.
+
+        schedule: noise levels of the run, in order, with the one that it ends at.
+        lowest, highest: noise levels that may go sparse.
+        largest: noise level at which the model's sampling starts, 1 for flow models.
+        """
+        self.reset()
+        if not self.count:
+            return
+        if len(schedule) < 2 or any(a <= b for a, b in pairwise(schedule)):
+            self.problem = "the sampler gave no falling noise levels"
+            return
+        inside = [step for step, level in enumerate(schedule[:-1]) if lowest <= level <= highest]
+        if len(inside) < FEWEST:
+            self.problem = f"{len(inside)} steps may go sparse, and it takes {FEWEST}"
+            return
+        before = inside[0] > 0
+        noise = [level if largest <= 1 else level / (1 + level) for level in schedule[:inside[-1] + 2]]
+        chosen = refresh_steps(noise, min(self.count, len(inside) // 2) + before, inside[0] - before)
+        self._schedule = schedule
+        self.levels = tuple(schedule[step] for step in chosen)
+        self._pending = list(self.levels)
+
+    def advance(self, read_sigma: Callable[[], float]) -> None:
+        """Go to the next evaluation of the model; `read_sigma` returns its noise level."""
+        self.due = False
+        if self._pending:
+            sigma = self._level(read_sigma)
+            while self._pending and sigma <= self._pending[0] * (1 + _ALIKE):
+                self._pending.pop(0)
+                self.due = True
+        self._evaluations += 1
+
+    def _level(self, read_sigma: Callable[[], float]) -> float:
+        step = self._evaluations
+        if self._one_a_step and _TRIED <= step < len(self._schedule):
+            return self._schedule[step]
+        sigma = read_sigma()
+        expected = self._schedule[step] if step < len(self._schedule) else math.inf
+        self._one_a_step = self._one_a_step and math.isclose(sigma, expected, rel_tol=_ALIKE)
+        return sigma

@@ -1,0 +1,189 @@
+"""Refreshes in a real sampling run: which calls are dense, which get a residual, and of what."""
+import logging
+import sys
+from dataclasses import replace
+from unittest import mock
+
+import checkpoints
+import pytest
+import torch
+from sampling import SPARSE, apply, probed, sample
+
+FAMILY = replace(checkpoints.FAMILIES["wan"], latent=(1, 16, 2, 32, 32))  # 512 tokens
+STEPS = 8
+
+
+@pytest.fixture(scope="module")
+def wan(comfy_nodes, tmp_path_factory):
+    path = tmp_path_factory.mktemp("checkpoints") / "wan.safetensors"
+    checkpoints.write(FAMILY, path)
+    return checkpoints.load(FAMILY, path, None)
+
+
+def override_module(comfy_nodes):
+    """The pack's `override`, as ComfyUI has imported it."""
+    return sys.modules[comfy_nodes.NODE_CLASS_MAPPINGS["ApplySpargeAttn"].__module__.replace("apply_node", "override")]
+
+
+class Run:
+    """A run with refreshes.
+
+    dense: noise levels of the self-attention calls that stayed dense.
+    sparse: (batch, residual or None) of those that went sparse.
+    """
+
+    def __init__(self, comfy_nodes, model, refreshes=3, family=FAMILY, sampling=None, change=lambda patched: None,
+                 **widgets):
+        below, probe = probed(model)
+        self.patched = apply(comfy_nodes, below, selection=SPARSE, refreshes=refreshes, **widgets)
+        self.override = self.patched.model_options["transformer_options"]["optimized_attention_override"]
+        change(self.patched)
+        module, self.sparse = override_module(comfy_nodes), []
+        attention = module.sparge_attention
+
+        def record(q, *rest, residual=None, **call):
+            self.sparse.append((q.shape[0], residual))
+            return attention(q, *rest, residual=residual, **call)
+
+        with mock.patch.object(module, "sparge_attention", record):
+            self.latent = sample(self.patched, family, **{"steps": STEPS, **(sampling or {})})
+        self.summary, self.dense = self.override.run.summary, probe.declined
+
+    @property
+    def without(self):
+        """How many sparse calls got no residual."""
+        return sum(residual is None for _, residual in self.sparse)
+
+
+def schedule(model, steps=STEPS):
+    import comfy.samplers
+
+    return comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", steps)[:-1].tolist()
+
+
+def test_between_refreshes_every_sparse_call_gets_one(comfy_nodes, wan):
+    run = Run(comfy_nodes, wan)
+    levels = sorted(set(run.dense), reverse=True)
+    assert len(levels) == 3 and levels[0] == schedule(wan)[0]
+    assert len(run.dense) == 3 * FAMILY.calls
+    assert len(run.sparse) == (STEPS - 3) * FAMILY.calls and run.without == 0
+    assert run.summary.dense["refresh of the residuals"] == len(run.dense)
+    assert f"added to {len(run.sparse)} sparse calls" in run.summary.residuals
+
+
+def test_the_last_dense_step_is_a_refresh(comfy_nodes, wan):
+    steps, start = 12, wan.get_model_object("model_sampling").percent_to_sigma(0.3)
+    run = Run(comfy_nodes, wan, refreshes=2, start_percent=0.3, sampling={"steps": steps})
+    outside = [level for level in schedule(wan, steps) if level > start]
+    assert 0 < len(outside) and run.without == 0
+    assert len(set(run.dense)) == len(outside) + 2
+    assert run.summary.dense["refresh of the residuals"] == 2 * FAMILY.calls
+
+
+def test_no_memory(comfy_nodes, wan):
+    def fill(patched):
+        override = patched.model_options["transformer_options"]["optimized_attention_override"]
+        override.run.residuals._free_bytes = lambda device: 0
+
+    run = Run(comfy_nodes, wan, change=fill)
+    assert run.without == len(run.sparse) > 0
+    assert f"no memory for {3 * FAMILY.calls}" in run.summary.residuals
+
+
+def apart(patched):
+    """From the fourth evaluation on, make ComfyUI evaluate the conditions one by one for want of memory."""
+    model, required = patched.model, patched.model.memory_required
+    from comfy.patcher_extension import CallbacksMP
+
+    def shrink(patcher, timestep, options, *rest):
+        override = options["transformer_options"]["optimized_attention_override"]
+        model.memory_required = (lambda *args, **kwargs: 1e18) if override.run.steps >= 4 else required
+
+    patched.add_callback_with_key(CallbacksMP.ON_PREPARE_STATE, "shrink", shrink)
+    patched.add_callback_with_key(CallbacksMP.ON_CLEANUP, "restore",
+                                  lambda patcher: setattr(model, "memory_required", required))
+
+
+def test_conditions_evaluated_together_and_then_apart(comfy_nodes, wan):
+    guided = {"cfg": 3.0}
+    together = Run(comfy_nodes, wan, sampling=guided)
+    changing = Run(comfy_nodes, wan, sampling=guided, change=apart)
+    assert {batch for batch, _ in together.sparse} == {2} and {batch for batch, _ in changing.sparse} == {1, 2}
+    assert together.without == changing.without == 0
+    torch.testing.assert_close(together.latent, changing.latent, rtol=1e-3, atol=1e-3)
+
+
+def test_context_windows_have_their_own(comfy_nodes, wan):
+    import comfy.context_windows as windows
+
+    def window(patched):
+        patched.model_options["context_handler"] = windows.IndexListContextHandler(
+            context_schedule=windows.get_matching_context_schedule("standard_static"),
+            fuse_method=windows.get_matching_fuse_method("flat"), context_length=2, context_overlap=0, context_stride=1,
+            closed_loop=False, dim=2)
+
+    family = replace(FAMILY, latent=(1, 16, 4, 32, 32))
+    run = Run(comfy_nodes, wan, family=family, change=window)
+    assert len(run.sparse) == 2 * (STEPS - 3) * family.calls and run.without == 0
+    made = {residual.quantised.data_ptr() for _, residual in run.sparse}
+    assert len(made) > family.calls
+
+
+def test_what_can_not_be_told_apart_gets_none(comfy_nodes, wan):
+    """A node that samples a picture in tiles evaluates the model once for each, with one condition."""
+    def in_two(apply_model, given):
+        for tile in (given["input"], given["input"].flip(-1)):
+            out = apply_model(tile, given["timestep"], **given["c"])
+        return out
+
+    run = Run(comfy_nodes, wan, change=lambda patched: patched.set_model_unet_function_wrapper(in_two))
+    assert len(run.dense) == 2 * 3 * FAMILY.calls and run.sparse and run.without == len(run.sparse)
+
+
+@pytest.mark.parametrize("sampler", ("heun", "dpmpp_2s_ancestral", "res_multistep", "dpmpp_2m", "uni_pc"))
+def test_samplers(comfy_nodes, wan, sampler):
+    run = Run(comfy_nodes, wan, sampling={"sampler": sampler})
+    assert run.latent.isfinite().all() and run.without == 0
+    # One evaluation for each refresh, and every one at the level that the schedule was divided at, or just below it.
+    assert len(run.dense) == 3 * FAMILY.calls
+    for due in run.dense[::FAMILY.calls]:
+        assert any(due <= level * 1.0001 for level in schedule(wan))
+
+
+def test_part_of_a_schedule(comfy_nodes, wan):
+    """As image to image has it."""
+    run = Run(comfy_nodes, wan, sampling={"denoise": 0.6, "steps": 10})
+    assert run.dense and max(run.dense) < schedule(wan)[0] and run.without == 0
+
+
+def test_few_steps(comfy_nodes, wan, caplog):
+    with caplog.at_level(logging.INFO):
+        run = Run(comfy_nodes, wan, sampling={"steps": 4})
+    assert run.dense == [] and run.without == len(run.sparse) > 0
+    assert "residuals none: 4 steps may go sparse, and it takes 6" in caplog.text
+
+
+def test_the_next_run_is_the_same_and_nothing_stays(comfy_nodes, wan):
+    import comfy.model_management
+
+    run = Run(comfy_nodes, wan)
+
+    def interrupt(step, *rest):
+        if step == 4:
+            assert run.override.run.residuals._entries
+            raise comfy.model_management.InterruptProcessingException()
+
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        sample(run.patched, FAMILY, steps=STEPS, callback=interrupt)
+    assert run.override.run.residuals._entries == {}
+    assert torch.equal(sample(run.patched, FAMILY, steps=STEPS), run.latent)
+    assert run.override.run.residuals._entries == {}
+
+
+def test_failing_to_make_one_costs_no_run(comfy_nodes, wan):
+    def fails(*args, **kwargs):
+        raise torch.OutOfMemoryError("no room")
+
+    with mock.patch.object(override_module(comfy_nodes), "attention_residual", fails):
+        run = Run(comfy_nodes, wan)
+    assert run.latent.isfinite().all() and run.without == len(run.sparse) > 0

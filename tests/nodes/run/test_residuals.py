@@ -1,0 +1,152 @@
+"""Which call gets which residual: layers, conditions, windows, batches, memory."""
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from comfyui_spargeattn.kernels import Residual
+from comfyui_spargeattn.nodes.call.arguments import AttentionCall
+from comfyui_spargeattn.nodes.call.plan import CallSite
+from comfyui_spargeattn.nodes.run.residuals import SHARE, ResidualStore
+
+HEADS, TOKENS, DIM = 2, 10, 8
+BYTES = HEADS * TOKENS * (DIM + 4)
+
+
+def call(*conditions, each=1, window=None, replaced=(), tokens=TOKENS):
+    q = torch.zeros(each * max(1, len(conditions)), tokens, HEADS, DIM)
+    options = {"uuids": list(conditions), "patches_replace": {"dit": dict.fromkeys(replaced)}}
+    if window is not None:
+        options["context_window"] = SimpleNamespace(index_list=window)
+    return AttentionCall(q, q, q, "BNHD", transformer_options=options)
+
+
+def site(layer="single:0", doubt=""):
+    return CallSite(layer=layer, doubt=doubt)
+
+
+def store(calls=100):
+    """A store with memory for so many residuals of one condition."""
+    return ResidualStore(lambda device: int(calls * BYTES / SHARE))
+
+
+def refresh(kept, made, evaluation=1, layer="single:0"):
+    """Keep a residual whose scales number the batch entries and tell the evaluation; returns whether it was."""
+    keys = kept.keys(made, site(layer))
+    if not kept.admits(made, keys, evaluation):
+        return False
+    batch = made.batch
+    residual = Residual.empty((batch, HEADS, made.q_tokens, DIM), torch.device("cpu"))
+    residual.scale[:] = torch.arange(batch)[:, None, None] + 100 * evaluation
+    kept.put(keys, residual, evaluation)
+    return True
+
+
+def got(kept, asked, layer="single:0"):
+    """The numbers of the batch entries that a call gets."""
+    residual = kept.get(kept.keys(asked, site(layer)))
+    if residual is None:
+        return None
+    assert residual.quantised.shape == (asked.batch, HEADS, asked.q_tokens, DIM)
+    assert residual.scale.is_contiguous() and residual.quantised.is_contiguous()
+    return residual.scale[:, 0, 0].tolist()
+
+
+def test_conditions_together_and_apart():
+    kept = store()
+    assert refresh(kept, call("positive", "negative", each=2))
+    assert got(kept, call("positive", "negative", each=2)) == [100, 101, 102, 103]
+    assert got(kept, call("negative", each=2)) == [102, 103]
+    assert got(kept, call("negative", "positive", each=2)) == [102, 103, 100, 101]
+    assert refresh(kept, call("negative", each=2), evaluation=2)
+    assert got(kept, call("positive", "negative", each=2)) == [100, 101, 200, 201]
+
+
+def test_whole_batches_are_not_copied():
+    kept = store()
+    refresh(kept, call("positive", "negative"))
+    keys = kept.keys(call("positive", "negative"), site())
+    assert kept.get(keys).quantised.data_ptr() == kept.get(keys).quantised.data_ptr()
+    assert kept.get(keys[1:]).scale.data_ptr() == kept.get(keys).scale[1:].data_ptr()
+
+
+@pytest.mark.parametrize("other, layer", [
+    (call("other"), "single:0"),
+    (call("positive"), "single:1"),
+    (call("positive", each=2), "single:0"),
+    (call("positive", tokens=TOKENS + 1), "single:0"),
+    (call("positive", window=[0, 1]), "single:0"),
+    (call("positive", replaced=[("double_block", 3)]), "single:0"),
+    (call("positive", "other"), "single:0"),
+], ids=("condition", "layer", "batch", "tokens", "window", "replaced", "one of two"))
+def test_nothing_for_what_is_not_the_same(other, layer):
+    kept = store()
+    refresh(kept, call("positive"))
+    assert got(kept, other, layer) is None
+    assert got(kept, call("positive")) == [100]
+
+
+def test_windows_have_their_own():
+    kept = store()
+    for i, window in enumerate(([0, 1, 2], [2, 3, 4])):
+        assert refresh(kept, call("positive", window=window), layer=f"single:{i}") or True
+    assert got(kept, call("positive", window=[0, 1, 2]), "single:0") == [100]
+    assert got(kept, call("positive", window=[2, 3, 4]), "single:0") is None
+    assert got(kept, call("positive", window=[2, 3, 4]), "single:1") == [100]
+
+
+@pytest.mark.parametrize("made, place", [
+    (call("positive"), site(layer=None)),
+    (call("positive"), site(doubt="layers were left out")),
+    (call(), site()),
+    (AttentionCall(*[torch.zeros(3, 4, 2, 8)] * 3, "BNHD", transformer_options={"uuids": ["a", "b"]}), site()),
+    (AttentionCall(*[torch.zeros(1, 4, 2, 8)] * 3, "BNHD",
+                   transformer_options={"uuids": ["a"], "context_window": object()}), site()),
+], ids=("no layer", "doubt", "no conditions", "batch of no conditions", "unknown window"))
+def test_what_can_not_be_recognised(made, place):
+    assert store().keys(made, place) is None and store().get(None) is None
+
+
+def test_the_same_twice_in_one_evaluation_is_never_used():
+    """Tiles of a picture come one after another with the same condition and shape."""
+    kept = store()
+    assert refresh(kept, call("positive"))
+    assert not refresh(kept, call("positive"))
+    assert got(kept, call("positive")) is None
+    assert not refresh(kept, call("positive"), evaluation=2) and got(kept, call("positive")) is None
+    assert refresh(kept, call("negative"), evaluation=2)
+    assert not refresh(kept, call("both", "both"), evaluation=2)
+    kept.clear()
+    assert refresh(kept, call("positive"))
+
+
+def test_memory():
+    kept = store(calls=3)
+    assert refresh(kept, call("positive", "negative"), layer="single:0")
+    assert refresh(kept, call("positive"), layer="single:1")
+    assert not refresh(kept, call("negative"), layer="single:1")
+    assert kept.most_bytes == 3 * BYTES and kept.refused == 1
+    # Making one anew takes the place of the old one.
+    assert refresh(kept, call("positive", "negative"), evaluation=2, layer="single:0")
+    assert got(kept, call("positive", "negative"), "single:0") == [200, 201]
+    # Part of an old one keeps all of its memory.
+    assert not refresh(kept, call("positive"), evaluation=3, layer="single:0")
+    assert got(kept, call("positive"), "single:0") is None and got(kept, call("negative"), "single:0") == [201]
+
+
+def test_free_memory_is_asked_for_once_a_run():
+    asked = []
+    kept = ResidualStore(lambda device: asked.append(device) or 1 << 30)
+    for evaluation in range(3):
+        refresh(kept, call("positive"), evaluation)
+    assert asked == [torch.device("cpu")]
+    kept.clear()
+    refresh(kept, call("positive"))
+    assert len(asked) == 2
+
+
+def test_dropped():
+    kept = store()
+    refresh(kept, call("positive"))
+    kept.drop(kept.keys(call("positive"), site()))
+    assert got(kept, call("positive")) is None
