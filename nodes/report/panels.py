@@ -161,6 +161,8 @@ def _settings(settings: NodeSettings, summary: RunSummary) -> list[str]:
         lines.insert(0, f"tuned: {settings.tuned}; the other layers use:")
     if settings.dense_blocks:
         lines.append(f"dense_blocks {settings.dense_blocks}")
+    if settings.refreshes:
+        lines.append(f"refreshes {settings.refreshes}; residuals {summary.residuals or 'unknown'}")
     lines += [f"{count} calls over tokens in {order}" for order, count in summary.tokens.items()]
     if torch.cuda.is_available():
         lines.append(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")

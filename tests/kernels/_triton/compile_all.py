@@ -20,7 +20,7 @@ import triton
 from compiler import CompileOnlyDriver, assembly, cause, resources
 from triton.runtime.jit import JITFunction
 
-from comfyui_spargeattn.kernels import capability
+from comfyui_spargeattn.kernels import Residual, capability
 from comfyui_spargeattn.kernels._triton import pipeline
 from comfyui_spargeattn.kernels.call import CallSpec, Thresholds
 
@@ -60,7 +60,12 @@ def compile_calls(arch: str, dims, dtypes, thin: bool = False):
             continue
         dim, switch = dims[i], switches[j]
         q = torch.zeros(1, 2, 256, dim, dtype=dtype)
-        pipeline.attention(q, q, q, torch.empty_like(q), replace(switch, pv_dtype=pv_dtype, return_stats=True))
+        switch = replace(switch, pv_dtype=pv_dtype, return_stats=True)
+        pipeline.attention(q, q, q, torch.empty_like(q), switch)
+        if j == 0:
+            added = Residual.empty(q.shape, q.device)
+            pipeline.attention(q, q, q, torch.empty_like(q), replace(switch, residual=added))
+            pipeline.residual(q, q, q, torch.empty_like(q), switch)
         call = dict(dim=dim, dtype=str(dtype), pv_dtype=pv_dtype, causal=switch.causal, skipped=switch.skipped,
                     skip_pv=switch.thresholds is skipping)
         for name, kernel in compiled:
