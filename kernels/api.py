@@ -17,7 +17,7 @@ from .inputs import (
     check_dense,
     check_tensors,
 )
-from .types import BlockMap, BlockShape, Residual, SpargeParams, SpargeStats, TokenRanges
+from .types import BlockMap, BlockShape, Residual, SpargeParams, TokenRanges
 
 
 def sparge_attention(q: Tensor, k: Tensor, v: Tensor, *, params: SpargeParams = SpargeParams(),
@@ -25,8 +25,8 @@ def sparge_attention(q: Tensor, k: Tensor, v: Tensor, *, params: SpargeParams = 
                      key_padding_mask: Tensor | None = None, key_bias: Tensor | None = None,
                      order: Tensor | None = None, sink_keys: TokenRanges | None = None,
                      dense_queries: TokenRanges | None = None, pv_dtype: str = "auto", skipped: str = "drop",
-                     residual: Residual | None = None, impl: str = "auto",
-                     return_stats: bool = False) -> Tensor | tuple[Tensor, SpargeStats]:
+                     residual: Residual | None = None, impl: str = "auto", return_stats: bool = False,
+                     return_lse: bool = False) -> Tensor | tuple:
     """Attention that computes only the blocks that matter (SpargeAttn, arXiv 2502.18137).
 
     For inference: the result carries no gradients, whatever the implementation.
@@ -56,8 +56,12 @@ def sparge_attention(q: Tensor, k: Tensor, v: Tensor, *, params: SpargeParams = 
         steps it changes more slowly than attention does (DiTFastAttn, arXiv 2406.08552).
     impl: "auto", "triton" or "reference"; a name never falls back.
     return_stats: also return `SpargeStats`, left on the device.
+    return_lse: also return the log-sum-exp of each row: the natural logarithm of the sum of the exponentials of the
+        scaled scores that were attended, float32 (B, H, Nq), -inf for a query without any key. With it, results over
+        parts of the keys can be merged.
 
-    Returns a tensor of q's shape, dtype and layout, contiguous. Raises ValueError or TypeError naming the argument,
+    Returns a tensor of q's shape, dtype and layout, contiguous; where more is asked for, a tuple of it, the statistics
+    and the log-sum-exp, in this order. Raises ValueError or TypeError naming the argument,
     its rule and the value it got; RuntimeError where the implementation asked for by name can't take the call, of which
     `FastPathError` says that its kernels failed to import, compile or launch. NaN or infinity in q, k or v makes at
     least those rows NaN that dense attention makes NaN.
@@ -65,7 +69,8 @@ def sparge_attention(q: Tensor, k: Tensor, v: Tensor, *, params: SpargeParams = 
     check_tensors(q, k, v, layout, params)
     call = CallSpec(Thresholds.of(params, q.device), scale=scale, causal=causal, key_padding_mask=key_padding_mask,
                     key_bias=key_bias, order=order, sink_keys=sink_keys, dense_queries=dense_queries,
-                    pv_dtype=pv_dtype, skipped=skipped, return_stats=return_stats, residual=residual)
+                    pv_dtype=pv_dtype, skipped=skipped, return_stats=return_stats, return_lse=return_lse,
+                    residual=residual)
     check_call(call, q, k, layout, impl)
     return _attention(q, k, v, call, layout, impl)
 
@@ -112,7 +117,7 @@ def block_sparse_attention(q: Tensor, k: Tensor, v: Tensor, block_map: BlockMap 
                            scale: float | None = None, causal: bool = False, key_padding_mask: Tensor | None = None,
                            key_bias: Tensor | None = None, order: Tensor | None = None, pv_dtype: str = "auto",
                            pv_threshold: float = math.inf, skipped: str = "drop", impl: str = "auto",
-                           return_stats: bool = False) -> Tensor | tuple[Tensor, SpargeStats]:
+                           return_stats: bool = False, return_lse: bool = False) -> Tensor | tuple:
     """Quantised attention over the blocks that the caller chose.
 
     block_map: a `BlockMap` whose block is `block_shape(q, …)`, or a bool tensor (B or 1, H or 1, q_blocks, k_blocks),
@@ -129,7 +134,7 @@ def block_sparse_attention(q: Tensor, k: Tensor, v: Tensor, block_map: BlockMap 
     mask, mask_block = (block_map.mask(), block_map.block) if given else (block_map, None)
     call = CallSpec(Thresholds.of(params, q.device), scale=scale, causal=causal, key_padding_mask=key_padding_mask,
                     key_bias=key_bias, order=order, pv_dtype=pv_dtype, skipped=skipped, return_stats=return_stats,
-                    block_mask=mask, mask_block=mask_block)
+                    return_lse=return_lse, block_mask=mask, mask_block=mask_block)
     check_call(call, q, k, layout, impl)
     check_block_mask(mask, q.shape[0], q.shape[layout.index("H")], q.device)
     return _attention(q, k, v, call, layout, impl)
@@ -142,10 +147,10 @@ def block_shape(q: Tensor, *, pv_dtype: str = "auto", impl: str = "auto") -> Blo
     return dispatch.block_of(q, pv_dtype, impl)
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, call: CallSpec, layout: str,
-               impl: str) -> Tensor | tuple[Tensor, SpargeStats]:
+def _attention(q: Tensor, k: Tensor, v: Tensor, call: CallSpec, layout: str, impl: str) -> Tensor | tuple:
     """The result of a checked call: directly in eager mode, as one op of the graph under torch.compile."""
     q, k, v = (x.detach() if x.requires_grad else x for x in (q, k, v))
     attention = ops.attention if torch.compiler.is_compiling() else dispatch.attention
-    out, stats = attention(q, k, v, call, layout, impl)
-    return out if stats is None else (out, stats)
+    out, *more = attention(q, k, v, call, layout, impl)
+    wanted = [x for x in more if x is not None]
+    return (out, *wanted) if wanted else out

@@ -73,6 +73,7 @@ class CallSpec:
     pv_dtype: str = "auto"
     skipped: str = "drop"
     return_stats: bool = False
+    return_lse: bool = False
     block_mask: Tensor | None = None
     mask_block: BlockShape | None = None
     residual: Residual | None = None
@@ -94,6 +95,18 @@ class CallSpec:
         if self.key_bias is None:
             return None, self.key_padding_mask
         return centred_bias(self.key_bias.float(), self.key_padding_mask, self.causal)
+
+    def shared_score(self, q: Tensor, centre: Tensor) -> Tensor:
+        """What implementations leave out of all scores of a row, because softmax ignores it: (B, H, Nq).
+
+        q: (B, H, Nq, D). centre: (B, H, D), float32 or wider, subtracted from every key.
+        """
+        # Head by head: a copy of all heads in float32 would be as large as q, k and v.
+        shared = torch.stack([(q[:, head].to(centre.dtype) @ centre[:, head, :, None])[..., 0]
+                              for head in range(q.shape[1])], 1) * self.scale_for(q.shape[-1])
+        if self.key_bias is not None:
+            shared += largest_bias(self.key_bias.float(), self.key_padding_mask)[:, None]
+        return shared
 
     def check_blocks(self, block: BlockShape, q_tokens: int, k_tokens: int) -> None:
         """Raise ValueError where the given map is not made of the blocks that the implementation works in."""
@@ -122,14 +135,18 @@ class CallSpec:
                        residual=residual)
 
 
+def largest_bias(bias: Tensor, padding: Tensor | None) -> Tensor:
+    """The largest bias (B, 1) of the keys (B, N) of a row."""
+    seen = bias if padding is None else bias.masked_fill(padding, -math.inf)
+    return seen.amax(1, keepdim=True).clamp(min=torch.finfo(bias.dtype).min)
+
+
 def centred_bias(bias: Tensor, padding: Tensor | None, causal: bool) -> tuple[Tensor, Tensor]:
     """The bias of keys (B, N) in log2 units with 0 as the largest of a row, and bool (B, N), which keys to ignore.
 
     Softmax ignores what all keys of a row share. A query of causal attention may see none of the largest biases, so
     that only keys at minus infinity are ignored there.
     """
-    seen = bias if padding is None else bias.masked_fill(padding, -math.inf)
-    largest = seen.amax(1, keepdim=True).clamp(min=torch.finfo(bias.dtype).min)
-    bias = (bias - largest) * LOG2E
+    bias = (bias - largest_bias(bias, padding)) * LOG2E
     hidden = bias == -math.inf if causal else bias <= HIDDEN
     return bias, hidden if padding is None else hidden | padding

@@ -19,8 +19,10 @@ _Result = TypeVar("_Result")
 class Implementation(Protocol):
     """What a module has to offer. Tensors are q and out (B, H, Nq, D), k and v (B, Hkv, Nk, D)."""
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, call: CallSpec) -> SpargeStats | None:
-        """Write the attention into `out`; return the statistics if the call asks for them."""
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None,
+                  call: CallSpec) -> SpargeStats | None:
+        """Write the attention into `out`, and the log-sum-exp of its scores into `lse` if there is one, float32
+        (B, H, Nq); return the statistics if the call asks for them."""
         ...
 
     def residual(self, q: Tensor, k: Tensor, v: Tensor, dense: Tensor, call: CallSpec) -> Residual:
@@ -37,13 +39,15 @@ class Implementation(Protocol):
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, call: CallSpec, layout: str,
-              impl: str) -> tuple[Tensor, SpargeStats | None]:
-    """The output, in `layout`, of a checked call, and its statistics if it asks for them."""
+              impl: str) -> tuple[Tensor, SpargeStats | None, Tensor | None]:
+    """The output, in `layout`, of a checked call, and its statistics and log-sum-exp if it asks for them."""
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     q, k, v, target = (_heads_first(x, layout) for x in (q, k, v, out))
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) if call.return_lse else None
     # A given map is made of the blocks of the implementation that was chosen: no other one can take the call over.
-    stats = _run(impl, q, lambda chosen: chosen.attention(q, k, v, target, call), falls_back=call.block_mask is None)
-    return out, stats
+    stats = _run(impl, q, lambda chosen: chosen.attention(q, k, v, target, lse, call),
+                 falls_back=call.block_mask is None)
+    return out, stats, lse
 
 
 def residual(q: Tensor, k: Tensor, v: Tensor, dense: Tensor, call: CallSpec, layout: str, impl: str) -> Residual:

@@ -20,10 +20,12 @@ from .types import BlockMap, BlockShape, Residual, SpargeStats, Threshold, Token
 BLOCK = BlockShape(128, 64)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor, call: CallSpec) -> SpargeStats | None:
-    """Write `sparge_attention` into out like q; the statistics if asked."""
-    result, _, stats = sparge_attention(q, k, v, call)
+def attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, call: CallSpec) -> SpargeStats | None:
+    """Write `sparge_attention` into out like q, and the log-sum-exp into lse; the statistics if asked."""
+    result, sums, _, stats = with_lse(q, k, v, call)
     out.copy_(result)
+    if lse is not None:
+        lse.copy_(sums)
     return stats if call.return_stats else None
 
 
@@ -47,7 +49,14 @@ def block_of(q: Tensor, pv_dtype: str) -> BlockShape:
 
 def sparge_attention(q: Tensor, k: Tensor, v: Tensor, call: CallSpec,
                      block: BlockShape = BLOCK) -> tuple[Tensor, BlockMap, SpargeStats]:
-    """SpargeAttn of q (B, H, Nq, D), k and v (B, Hkv, Nk, D) → output like q, the block map, the statistics.
+    """SpargeAttn of q (B, H, Nq, D), k and v (B, Hkv, Nk, D) → output like q, the block map, the statistics."""
+    out, _, block_map, stats = with_lse(q, k, v, call, block)
+    return out, block_map, stats
+
+
+def with_lse(q: Tensor, k: Tensor, v: Tensor, call: CallSpec,
+             block: BlockShape = BLOCK) -> tuple[Tensor, Tensor, BlockMap, SpargeStats]:
+    """`sparge_attention` with the log-sum-exp (B, H, Nq) of the scores behind the output.
 
     With pv_dtype "auto" it computes exactly; "fp16" and "fp8" emulate the number formats of the fast kernels: Q and K
     are rounded to INT8, P and V to that format.
@@ -56,15 +65,17 @@ def sparge_attention(q: Tensor, k: Tensor, v: Tensor, call: CallSpec,
     queries, keys, values = in_blocks(q, k, v, call, block)
     rules = visibility(q.shape[2], keys, block, call.causal)
     mask = _map_of(queries, keys, values, rules, call)
-    out, pv_skipped = attend(queries, keys, values, mask, rules, call)
-    out = out[:, :, :q.shape[2]]
+    out, lse, pv_skipped = attend(queries, keys, values, mask, rules, call)
+    out, lse = out[:, :, :q.shape[2]], lse[:, :, :q.shape[2]]
     if call.order is not None:
         order = _order_by_head(call.order, q.shape[1], k.shape[1])
         out = torch.empty_like(out).scatter_(2, order[None, :, :, None].expand_as(out), out)
+        lse = torch.empty_like(lse).scatter_(2, order[None].expand_as(lse), lse)
+    lse = lse / LOG2E + call.shared_score(q, keys.centre[:, :, 0])
     if call.residual is not None:
         out = out + call.residual.tensor()
     stats = SpargeStats((mask.sum((-2, -1)) / rules.visible.sum((-2, -1)).clamp(min=1)).float(), pv_skipped)
-    return out.to(q.dtype), BlockMap.from_mask(mask, block), stats
+    return out.to(q.dtype), lse, BlockMap.from_mask(mask, block), stats
 
 
 @dataclass
@@ -77,6 +88,7 @@ class Compressed:
     similarity: (B, H, n), the mean cosine over all pairs of valid tokens.
     always: bool (1 or B, H, n), blocks that hold a token that the caller wants exact.
     bias: (B, H, n, b), added to scores in log2 units, zero where not valid.
+    centre: (B, H, 1, D), what was subtracted from every token.
     """
 
     tokens: Tensor
@@ -85,6 +97,7 @@ class Compressed:
     similarity: Tensor
     always: Tensor
     bias: Tensor
+    centre: Tensor
 
     @property
     def mean_bias(self) -> Tensor:
@@ -127,9 +140,10 @@ def compress(x: Tensor, block: int, *, flags: Tensor, padding: Tensor | None = N
     (B, H, N), added to the scores of a token, in log2 units.
     """
     valid = torch.ones(x.shape[:3], dtype=torch.bool, device=x.device) if padding is None else ~padding
+    mean = torch.zeros_like(x[:, :, :1])
     if centre:
-        total = (x * valid[..., None]).sum(2, keepdim=True)
-        x = x - total / valid.sum(2, keepdim=True).clamp(min=1)[..., None]
+        mean = (x * valid[..., None]).sum(2, keepdim=True) / valid.sum(2, keepdim=True).clamp(min=1)[..., None]
+        x = x - mean
     tokens = _blocks(x * valid[..., None], block)
     valid = _blocks(valid[..., None], block)[..., 0]
     count = valid.sum(-1, keepdim=True).clamp(min=1)
@@ -138,7 +152,7 @@ def compress(x: Tensor, block: int, *, flags: Tensor, padding: Tensor | None = N
     similarity = (unit.sum(-2) / count).square().sum(-1)
     always = _blocks(flags[None, ..., None], block)[..., 0].any(-1)
     bias = torch.zeros_like(tokens[..., 0]) if bias is None else _blocks(bias[..., None], block)[..., 0]
-    return Compressed(tokens, valid, tokens.sum(-2) / count, similarity, always, bias.where(valid, 0.0))
+    return Compressed(tokens, valid, tokens.sum(-2) / count, similarity, always, bias.where(valid, 0.0), mean)
 
 
 @dataclass
@@ -206,11 +220,11 @@ def _map_of(queries: Compressed, keys: Compressed, values: Tensor, rules: Visibi
 
 
 def attend(queries: Compressed, keys: Compressed, values: Tensor, mask: Tensor, rules: Visibility,
-           call: CallSpec) -> tuple[Tensor, Tensor]:
+           call: CallSpec) -> tuple[Tensor, Tensor, Tensor]:
     """Block-sparse online softmax over the kept blocks (3.4, 3.5), one query block of all heads at a time.
 
-    values (B, H, k_blocks, b_k, D). Returns the output (B, H, q_blocks · b_q, D) in blocking order and pv_skipped
-    (B, H).
+    values (B, H, k_blocks, b_k, D). Returns the output (B, H, q_blocks · b_q, D) and the log-sum-exp
+    (B, H, q_blocks · b_q) in log2 units, both in blocking order, and pv_skipped (B, H).
     """
     batch, heads, q_blocks, block_q, dim = queries.tokens.shape
     block_k = values.shape[3]
@@ -230,7 +244,7 @@ def attend(queries: Compressed, keys: Compressed, values: Tensor, mask: Tensor, 
     k, v, valid = k.flatten(2, 3), v.flatten(2, 3), keys.valid.flatten(2, 3)
     pv_limit = _per_head(call.thresholds.pv_threshold, q, 4)
     tokens = torch.arange(k.shape[2], device=q.device)
-    out, skips = [], torch.zeros(batch, heads, device=q.device)
+    out, lse, skips = [], [], torch.zeros(batch, heads, device=q.device)
     for i in range(q_blocks):
         rows = torch.arange(i * block_q, (i + 1) * block_q, device=q.device)
         allowed = valid[:, :, None] & mask[:, :, i].repeat_interleave(block_k, -1)[:, :, None]
@@ -259,8 +273,9 @@ def attend(queries: Compressed, keys: Compressed, values: Tensor, mask: Tensor, 
             total = total + p.sum(-1, keepdim=True)
             acc = acc + p @ (values.sum(3) / keys.valid.sum(-1, keepdim=True).clamp(min=1) / v_scale)
         out.append(torch.where(total == 0, 0.0, acc / total * v_scale + v_centre))
+        lse.append((top + total.log2())[..., 0])
     groups = mask.sum((-2, -1)) * (block_q // ROW_GROUP)
-    return torch.cat(out, 2), (skips / groups.clamp(min=1)).float()
+    return torch.cat(out, 2), torch.cat(lse, 2), (skips / groups.clamp(min=1)).float()
 
 
 def _skipped_groups(local: Tensor, running: Tensor, limit: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from ..types import Residual
 from .block_lists import BlockLists
 from .config import AUTOTUNE_CHOICES, AttendConfig, autotune
 from .launch import HAS_DESCRIPTORS, descriptor, launch
-from .output import write_output
+from .output import Target, write_lse, write_output
 from .prepared import PreparedKeys, PreparedQueries, PreparedValues
 from .primitives import order_rows, padded_dim, threshold_of, token_strides
 from .tiles import load_channels, load_pooled, load_tile
@@ -78,7 +78,7 @@ def add_pooled_tail(
         BLOCK_Q: tl.constexpr, PADDED_D: tl.constexpr, PITCH: tl.constexpr,
         TAIL_TILE: tl.constexpr, FP8: tl.constexpr, P_SHIFT: tl.constexpr, TMA: tl.constexpr):
     """Add the skipped blocks of a row of the map to acc [BLOCK_Q, PADDED_D] and total [BLOCK_Q]: each is one key, with
-    the means of its keys and values."""
+    the means of its keys and values. Returns both with the new running maximum [BLOCK_Q]."""
     for start in range(0, k_blocks, TAIL_TILE):  # all of it, without a test for skipped blocks: loads run ahead
         k_block = start + tl.arange(0, TAIL_TILE)  # [TAIL_TILE]
         inside = k_block < k_blocks
@@ -101,21 +101,21 @@ def add_pooled_tail(
             acc = tl.fma(acc, decay, tl.dot(p.to(tl.float16), v))
         else:
             acc = acc * decay[:, None] + tl.dot(p.to(tl.float16), v)
-    return acc, total
+    return acc, total, running_max
 
 
 @triton.jit(do_not_specialize=["stride_b", "stride_h", "stride_n", "q_blocks", "k_blocks", "q_tokens", "k_tokens",
-                               "heads", "group", "order_rows", "residual_batch"])
+                               "heads", "group", "order_rows", "residual_batch", "lse_batch"])
 def _attend_kernel(
         # inputs
         q_ptr, q_scale_ptr, k_ptr, k_scale_ptr, v_ptr, v_scale_ptr, v_centre_ptr, v_block_scale_ptr, k_valid_ptr,
         k_bias_ptr, indices_ptr, counts_ptr, pooled_k_ptr, pooled_k_scale_ptr, pooled_v_ptr, tail_weight_ptr,
         order_ptr, per_head_ptr, pv_threshold, residual_ptr, residual_scale_ptr,
         # outputs
-        out_ptr, skips_ptr, made_ptr, made_scale_ptr,
+        out_ptr, lse_ptr, skips_ptr, made_ptr, made_scale_ptr,
         # sizes
         stride_b: tl.int64, stride_h: tl.int64, stride_n: tl.int64, q_blocks, k_blocks, q_tokens, k_tokens, heads,
-        group, order_rows, residual_batch,
+        group, order_rows, residual_batch, lse_batch,
         # constants
         D: tl.constexpr, PADDED_D: tl.constexpr, PITCH: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
         ALIGN: tl.constexpr, FP8: tl.constexpr, CAUSAL: tl.constexpr, SKIP_PV: tl.constexpr, ROW_GROUP: tl.constexpr,
@@ -150,6 +150,7 @@ def _attend_kernel(
     residual_ptr: int8 (B, H, q_tokens, D); residual_scale_ptr: float32 (B, H, q_tokens); or None.
     Outputs:
     out_ptr: (B, H, q_tokens, D), strides in units of ALIGN elements. Beside made_ptr it holds dense attention to read.
+    lse_ptr: float32 (B, H, q_tokens), log Σ e^s with the removed constant of K missing, or None.
     skips_ptr: int32 (B, H, q_blocks), row groups whose p · v was left out, or None.
     made_ptr, made_scale_ptr: a residual to make, dense attention less `out`; or None.
     """
@@ -232,7 +233,7 @@ def _attend_kernel(
                 acc *= v_block_scale
 
     if pooled_k_ptr is not None:
-        acc, total = add_pooled_tail(
+        acc, total, running_max = add_pooled_tail(
             acc=acc, total=total, running_max=running_max, q=q, q_scale=q_scale, pooled_k=pooled_k_ptr,
             pooled_k_scale_ptr=pooled_k_scale_ptr, pooled_v=pooled_v_ptr,
             tail_weight_ptr=tail_weight_ptr, map_row=map_row, kv_batch_head=kv_batch_head, k_blocks=k_blocks,
@@ -244,6 +245,10 @@ def _attend_kernel(
         made_scale_ptr=made_scale_ptr, kv_batch_head=kv_batch_head, batch=batch, head=head, group=group,
         order_rows=order_rows, q_places=q_places, stride_b=stride_b, stride_h=stride_h, stride_n=stride_n,
         q_tokens=q_tokens, residual_batch=residual_batch, D=D, PADDED_D=PADDED_D, ALIGN=ALIGN, INT8_MAX=INT8_MAX)
+    if lse_ptr is not None:
+        write_lse(total=total, running_max=running_max, order_ptr=order_ptr, lse_ptr=lse_ptr, batch=batch, head=head,
+                  group=group, order_rows=order_rows, q_places=q_places, q_tokens=q_tokens, lse_batch=lse_batch,
+                  P_SHIFT=P_SHIFT)
     if skips_ptr is not None:
         tl.store(skips_ptr + map_row, n_skipped)
 
@@ -254,16 +259,14 @@ def _autotuned_kernel():
     return triton.autotune(choices, key=["PADDED_D", "FP8", "CAUSAL", "SKIP_PV"])(_attend_kernel)
 
 
-def attend(queries: PreparedQueries, keys: PreparedKeys, values: PreparedValues, lists: BlockLists, out: Tensor, *,
-           residual: Residual | None, made: Residual | None, k_tokens: int, order: Tensor | None,
-           per_head: Tensor | None, pv_threshold: float, causal: bool, config: AttendConfig,
-           count_skips: bool) -> Tensor | None:
-    """Write the attention of prepared tensors into out (B, H, Nq, D), any strides with a contiguous last dimension.
-
-    residual: is added. made: takes what out, which is dense attention and stays as it is, has beyond the result.
+def attend(queries: PreparedQueries, keys: PreparedKeys, values: PreparedValues, lists: BlockLists, target: Target, *,
+           residual: Residual | None, k_tokens: int, order: Tensor | None, per_head: Tensor | None,
+           pv_threshold: float, causal: bool, config: AttendConfig, count_skips: bool) -> Tensor | None:
+    """Write the attention of prepared tensors, with the residual added, into its target.
 
     Returns int32 (B, H, q_blocks), the row groups whose P·V was skipped; None where the λ test is off or not counted.
     """
+    out, made, lse = target.out, target.residual, target.lse
     batch, heads, q_tokens, dim = out.shape
     kv_heads, k_blocks = keys.similarity.shape[1:]
     q_blocks, pitch, padded = queries.similarity.shape[2], keys.quantised.shape[-1], padded_dim(dim)
@@ -293,11 +296,12 @@ def attend(queries: PreparedQueries, keys: PreparedKeys, values: PreparedValues,
                     pooled_k_ptr=pooled_k, pooled_k_scale_ptr=keys.pooled_scale, pooled_v_ptr=pooled_v,
                     tail_weight_ptr=lists.tail, order_ptr=order, per_head_ptr=per_head, pv_threshold=pv_threshold,
                     residual_ptr=residual and residual.quantised, residual_scale_ptr=residual and residual.scale),
-        outputs=dict(out_ptr=out, skips_ptr=skips, made_ptr=made and made.quantised,
+        outputs=dict(out_ptr=out, lse_ptr=lse, skips_ptr=skips, made_ptr=made and made.quantised,
                      made_scale_ptr=made and made.scale),
         sizes=dict(stride_b=strides[0], stride_h=strides[1], stride_n=strides[2], q_blocks=q_blocks,
                    k_blocks=k_blocks, q_tokens=q_tokens, k_tokens=k_tokens, heads=heads, group=heads // kv_heads,
-                   order_rows=order_rows(order), residual_batch=stored.rows_a_batch if stored else 0),
+                   order_rows=order_rows(order), residual_batch=stored.rows_a_batch if stored else 0,
+                   lse_batch=0 if lse is None else lse.stride(0)),
         constants=dict(D=dim, PADDED_D=padded, PITCH=pitch, BLOCK_Q=block.q, BLOCK_K=block.k, ALIGN=align, FP8=fp8,
                        CAUSAL=causal, SKIP_PV=skip_pv, ROW_GROUP=ROW_GROUP, TAIL_TILE=config.tail_tile,
                        P_SHIFT=math.log2(FP8_MAX) if fp8 else 0.0, TMA=tma, INT8_MAX=INT8_MAX),

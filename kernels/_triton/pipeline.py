@@ -14,29 +14,30 @@ from .blockmap import select_blocks
 from .config import AttendConfig, attend_config
 from .given_map import lists_from_mask
 from .memory import groups_of_heads, is_short
+from .output import Target
 from .prepare_keys import prepare_keys
 from .prepare_queries import prepare_queries
-from .prepared import PreparedKeys, PreparedQueries, PreparedValues
+from .prepared import PreparedKeys, PreparedQueries, PreparedValues, SampledStatistics
 from .primitives import padded_dim
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor, call: CallSpec) -> SpargeStats | None:
-    """Write the attention of q (B, H, Nq, D), k, v (B, Hkv, Nk, D) into out like q; the statistics if asked.
+def attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, call: CallSpec) -> SpargeStats | None:
+    """Write the attention of q (B, H, Nq, D), k, v (B, Hkv, Nk, D) into out like q, and the log-sum-exp into lse,
+    float32 (B, H, Nq), if there is one; the statistics if asked.
 
     Takes the heads in groups where memory is short.
     """
-    return _in_memory(q, k, v, out, None, call)
+    return _in_memory(q, k, v, Target(out, lse=lse), call)
 
 
 def residual(q: Tensor, k: Tensor, v: Tensor, dense: Tensor, call: CallSpec) -> Residual:
     """What `dense`, attention like q, has beyond the attention of the same arguments as above."""
     made = Residual.empty(q.shape, q.device)
-    _in_memory(q, k, v, dense if dense.stride(-1) == 1 else dense.contiguous(), made, call)
+    _in_memory(q, k, v, Target(dense if dense.stride(-1) == 1 else dense.contiguous(), residual=made), call)
     return made
 
 
-def _in_memory(q: Tensor, k: Tensor, v: Tensor, out: Tensor, made: Residual | None,
-               call: CallSpec) -> SpargeStats | None:
+def _in_memory(q: Tensor, k: Tensor, v: Tensor, target: Target, call: CallSpec) -> SpargeStats | None:
     """`_attention` of all heads, together or in groups, as memory allows."""
     config, fp8 = _configure(q, call.pv_dtype)
     call.check_blocks(config.block, q.shape[2], k.shape[2])
@@ -44,15 +45,14 @@ def _in_memory(q: Tensor, k: Tensor, v: Tensor, out: Tensor, made: Residual | No
     with torch.cuda.device_of(q):  # Triton launches on the current GPU
         if not is_short(*size):
             try:
-                return _attention(q, k, v, out, made, call, config, fp8)
+                return _attention(q, k, v, target, call, config, fp8)
             except torch.OutOfMemoryError:
                 pass  # what the attempt held is free once this handler is left
         group = q.shape[1] // k.shape[1]
         stats = []
         for first, last in groups_of_heads(*size):
             of_queries, of_keys = slice(first * group, last * group), slice(first, last)
-            stats.append(_attention(q[:, of_queries], k[:, of_keys], v[:, of_keys], out[:, of_queries],
-                                    made and made.heads(of_queries.start, of_queries.stop),
+            stats.append(_attention(q[:, of_queries], k[:, of_keys], v[:, of_keys], target.heads(of_queries),
                                     call.heads(first, last, group), config, fp8))
     if not call.return_stats:
         return None
@@ -79,19 +79,23 @@ def _configure(q: Tensor, pv_dtype: str) -> tuple[AttendConfig, bool]:
     return attend_config(arch, padded_dim(q.shape[-1]), fp8), fp8
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor, made: Residual | None, call: CallSpec,
-               config: AttendConfig, fp8: bool) -> SpargeStats | None:
-    """Attention of all heads together, into out; or, where one is to be made, the residual that out has beyond it."""
+def _attention(q: Tensor, k: Tensor, v: Tensor, target: Target, call: CallSpec, config: AttendConfig,
+               fp8: bool) -> SpargeStats | None:
+    """Attention of all heads together, into its target."""
     order = _contiguous(call.order)
-    queries, keys, values, lists = _prepare(q, k, v, call, config, fp8, order)
-    skips = attend(queries, keys, values, lists, out, residual=call.residual, made=made, k_tokens=k.shape[2],
-                   order=order, per_head=call.thresholds.per_head, pv_threshold=call.thresholds.numbers[2],
-                   causal=call.causal, config=config, count_skips=call.return_stats)
+    queries, statistics, keys, values, lists = _prepare(q, k, v, call, config, fp8, order)
+    skips = attend(queries, keys, values, lists, target, residual=call.residual, k_tokens=k.shape[2], order=order,
+                   per_head=call.thresholds.per_head, pv_threshold=call.thresholds.numbers[2], causal=call.causal,
+                   config=config, count_skips=call.return_stats)
+    if target.lse is not None:
+        centre = statistics.key_centre(q.shape[-1]).repeat_interleave(q.shape[1] // k.shape[1], 1)
+        target.lse.add_(call.shared_score(q, centre))
     return _statistics(lists, skips, config.block) if call.return_stats else None
 
 
 def _prepare(q: Tensor, k: Tensor, v: Tensor | None, call: CallSpec, config: AttendConfig, fp8: bool,
-             order: Tensor | None) -> tuple[PreparedQueries, PreparedKeys, PreparedValues | None, BlockLists]:
+             order: Tensor | None) -> tuple[PreparedQueries, SampledStatistics, PreparedKeys, PreparedValues | None,
+                                            BlockLists]:
     """All that attention reads: prepared tensors and the lists of kept blocks. Without v, what the map needs alone."""
     q, k, v = (x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     bias, padding = (_contiguous(x) for x in call.bias_and_padding())
@@ -108,7 +112,7 @@ def _prepare(q: Tensor, k: Tensor, v: Tensor | None, call: CallSpec, config: Att
         lists = select_blocks(queries, keys, values, scale=scale, per_head=thresholds.per_head,
                               thresholds=thresholds.numbers, selection=thresholds.selection, causal=call.causal,
                               q_tokens=q.shape[2], block=block, pooled=pooled)
-    return queries, keys, values, lists
+    return queries, statistics, keys, values, lists
 
 
 def _statistics(lists: BlockLists, skips: Tensor | None, block: BlockShape) -> SpargeStats:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from .launch import Region
 
 
@@ -20,6 +22,11 @@ class SampledStatistics:
 
     partial: Region
     sampled: Region
+
+    def key_centre(self, dim: int) -> Tensor:
+        """The constant of K, float32 (B, Hkv, D)."""
+        sums, count = self.partial.tensor()[:, :, :, 0, :dim].sum(2), self.sampled.tensor().sum(2)
+        return sums / count.clamp(min=1)[..., None]
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ CALLS = {
     "causal, other layout": dict(causal=True, layout="BNHD", return_stats=True),
     "tensors and ranges": dict(key_padding_mask=torch.arange(200).expand(2, -1) > 150, order=torch.arange(200).flip(0),
                                sink_keys=[(0, 7), (90, 95)], dense_queries=[(3, 4)], skipped="pooled"),
+    "log-sum-exp": dict(return_stats=True, return_lse=True, layout="BNHD"),
     "residual": dict(residual=Residual.of(torch.ones(2, 4, 200, 16))),
 }
 
@@ -36,8 +37,8 @@ def test_equals_eager(call):
         result = sparge_attention(q * 2, k, v, **call)
         if not call.get("return_stats"):
             return (result + 1,)
-        out, stats = result
-        return out + 1, stats.kept, stats.sparsity, stats.pv_skipped
+        out, stats, *lse = result
+        return out + 1, stats.kept, stats.sparsity, stats.pv_skipped, *lse
 
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager")(q, k, v)
     for seen, expected in zip(compiled, block(q, k, v), strict=True):

@@ -25,7 +25,7 @@ def launch(n=1000, heads=4, batch=1, tau=0.9, theta=0.5, scale=None, everything=
                     order=torch.zeros(n, dtype=torch.int32), sink_keys=[(0, 1)], dense_queries=[(0, 1)],
                     skipped="pooled")
     thresholds = Thresholds("cdf", (tau, theta, float("inf")), per_head)
-    pipeline.attention(q, k, k, torch.empty_like(q),
+    pipeline.attention(q, k, k, torch.empty_like(q), None,
                        CallSpec(thresholds, scale=scale, pv_dtype="fp16", return_stats=True, **call))
 
 

@@ -61,10 +61,11 @@ def compile_calls(arch: str, dims, dtypes, thin: bool = False):
         dim, switch = dims[i], switches[j]
         q = torch.zeros(1, 2, 256, dim, dtype=dtype)
         switch = replace(switch, pv_dtype=pv_dtype, return_stats=True)
-        pipeline.attention(q, q, q, torch.empty_like(q), switch)
+        pipeline.attention(q, q, q, torch.empty_like(q), None, switch)
         if j == 0:
             added = Residual.empty(q.shape, q.device)
-            pipeline.attention(q, q, q, torch.empty_like(q), replace(switch, residual=added))
+            lse = torch.empty(q.shape[:3], dtype=torch.float32)
+            pipeline.attention(q, q, q, torch.empty_like(q), lse, replace(switch, residual=added))
             pipeline.residual(q, q, q, torch.empty_like(q), switch)
         call = dict(dim=dim, dtype=str(dtype), pv_dtype=pv_dtype, causal=switch.causal, skipped=switch.skipped,
                     skip_pv=switch.thresholds is skipping)
