@@ -50,10 +50,10 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, *, per_head: Tensor | None, thre
 def _fake_attention(q: Tensor, k: Tensor, v: Tensor, *, return_stats: bool, layout: str, return_lse: bool = False,
                     **fields) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, heads, tokens = (q.shape[layout.index(axis)] for axis in "BHN")
-    shapes = [(batch, heads), (batch, heads)] if return_stats else [(0,), (0,)]
-    shapes.append((batch, heads, tokens) if return_lse else (0,))
-    return (torch.empty(q.shape, dtype=q.dtype, device=q.device),
-            *(q.new_empty(shape, dtype=torch.float32) for shape in shapes))
+    kept, pv_skipped = (q.new_empty((batch, heads), dtype=torch.float32) if return_stats else _nothing(q)
+                        for _ in range(2))
+    lse = q.new_empty((batch, heads, tokens), dtype=torch.float32) if return_lse else _nothing(q)
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device), kept, pv_skipped, lse
 
 
 def _nothing(q: Tensor) -> Tensor:
