@@ -6,7 +6,8 @@ WAN22 = f"{HUB}/Comfy-Org/Wan_2.2_ComfyUI_Repackaged/resolve/main/split_files"
 HUNYUAN = f"{HUB}/Comfy-Org/HunyuanVideo_1.5_repackaged/resolve/main/split_files"
 MOCHI = f"{HUB}/Comfy-Org/mochi_preview_repackaged/resolve/main/split_files"
 VIDEO = {"selection.cdf_threshold": 0.98}
-NARROW = 480, 800  # size of a report where an example has many columns
+# Where an example has many columns, its report has a smaller size, and all that follows stands below it.
+NARROW, LOW = (480, 800), (280, 0)
 PROMPT = "A red fox trots through fresh snow between tall pines, low winter sun, the camera follows at its side"
 
 
@@ -48,7 +49,7 @@ def _wan22(graph, kind, positive, negative, latent, vae):
             cfg=3.5, sampler_name="euler", scheduler="simple", start_at_step=10 if low else 0,
             end_at_step=10000 if low else 10, return_with_leftover_noise="disable" if low else "enable")
     report = graph.report(model, latents, "21", title="SpargeAttn Report (low noise)", size=NARROW)
-    graph.save_video(graph.decode(report, vae, column=4), 16, 4)
+    graph.save_video(graph.decode(report, vae, column=4), 16, 4, size=LOW)
 
 
 _WAN22_ABOUT = ("Both experts get their own Apply SpargeAttn. start_percent counts over the whole schedule, so it "
@@ -166,7 +167,7 @@ def tune_and_save():
         "model": model, "positive": positive, "negative": negative, "latent_image": latent}, seed=SEED + 1,
         scheduler="simple", **settings)
     report = graph.report(model, samples, "15", size=NARROW)
-    graph.save_video(graph.decode(report, vae, column=4), 16, 4)
+    graph.save_video(graph.decode(report, vae, column=4), 16, 4, size=LOW)
     return graph
 
 
