@@ -97,6 +97,15 @@ def test_search_for_the_name_finds_every_node(editor, screenshot):
     assert set(found[:len(wanted)]) == wanted
 
 
+# Titles of the nodes that reach into the place of the line that Apply SpargeAttn shows once it runs.
+IN_THE_WAY = """() => app.graph._nodes.filter(node => node.type === 'ApplySpargeAttn').flatMap(apply => {
+    const [left, top] = apply.pos, title = 30, line = 58
+    const right = left + apply.size[0], bottom = top + apply.computeSize()[1] + line
+    return app.graph._nodes.filter(node => node !== apply && node.pos[0] < right && node.pos[0] + node.size[0] > left &&
+                                   node.pos[1] > top && node.pos[1] - title < bottom).map(node => node.title)
+})"""
+
+
 @pytest.mark.parametrize("name", WORKFLOWS)
 def test_example_opens_from_the_template_browser(editor, name, screenshot):
     editor.run("() => app.extensionManager.command.execute('Comfy.BrowseTemplates')")
@@ -118,6 +127,9 @@ def test_example_opens_from_the_template_browser(editor, name, screenshot):
     assert "Missing" not in text and "missing" not in text, text
     assert not editor.run("() => app.graph._nodes.filter(node => node.has_errors || !node.constructor.nodeData && "
                           "node.type !== 'MarkdownNote').map(node => node.type)")
+    assert not editor.run(IN_THE_WAY)
+    report = editor.run("() => [...app.graph._nodes.find(node => node.type === 'SpargeAttnReport').size]")
+    assert report[0] >= 480 and report[1] >= 800  # its picture is readable
     _, prompt = editor.export()
     assert prompt == json.loads((PROMPTS / f"{name}.json").read_text(encoding="utf-8"))
     editor.clear()
