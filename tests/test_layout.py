@@ -78,10 +78,19 @@ def test_words_of_a_report_do_not_import_its_pictures():
         assert not any(within(target, ".nodes.report.page") for target in MODULES[name])
 
 
+def project():
+    """pyproject.toml; skips the test where Python can't read it."""
+    return pytest.importorskip("tomllib").loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def test_readme_clones_the_repository():
+    address = project()["project"]["urls"]["Repository"]
+    assert f"git clone {address}\n" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
 def test_packages_are_those_that_exist():
-    project = pytest.importorskip("tomllib").loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     packages = [module_name(path) for part in PARTS for path in (ROOT / part).rglob("__init__.py")]
-    assert sorted(project["tool"]["setuptools"]["packages"]) == sorted(
+    assert sorted(project()["tool"]["setuptools"]["packages"]) == sorted(
         ["comfyui_spargeattn", *(f"comfyui_spargeattn.{name}" for name in packages)])
 
 

@@ -22,8 +22,9 @@ def browser():
 class Editor:
     """The editor at `url` in a page of its own; `errors` collects what its console reports as an error."""
 
-    def __init__(self, browser, url, locale="en", width=1600, height=1000):
-        self.context = browser.new_context(viewport={"width": width, "height": height}, locale=locale)
+    def __init__(self, browser, url, locale="en", width=1600, height=1000, density=1):
+        self.context = browser.new_context(viewport={"width": width, "height": height}, locale=locale,
+                                           device_scale_factor=density)
         self.page = self.context.new_page()
         self.page.set_default_timeout(PATIENCE)
         self.errors = []

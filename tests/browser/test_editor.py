@@ -68,8 +68,9 @@ def test_loads_without_an_error_of_this_pack(editor, server, screenshot):
     assert "IMPORT FAILED" not in server.log() and "Error while calling comfy_entrypoint" not in server.log()
 
 
-@pytest.mark.parametrize("words", ("sage attention", "sparse attention", "block sparse", "faster attention", "speed up",
-                                   "accelerate", "SpargeAttention", "加速", "稀疏注意力"))
+@pytest.mark.parametrize("words", ("sparg", "sparge", "spargeattn", "attention sparge", "sage attention",
+                                   "sparse attention", "block sparse", "faster attention", "speed up", "accelerate",
+                                   "SpargeAttention", "加速", "稀疏注意力"))
 def test_search_lists_apply_first(editor, words, screenshot):
     """Enter adds the first one."""
     found = editor.search(words, ["Apply SpargeAttn"])
@@ -78,13 +79,31 @@ def test_search_lists_apply_first(editor, words, screenshot):
     assert found[0] == "Apply SpargeAttn"
 
 
-def test_search_for_the_name_finds_every_node(editor, screenshot):
-    """The editor puts the four whose ids begin with it before Apply."""
-    wanted = [translations("en")[node]["display_name"] for node in NODES]
-    found = editor.search("sparge", wanted)
-    screenshot(editor, "search_sparge")
+@pytest.mark.parametrize("words, node", (
+    ("tune", "SpargeAttnTune"), ("tune sparge", "SpargeAttnTune"), ("sparge report", "SpargeAttnReport"),
+    ("save sparge", "SpargeAttnSaveParams"), ("SpargeAttnLoadParams", "SpargeAttnLoadParams")))
+def test_search_still_lists_the_others_first_where_they_are_meant(editor, words, node):
+    title = translations("en")[node]["display_name"]
+    found = editor.search(words, [title])
     editor.close_dialogs()
-    assert set(found[:len(wanted)]) == set(wanted)
+    assert found[0] == title
+
+
+def test_search_for_the_name_finds_every_node(editor, screenshot):
+    wanted = {translations("en")[node]["display_name"] for node in NODES + DEMO_NODES}
+    found = editor.search("sparge", list(wanted))
+    screenshot(editor, "search_every_node")
+    editor.close_dialogs()
+    assert set(found[:len(wanted)]) == wanted
+
+
+# Titles of the nodes that reach into the place of the line that Apply SpargeAttn shows once it runs.
+IN_THE_WAY = """() => app.graph._nodes.filter(node => node.type === 'ApplySpargeAttn').flatMap(apply => {
+    const [left, top] = apply.pos, title = 30, line = 58
+    const right = left + apply.size[0], bottom = top + apply.computeSize()[1] + line
+    return app.graph._nodes.filter(node => node !== apply && node.pos[0] < right && node.pos[0] + node.size[0] > left &&
+                                   node.pos[1] > top && node.pos[1] - title < bottom).map(node => node.title)
+})"""
 
 
 @pytest.mark.parametrize("name", WORKFLOWS)
@@ -108,6 +127,9 @@ def test_example_opens_from_the_template_browser(editor, name, screenshot):
     assert "Missing" not in text and "missing" not in text, text
     assert not editor.run("() => app.graph._nodes.filter(node => node.has_errors || !node.constructor.nodeData && "
                           "node.type !== 'MarkdownNote').map(node => node.type)")
+    assert not editor.run(IN_THE_WAY)
+    report = editor.run("() => [...app.graph._nodes.find(node => node.type === 'SpargeAttnReport').size]")
+    assert report[0] >= 480 and report[1] >= 800  # its picture is readable
     _, prompt = editor.export()
     assert prompt == json.loads((PROMPTS / f"{name}.json").read_text(encoding="utf-8"))
     editor.clear()

@@ -17,6 +17,7 @@ from comfyui_spargeattn.nodes.demo.words import prompt
 from . import pictures
 from .compare import dense_share, generate, probe, psnr
 from .model import WEIGHTS, load
+from .progress import ProgressLine
 
 HERE = Path(__file__).parent
 START_PERCENT = 0.2  # the node's default: the first steps lay out the picture and stay dense
@@ -66,15 +67,19 @@ def main() -> None:
         def run(*what):
             return generate(model, *what)
 
+    line, runs = ProgressLine(1 + len(params), steps), []
     if gpu:  # compile and warm up outside the timed runs
+        line.show("compiling the kernels")
         for p in [None, params[0]]:
             run("warm-up", p, words, grid, 2, args.seed, 0)
-    dense = run("dense", None, words, grid, steps, args.seed, first)
-    runs = [dense]
-    for name, p in zip(names, params):
-        runs.append(run(name, p, words, grid, steps, args.seed, first))
-        runs[-1].psnr = psnr(runs[-1].latent, dense.latent)
+    for name, p in zip(["dense", *names], [None, *params]):
+        line.begin(name)
+        runs.append(run(name, p, words, grid, steps, args.seed, first, line.step))
+        runs[-1].psnr = psnr(runs[-1].latent, runs[0].latent)
+    line.show("comparing single calls")
+    dense = runs[0]
     errors, maps = probe(model, words, dense.latent, params)
+    line.show("")
     for one, error in zip(runs[1:], errors):
         one.l1 = error
 

@@ -65,12 +65,16 @@ class Attention:
 
 
 def generate(model, name: str, params: SpargeParams | None, prompt: Tensor, grid: tuple[int, int, int], steps: int,
-             seed: int, dense_steps: int) -> Run:
-    """Sample one clip of token grid (T, h, w); ``params`` None is dense attention."""
+             seed: int, dense_steps: int, after_step=None) -> Run:
+    """Sample one clip of token grid (T, h, w); ``params`` None is dense attention.
+
+    ``after_step(n)``, if given, is called when n steps have been taken, on a GPU when they have been launched.
+    """
     attention = model.attention = Attention(params, dense_steps)
     latent_grid = (grid[0], 2 * grid[1], 2 * grid[2])
     start = time.perf_counter()
-    latent = sample(model, prompt[None], latent_grid, steps, seed, before_step=attention.enter_step)[0].cpu()
+    latent = sample(model, prompt[None], latent_grid, steps, seed, before_step=attention.enter_step,
+                    after_step=after_step)[0].cpu()
     seconds = time.perf_counter() - start
     kept = torch.stack(attention.kept).mean().item() if attention.kept else 1.0
     return Run(name, latent, seconds, attention.seconds(), kept)

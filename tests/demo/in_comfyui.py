@@ -45,7 +45,7 @@ class ComfyUI:
         self.model = comfy.sd.load_diffusion_model(str(checkpoint))
 
     def generate(self, name: str, params, prompt: Tensor, grid: tuple[int, int, int], steps: int, seed: int,
-                 start_percent: float) -> Run:
+                 start_percent: float, after_step=None) -> Run:
         """Like ``compare.generate``. The time of attention is not taken: ComfyUI's own timing stays undisturbed."""
         import comfy.sample
 
@@ -60,6 +60,7 @@ class ComfyUI:
         condition = [[encode(prompt[None]), {}]]
         start = time.perf_counter()
         latent = comfy.sample.sample(model, noise, steps, 1.0, "euler", "simple", condition, condition,
-                                     torch.zeros(shape), seed=seed, disable_pbar=True)
+                                     torch.zeros(shape), seed=seed, disable_pbar=True,
+                                     callback=after_step and (lambda step, *_: after_step(step + 1)))
         seconds = time.perf_counter() - start
         return Run(name, model.model.process_latent_in(latent)[0].float(), seconds, None, self.report.kept)

@@ -20,11 +20,11 @@ def shifted(u, shift: float = SHIFT):
 
 @torch.no_grad()
 def sample(model, prompts: Tensor, grid: tuple[int, int, int], steps: int = 20, seed: int = 0, cfg: float = 1.0,
-           before_step=None) -> Tensor:
+           before_step=None, after_step=None) -> Tensor:
     """Latents (B, 16, T, H, W) in fp32 for prompts (B, 11).
 
-    The CPU draws the noise, so that a seed gives the same clip on every device. ``before_step(i)``, if given, is called
-    ahead of each step.
+    The CPU draws the noise, so that a seed gives the same clip on every device. ``before_step(i)`` and
+    ``after_step(i + 1)``, if given, are called around step i.
     """
     weight = model.head.head.weight
     context = encode(prompts).to(weight.device, weight.dtype)
@@ -44,6 +44,8 @@ def sample(model, prompts: Tensor, grid: tuple[int, int, int], steps: int = 20, 
             empty = velocity(torch.zeros_like(context), level)
             v = empty + cfg * (v - empty)
         x = x + (following - level) * v
+        if after_step is not None:
+            after_step(i + 1)
     return x
 
 

@@ -23,18 +23,19 @@ class Example:
     nodes: dict[str, dict] = field(default_factory=dict)
     groups: dict[str, str] = field(default_factory=dict)  # colour of each title, in the order of the first node
 
-    def add(self, key, kind, column, links=None, /, *, models=(), title=None, group=None, **widgets):
+    def add(self, key, kind, column, links=None, /, *, models=(), title=None, group=None, size=None, **widgets):
         """Add a node; `__` in a widget's name stands for a dot. Returns its first output.
 
         group: (title, colour) of the one that the node stands in; by default that of its column.
+        size: least (width, height), in place of what its type has.
         """
         links = {name: list(source) for name, source in (links or {}).items()}
         widgets = {name.replace("__", "."): value for name, value in widgets.items()}
         group, colour = group or GROUPS[column // 2]
         self.groups.setdefault(group, colour)
         files = [{"name": url.rsplit("/", 1)[1], "url": url, "directory": folder} for folder, url in models]
-        self.nodes[key] = {"key": key, "type": kind, "title": title, "column": column, "group": group, "links": links,
-                           "widgets": widgets, "models": files}
+        self.nodes[key] = {"key": key, "type": kind, "title": title, "column": column, "group": group, "size": size,
+                           "links": links, "widgets": widgets, "models": files}
         return key, 0
 
     @property
@@ -73,24 +74,27 @@ class Example:
         return (self.add("positive", "CLIPTextEncode", 1, {"clip": clip}, title="Prompt", text=positive),
                 self.add("negative", "CLIPTextEncode", 1, {"clip": clip}, title="Negative prompt", text=negative))
 
-    def sparge(self, model, key="sparge", **widgets):
-        return self.add(key, "ApplySpargeAttn", 2, {"model": model}, **widgets)
+    def sparge(self, model, key="sparge", column=2, **widgets):
+        return self.add(key, "ApplySpargeAttn", column, {"model": model}, **widgets)
 
-    def sample(self, model, positive, negative, latent, key="sampler", title=None, **widgets):
+    def sample(self, model, positive, negative, latent, key="sampler", column=2, title=None, **widgets):
         widgets = {"seed": SEED, "sampler_name": "euler", "scheduler": "simple", **widgets}
-        return self.add(key, "KSampler", 2, {"model": model, "positive": positive, "negative": negative,
-                                             "latent_image": latent}, title=title, **widgets)
+        return self.add(key, "KSampler", column, {"model": model, "positive": positive, "negative": negative,
+                                                  "latent_image": latent}, title=title, **widgets)
 
-    def report(self, model, latent, key="report", **place):
-        """Its output is the sampler's latent, so that nodes after it need no second link to the sampler."""
-        return self.add(key, "SpargeAttnReport", 4, {"model": model, "samples": latent}, **place)
+    def report(self, model, latent, block="", **place):
+        """Its output is the sampler's latent, so that nodes after it need no second link to the sampler.
+
+        block: whose block map is shown: one from the middle of the model, since the first ones skip little or nothing.
+        """
+        return self.add("report", "SpargeAttnReport", 4, {"model": model, "samples": latent}, block=block, **place)
 
     def decode(self, latent, vae, key="decode", column=5, **place):
         return self.add(key, "VAEDecode", column, {"samples": latent, "vae": vae}, **place)
 
-    def save_video(self, images, fps, column=5):
+    def save_video(self, images, fps, column=5, **place):
         video = self.add("video", "CreateVideo", column, {"images": images}, fps=fps)
-        self.add("save", "SaveVideo", column, {"video": video}, filename_prefix=f"video/{self.name}")
+        self.add("save", "SaveVideo", column, {"video": video}, filename_prefix=f"video/{self.name}", **place)
 
     def save_image(self, images):
         self.add("save", "SaveImage", 5, {"images": images}, filename_prefix=self.name)

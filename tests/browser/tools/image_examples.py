@@ -1,5 +1,5 @@
 """Example workflows that make pictures."""
-from .example import FLUX_TEXT, GREEN, GREY, HUB, Example
+from .example import FLUX_TEXT, GREY, HUB, Example
 
 QWEN = f"{HUB}/Comfy-Org/Qwen-Image_ComfyUI/resolve/main/split_files"
 FLUX_VAE = f"{HUB}/Comfy-Org/Lumina_Image_2.0_Repackaged/resolve/main/split_files/vae/ae.safetensors"
@@ -24,7 +24,7 @@ def flux_dev():
     latent = graph.add("latent", "EmptySD3LatentImage", 1, width=1024, height=1024)
     model = graph.sparge(model, **IMAGE, dense_blocks="0")
     samples = graph.sample(model, guided, negative, latent, steps=20, cfg=1.0)
-    graph.save_image(graph.decode(graph.report(model, samples), vae))
+    graph.save_image(graph.decode(graph.report(model, samples, "single:19"), vae))
     return graph
 
 
@@ -44,7 +44,7 @@ def flux_kontext():
     negative = graph.add("negative", "ConditioningZeroOut", 1, {"conditioning": positive})
     model = graph.sparge(model, **IMAGE, dense_blocks="0")
     samples = graph.sample(model, guided, negative, encoded, steps=20, cfg=1.0)
-    graph.save_image(graph.decode(graph.report(model, samples), vae))
+    graph.save_image(graph.decode(graph.report(model, samples, "single:19"), vae))
     return graph
 
 
@@ -58,7 +58,7 @@ def sd35():
     latent = graph.add("latent", "EmptySD3LatentImage", 1, width=1024, height=1024)
     model = graph.sparge(model, **IMAGE)
     samples = graph.sample(model, positive, negative, latent, steps=20, cfg=4.0, scheduler="sgm_uniform")
-    graph.save_image(graph.decode(graph.report(model, samples), vae))
+    graph.save_image(graph.decode(graph.report(model, samples, "19"), vae))
     return graph
 
 
@@ -74,7 +74,7 @@ def qwen_image():
     shifted = graph.add("shift", "ModelSamplingAuraFlow", 1, {"model": model}, shift=3.1)
     model = graph.sparge(shifted, **IMAGE, start_percent=0.3, dense_blocks="0, 1")
     samples = graph.sample(model, positive, negative, latent, steps=20, cfg=4.0)
-    graph.save_image(graph.decode(graph.report(model, samples), vae))
+    graph.save_image(graph.decode(graph.report(model, samples, "30"), vae))
     return graph
 
 
@@ -87,13 +87,14 @@ def sdxl():
                                         "sd_xl_base_1.0.safetensors")
     positive, negative = graph.prompts(clip, PICTURE, "text, watermark")
     latent = graph.add("latent", "EmptyLatentImage", 1, width=1024, height=1024)
-    first_pass, second_pass = ("First pass, dense", GREY), ("SpargeAttn", GREEN)
-    first = graph.sample(model, positive, negative, latent, steps=25, cfg=7.0, scheduler="karras",
-                         sampler_name="dpmpp_2m", title="First pass, dense", group=first_pass)
-    larger = graph.add("larger", "LatentUpscaleBy", 2, {"samples": first}, upscale_method="bislerp", scale_by=2.0,
+    first_pass = "First pass, dense", GREY
+    settings = {"cfg": 7.0, "sampler_name": "dpmpp_2m", "scheduler": "karras"}
+    first = graph.sample(model, positive, negative, latent, "sampler", 0, "First pass, dense", steps=25,
+                         group=first_pass, **settings)
+    larger = graph.add("larger", "LatentUpscaleBy", 1, {"samples": first}, upscale_method="bislerp", scale_by=2.0,
                        group=first_pass)
-    model = graph.sparge(model, **IMAGE, start_percent=0.0, group=second_pass)
-    samples = graph.sample(model, positive, negative, larger, "second", "Second pass, sparse", steps=20, cfg=7.0,
-                           group=second_pass, scheduler="karras", sampler_name="dpmpp_2m", denoise=0.5)
-    graph.save_image(graph.decode(graph.report(model, samples), vae))
+    model = graph.sparge(model, **IMAGE, start_percent=0.0)
+    samples = graph.sample(model, positive, negative, larger, "second", 2, "Second pass, sparse", steps=20,
+                           denoise=0.5, **settings)
+    graph.save_image(graph.decode(graph.report(model, samples, "output:4"), vae))
     return graph

@@ -11,9 +11,11 @@ BETWEEN_NODES, BETWEEN_COLUMNS, BETWEEN_GROUPS = 25, 30, 30
 PADDING, GROUP_TITLE = 15, 45
 # Least width and height of a node; what shows pictures or text needs more than its widgets.
 LEAST = {"MarkdownNote": (320, 320), "CLIPTextEncode": (300, 150), "ApplySpargeAttn": (320, 0),
-         "SpargeAttnReport": (350, 560), "LoadImage": (280, 330), "SaveImage": (280, 300), "PreviewImage": (280, 300),
-         "SaveAnimatedWEBP": (420, 330)}
+         "SpargeAttnReport": (540, 900), "LoadImage": (280, 330), "SaveImage": (280, 300), "PreviewImage": (280, 300),
+         "SaveVideo": (280, 270)}
 LEAST_WIDTH = 280
+# What a node shows below its widgets once it runs: a line of text, and a picture of the search.
+SHOWN = {"ApplySpargeAttn": 75, "SpargeAttnTune": 75 + 240}
 
 
 class Box(NamedTuple):
@@ -23,10 +25,10 @@ class Box(NamedTuple):
     height: float
 
 
-def node_size(kind, computed):
-    """Width and height of a node of that type, which asks for `computed`."""
-    width, height = LEAST.get(kind, (LEAST_WIDTH, 0))
-    return max(width, computed[0]), max(height, computed[1])
+def node_size(kind, computed, least=None):
+    """Width and height of a node of that type, which asks for `computed`; least: in place of what its type has."""
+    width, height = least or LEAST.get(kind, (LEAST_WIDTH, 0))
+    return max(width, computed[0]), max(height, computed[1] + SHOWN.get(kind, 0))
 
 
 def arrange(nodes, sizes):

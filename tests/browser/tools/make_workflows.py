@@ -93,10 +93,12 @@ PLACE = """({places, groups}) => {
 def build(editor, example):
     """Build the example in the editor, the note last; returns its groups: (title, colour, box)."""
     nodes = {**example.nodes, NOTE: {"key": NOTE, "type": "MarkdownNote", "column": 0, "group": GROUPS[0][0],
-                                     "links": {}, "widgets": {"text": example.note}, "models": [], "title": "Read me"}}
+                                     "links": {}, "widgets": {"text": example.note}, "models": [], "size": None,
+                                     "title": "Read me"}}
     computed = editor.run(BUILD, list(nodes.values()))
     first = {NOTE: nodes[NOTE], **example.nodes}  # the note stands above all others
-    places, boxes = arrange(first, {key: node_size(node["type"], computed[key]) for key, node in nodes.items()})
+    places, boxes = arrange(first, {key: node_size(node["type"], computed[key], node["size"])
+                                    for key, node in nodes.items()})
     groups = [(title, colour, boxes[title]) for title, colour in example.groups.items()]
     editor.run(PLACE, {"places": places, "groups": groups})
     editor.page.wait_for_timeout(500)
@@ -122,13 +124,14 @@ def make(editor, server, example):
 
 def sample(server, prompt):
     """A picture of the clips that the demo makes."""
-    entry, _ = server.run(prompt, 600)
-    saved, report = (next(entry["outputs"][key] for key, node in prompt.items() if node["class_type"] == kind)
-                   for kind in ("SaveAnimatedWEBP", "SpargeAttnReport"))
-    animation = Image.open(server.base / "output" / saved["images"][0]["filename"])
-    animation.seek(animation.n_frames // 2)
-    skipped = re.search(r"[\d.]+%", report["text"][0])[0]
-    return thumbnail.captioned(animation.convert("RGB"), ("dense", f"SpargeAttn, {skipped} skipped"))
+    stitch, report = (next(key for key, node in prompt.items() if node["class_type"] == kind)
+                      for kind in ("ImageStitch", "SpargeAttnReport"))
+    preview = {"class_type": "PreviewImage", "inputs": {"images": [stitch, 0]}}
+    outputs = server.run({**prompt, "preview": preview}, 600)[0]["outputs"]
+    pictures, text = outputs["preview"]["images"], outputs[report]["text"][0]
+    picture = Image.open(server.base / "temp" / pictures[len(pictures) // 2]["filename"])
+    skipped = re.search(r"[\d.]+%", text)[0]
+    return thumbnail.captioned(picture.convert("RGB"), ("dense", f"SpargeAttn, {skipped} skipped"))
 
 
 def main(names):

@@ -6,6 +6,8 @@ WAN22 = f"{HUB}/Comfy-Org/Wan_2.2_ComfyUI_Repackaged/resolve/main/split_files"
 HUNYUAN = f"{HUB}/Comfy-Org/HunyuanVideo_1.5_repackaged/resolve/main/split_files"
 MOCHI = f"{HUB}/Comfy-Org/mochi_preview_repackaged/resolve/main/split_files"
 VIDEO = {"selection.cdf_threshold": 0.98}
+# Where an example has many columns, its report has a smaller size, and all that follows stands below it.
+NARROW, LOW = (480, 800), (280, 0)
 PROMPT = "A red fox trots through fresh snow between tall pines, low winter sun, the camera follows at its side"
 
 
@@ -27,31 +29,32 @@ def wan21_text_to_video():
     shifted, vae, positive, negative, latent = _wan21(graph)
     model = graph.sparge(shifted, **VIDEO, dense_blocks="0")
     samples = graph.sample(model, positive, negative, latent, steps=30, cfg=6.0, sampler_name="uni_pc")
-    graph.save_video(graph.decode(graph.report(model, samples), vae), 16)
+    graph.save_video(graph.decode(graph.report(model, samples, "15"), vae), 16)
     return graph
 
 
 def _wan22(graph, kind, positive, negative, latent, vae):
-    """Both experts of Wan 2.2 14B, each with its own Apply SpargeAttn and report."""
+    """Both experts of Wan 2.2 14B, each with its own Apply SpargeAttn."""
     latents = latent
-    for key, low in (("high", False), ("low", True)):
+    for column, (key, low) in enumerate((("high", False), ("low", True)), 2):
         expert = f"Expert for {key} noise", GREEN
         model = graph.diffusion_model(
             f"{WAN22}/diffusion_models/wan2.2_{kind}_{key}_noise_14B_fp8_scaled.safetensors", key)
-        shifted = graph.add(f"shift_{key}", "ModelSamplingSD3", 2, {"model": model}, shift=8.0, group=expert)
-        model = graph.sparge(shifted, f"sparge_{key}", title=f"Apply SpargeAttn ({key} noise)", group=expert, **VIDEO,
-                             dense_blocks="0")
-        latents = graph.add(f"sampler_{key}", "KSamplerAdvanced", 3, {
+        shifted = graph.add(f"shift_{key}", "ModelSamplingSD3", column, {"model": model}, shift=8.0, group=expert)
+        model = graph.sparge(shifted, f"sparge_{key}", column, title=f"Apply SpargeAttn ({key} noise)", group=expert,
+                             **VIDEO, dense_blocks="0")
+        latents = graph.add(f"sampler_{key}", "KSamplerAdvanced", column, {
             "model": model, "positive": positive, "negative": negative, "latent_image": latents}, group=expert,
             title=f"{key.capitalize()} noise", add_noise="disable" if low else "enable", noise_seed=SEED, steps=20,
             cfg=3.5, sampler_name="euler", scheduler="simple", start_at_step=10 if low else 0,
             end_at_step=10000 if low else 10, return_with_leftover_noise="disable" if low else "enable")
-        latents = graph.report(model, latents, f"report_{key}", group=expert)
-    graph.save_video(graph.decode(latents, vae), 16)
+    report = graph.report(model, latents, "21", title="SpargeAttn Report (low noise)", size=NARROW)
+    graph.save_video(graph.decode(report, vae, column=4), 16, 4, size=LOW)
 
 
 _WAN22_ABOUT = ("Both experts get their own Apply SpargeAttn. start_percent counts over the whole schedule, so it "
-                "keeps the first steps of the high-noise expert dense and has no effect on the other one.")
+                "keeps the first steps of the high-noise expert dense and has no effect on the other one. The report "
+                "is of the low-noise expert; each Apply SpargeAttn shows on itself what its expert skipped.")
 
 
 def wan22_text_to_video():
@@ -90,7 +93,7 @@ def hunyuan_video():
     shifted = graph.add("shift", "ModelSamplingSD3", 1, {"model": model}, shift=7.0)
     model = graph.sparge(shifted, **VIDEO, dense_blocks="0, 1")
     samples = graph.sample(model, positive, negative, latent, steps=20, cfg=6.0)
-    graph.save_video(graph.decode(graph.report(model, samples), vae), 24)
+    graph.save_video(graph.decode(graph.report(model, samples, "27"), vae), 24)
     return graph
 
 
@@ -105,7 +108,7 @@ def mochi():
     latent = graph.add("latent", "EmptyMochiLatentVideo", 1, width=848, height=480, length=163)
     model = graph.sparge(model, **VIDEO)
     samples = graph.sample(model, positive, negative, latent, steps=30, cfg=4.5)
-    graph.save_video(graph.decode(graph.report(model, samples), vae), 24)
+    graph.save_video(graph.decode(graph.report(model, samples, "24"), vae), 24)
     return graph
 
 
@@ -124,7 +127,7 @@ def ltx_video():
     samples = graph.add("sampler", "SamplerCustom", 2, {
         "model": model, "positive": ("conditioning", 0), "negative": ("conditioning", 1), "sampler": sampler,
         "sigmas": sigmas, "latent_image": latent}, add_noise=True, noise_seed=SEED, cfg=3.0)
-    graph.save_video(graph.decode(graph.report(model, samples), vae), 25)
+    graph.save_video(graph.decode(graph.report(model, samples, "14"), vae), 25)
     return graph
 
 
@@ -134,13 +137,12 @@ def compare():
                     "SpargeAttn. Both clips are saved as one.")
     shifted, vae, positive, negative, latent = _wan21(graph)
     settings = {"steps": 30, "cfg": 6.0, "sampler_name": "uni_pc"}
-    dense_branch, sparse_branch = ("Dense attention", GREY), ("SpargeAttn", GREEN)
-    sparse_model = graph.sparge(shifted, **VIDEO, dense_blocks="0", group=sparse_branch)
-    dense = graph.sample(shifted, positive, negative, latent, "dense", "Dense", group=dense_branch, **settings)
-    sparse = graph.sample(sparse_model, positive, negative, latent, "sparse", "Sparse", group=sparse_branch, **settings)
-    left = graph.decode(dense, vae, "decode_dense", 4, group=dense_branch)
-    report = graph.report(sparse_model, sparse, group=sparse_branch)
-    right = graph.decode(report, vae, "decode_sparse", 4, group=sparse_branch)
+    dense_branch = "Dense attention", GREY
+    dense = graph.sample(shifted, positive, negative, latent, "dense", 0, "Dense", group=dense_branch, **settings)
+    left = graph.decode(dense, vae, "decode_dense", 1, group=dense_branch)
+    sparse_model = graph.sparge(shifted, **VIDEO, dense_blocks="0")
+    sparse = graph.sample(sparse_model, positive, negative, latent, "sparse", 2, "Sparse", **settings)
+    right = graph.decode(graph.report(sparse_model, sparse, "15"), vae, "decode_sparse")
     both = graph.add("both", "ImageStitch", 5, {"image1": left, "image2": right}, direction="right",
                      match_image_size=True, spacing_width=8, spacing_color="white")
     graph.save_video(both, 16)
@@ -154,17 +156,18 @@ def tune_and_save():
                     "takes the place of the tuning node, and others can use your file.")
     shifted, vae, positive, negative, latent = _wan21(graph)
     settings = {"steps": 30, "cfg": 6.0, "sampler_name": "uni_pc"}
-    tuning = "Tune once", GREY
+    tuning, found = ("Tune once", GREY), ("What was found", GREY)
     tuned = graph.add("tune", "SpargeAttnTune", 2, {
         "model": shifted, "positive": positive, "negative": negative, "latent_image": latent}, group=tuning, seed=SEED,
         scheduler="simple", **settings)
-    graph.add("save_params", "SpargeAttnSaveParams", 2, {"params": tuned}, group=tuning, filename="wan2.1_1.3b_480p")
-    graph.add("tuning_report", "PreviewImage", 2, {"images": ("tune", 2)}, group=tuning)
+    graph.add("save_params", "SpargeAttnSaveParams", 0, {"params": tuned}, group=found, filename="wan2.1_1.3b_480p")
+    graph.add("tuning_report", "PreviewImage", 1, {"images": ("tune", 2)}, group=found)
     model = graph.add("sparge", "ApplySpargeAttn", 3, {"model": shifted, "params": tuned}, **VIDEO, dense_blocks="0")
     samples = graph.add("sampler", "KSampler", 3, {
         "model": model, "positive": positive, "negative": negative, "latent_image": latent}, seed=SEED + 1,
         scheduler="simple", **settings)
-    graph.save_video(graph.decode(graph.report(model, samples), vae, column=4), 16, column=4)
+    report = graph.report(model, samples, "15", size=NARROW)
+    graph.save_video(graph.decode(report, vae, column=4), 16, 4, size=LOW)
     return graph
 
 
@@ -176,21 +179,19 @@ def demo():
                     "about a minute, and SpargeAttn, which is a slow reference there, is the slower of the two.\n\n"
                     "**On a GPU** set width 832, height 480, length 81 and 20 steps in both samplers: 32760 tokens, as "
                     "Wan 2.1 has at this size.")
-    dense_branch, sparse_branch = ("Dense attention", GREY), ("SpargeAttn", GREEN)
+    dense_branch = "Dense attention", GREY
     model = graph.add("model", "LoadSpargeAttnDemoModel", 0)
     positive = graph.add("scene", "EncodeSpargeAttnDemo", 1)
     negative = graph.add("negative", "ConditioningZeroOut", 1, {"conditioning": positive})
     latent = graph.add("latent", "EmptyHunyuanLatentVideo", 1, width=320, height=256, length=33)
     settings = {"steps": 8, "cfg": 1.0}
-    dense = graph.sample(model, positive, negative, latent, "dense", "Dense", group=dense_branch, **settings)
-    left = graph.add("decode_dense", "DecodeSpargeAttnDemo", 4, {"samples": dense}, group=dense_branch)
-    model = graph.sparge(model, selection__cdf_threshold=0.95, selection__similarity_threshold=0.3,
-                         group=sparse_branch)
-    sparse = graph.sample(model, positive, negative, latent, "sparse", "Sparse", group=sparse_branch, **settings)
-    report = graph.report(model, sparse, group=sparse_branch)
-    right = graph.add("decode_sparse", "DecodeSpargeAttnDemo", 4, {"samples": report}, group=sparse_branch)
+    dense = graph.sample(model, positive, negative, latent, "dense", 0, "Dense", group=dense_branch, **settings)
+    left = graph.add("decode_dense", "DecodeSpargeAttnDemo", 1, {"samples": dense}, group=dense_branch)
+    model = graph.sparge(model, selection__cdf_threshold=0.95, selection__similarity_threshold=0.3)
+    sparse = graph.sample(model, positive, negative, latent, "sparse", 2, "Sparse", **settings)
+    # A run of eight steps keeps the maps of every second block.
+    right = graph.add("decode_sparse", "DecodeSpargeAttnDemo", 5, {"samples": graph.report(model, sparse, "4")})
     both = graph.add("both", "ImageStitch", 5, {"image1": left, "image2": right}, direction="right",
                      match_image_size=True, spacing_width=8, spacing_color="white")
-    graph.add("save", "SaveAnimatedWEBP", 5, {"images": both}, title="Dense and sparse", fps=7,
-              filename_prefix="spargeattn_demo", lossless=False, quality=90)
+    graph.save_video(both, 7, title="Dense and sparse", size=(420, 370))
     return graph

@@ -3,6 +3,7 @@ import json
 import re
 from pathlib import Path
 
+import av
 import comfy_server
 import numpy as np
 import pytest
@@ -57,11 +58,11 @@ def test_clips_differ_little_and_show_the_scene(server, run):
     assert np.abs(np.diff(dense, axis=0)).mean() > 0.005  # they move
 
 
-def test_animation_holds_both_clips(server, run):
+def test_video_holds_both_clips(server, run):
     prompt, outputs = run
-    saved, = outputs[only(prompt, "SaveAnimatedWEBP")]["images"]
-    with Image.open(server.base / "output" / saved["filename"]) as animation:
-        assert (animation.n_frames, animation.size) == (9, (2 * 320 + 8, 256))
+    saved, = outputs[only(prompt, "SaveVideo")]["images"]
+    with av.open(server.base / "output" / saved["subfolder"] / saved["filename"]) as video:
+        assert [(frame.width, frame.height) for frame in video.decode(video=0)] == 9 * [(2 * 320 + 8, 256)]
 
 
 def test_report_tells_what_was_skipped(run):
