@@ -2,8 +2,8 @@
 
 The demo's trained model makes clips, three seeds each, with dense attention and with SpargeAttn at several settings,
 with and without refreshes. For each setting: PSNR against the dense clip of the same seed (median and worst), the share
-of block pairs computed over the whole run with dense evaluations counted as 1, and on a GPU the time of all attention of
-a run as a share of dense attention's. --grid, --steps, --seeds and --only make it fit a CPU.
+of block pairs computed over the whole run with dense evaluations counted as 1, and on a GPU the time of all attention
+of a run as a share of dense attention's. --grid, --steps, --seeds and --only make it fit a CPU.
 """
 from __future__ import annotations
 
