@@ -3,7 +3,8 @@ import importlib
 from dataclasses import dataclass
 
 import torch
-from checkpoints import operations, random_weights
+from builders import operations
+from checkpoints import random_weights
 
 
 @dataclass(frozen=True)
