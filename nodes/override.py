@@ -233,7 +233,8 @@ class SpargeOverride:
 def _arguments(plan: SparsePlan, call: AttentionCall) -> dict[str, Any]:
     """What `block_map` and the attention functions take beside the tensors."""
     return {"params": plan.params, "layout": call.layout, "scale": call.scale, "order": plan.order,
-            "sink_keys": plan.sink_keys, "pv_dtype": plan.pv_dtype, "impl": plan.impl, **(call.key_mask or {})}
+            "sink_keys": plan.sink_keys, "dense_queries": plan.dense_queries, "pv_dtype": plan.pv_dtype,
+            "impl": plan.impl, **(call.key_mask or {})}
 
 
 def _why_nothing_was_sparse(summary: RunSummary, on_top: object) -> str:

@@ -23,8 +23,8 @@ class Family:
     `calls`: how many calls of at least `MIN_TOKENS` one model call makes. `context`: (length, width) of the text
     condition; `pooled`: width of its pooled vector; `text_mask`: whether its text encoder also gives a mask.
     `detected`: entries that replace what detection finds, where detection fixes a full size (comfy reads no other
-    source for them); `metadata` is the `config` entry that ComfyUI itself reads from a checkpoint. `audio`: shape of the
-    latent that is sampled beside that of the video; `batches`: whether the model takes more than one sample.
+    source for them); `metadata` is the `config` entry that ComfyUI itself reads from a checkpoint. `audio`: shape of
+    the latent that is sampled beside that of the video; `batches`: whether the model takes more than one sample.
     """
 
     name: str
