@@ -166,9 +166,9 @@ def flux2():
                 txt_ids_dims=[3], **operations())
 
 
-Z_IMAGE_CONFIG = {"n_heads": 2, "n_kv_heads": 2, "axes_dims": [32, 48, 48], "axes_lens": [1536, 512, 512],
-                  "rope_theta": 256.0, "ffn_dim_multiplier": 1.0, "z_image_modulation": True, "time_scale": 1000.0,
-                  "pad_tokens_multiple": 32}
+Z_IMAGE_CONFIG = {"n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2, "axes_dims": [32, 48, 48],
+                  "axes_lens": [1536, 512, 512], "rope_theta": 256.0, "ffn_dim_multiplier": 1.0,
+                  "z_image_modulation": True, "time_scale": 1000.0, "pad_tokens_multiple": 32}
 
 
 def z_image():

@@ -60,6 +60,8 @@ WAN_CONFIG = {"num_heads": 2, "text_dim": 64}
 FAMILIES = {family.name: family for family in (
     Family("wan", builders.wan, (1, 16, 3, 32, 32), 768, 2, (48, 64), metadata=WAN_CONFIG),
     Family("wan_image", builders.wan_image, (1, 16, 3, 32, 32), 768, 2, (48, 64), metadata=WAN_CONFIG),
+    Family("wan2.2_5b", partial(builders.wan, in_dim=48, out_dim=48), (1, 48, 3, 32, 32), 768, 2, (48, 64),
+           metadata=WAN_CONFIG),
     Family("wan_s2v", builders.wan_s2v, (1, 16, 3, 32, 32), 768, 2, (48, 64), metadata=builders.WAN_S2V_CONFIG),
     Family("wan_animate", builders.wan_animate, (1, 16, 3, 32, 32), 768, 5, (48, 64), metadata=WAN_CONFIG),
     Family("flux", builders.flux, (1, 16, 48, 48), 48 + 576, 3, (48, 64), pooled=32),
@@ -75,7 +77,7 @@ FAMILIES = {family.name: family for family in (
            metadata=builders.LTX2_CONFIG),
     Family("sdxl", builders.sdxl, (1, 4, 48, 48), 576, 2, (77, 2048), pooled=1280, dtype=torch.float16),
     Family("lumina2", builders.lumina2, (1, 16, 48, 48), 48 + 576, 4, (48, 64), detected=builders.LUMINA2_CONFIG),
-    Family("z_image", builders.z_image, (1, 16, 48, 48), 64 + 576, 4, (48, 64), detected=builders.Z_IMAGE_CONFIG),
+    Family("z_image", builders.z_image, (1, 16, 48, 48), 64 + 576, 3, (48, 64), detected=builders.Z_IMAGE_CONFIG),
     Family("qwen_image", builders.qwen_image, (1, 16, 1, 48, 48), 48 + 576, 2, (48, 64),
            detected=builders.QWEN_CONFIG),
     Family("mochi", builders.mochi, (1, 12, 3, 32, 32), 48 + 768, 2, (48, 64), text_mask=True,
@@ -97,7 +99,9 @@ def random_weights(module, seed, dtype, device="cpu"):
     weights = {}
     for key, value in module.state_dict().items():
         noise = torch.randn(value.shape, generator=generator, device=device)
-        if value.ndim >= 2:
+        if key.endswith("pad_token"):  # as large as other tokens, lest what they attend to stands out
+            noise *= 20 * value[0].numel() ** -0.5
+        elif value.ndim >= 2:
             noise *= value[0].numel() ** -0.5
         elif key.endswith(("weight", "scale")):
             noise = 1 + 0.1 * noise
