@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 import threading
 from collections.abc import Callable
@@ -61,6 +62,19 @@ class SpargeOverride:
         return self
 
     def __call__(self, func: Callable, *args, **kwargs) -> Tensor:
+        return self._outside_graphs(func, args, kwargs)
+
+    def container_function(self, *args, **kwargs) -> Tensor:
+        """As a call, with q, k and v in containers of which the call owns the tensors; ComfyUI looks for this name.
+
+        The containers are empty afterwards. Whoever computes the call densely gets them full, and can free each tensor
+        once it is quantised.
+        """
+        from comfy.ldm.modules.attention import optimized_attention  # the backend; it takes containers as well
+
+        return self._outside_graphs(optimized_attention, args, kwargs)
+
+    def _outside_graphs(self, func: Callable, args: tuple, kwargs: dict) -> Tensor:
         if torch.compiler.is_compiling():
             # A traced call would keep the decision of the step it was traced in, because ComfyUI's node for
             # torch.compile drops the guards on transformer_options. As a decorator, `disable` would import the compiler
@@ -89,15 +103,23 @@ class SpargeOverride:
         else:
             out = self._go_sparse(plan, call, site)
             if isinstance(out, Tensor):
+                for container in _containers(args):
+                    container.take()
                 return out
             dense = out
         watch = Stopwatch(call.q.device)
+        refreshed = plan if refreshing and isinstance(plan, SparsePlan) else None
+        if refreshed:  # what the tensors hold is needed afterwards, and who gets containers may overwrite it
+            func, args = _opened(func, args)
+        elif _containers(args):  # hold nothing that the call may free
+            call = call.without_tensors()
+            del entered
         with handed_on(site.layer):
             out = self._stay_dense(dense, func, args, kwargs)
         if call.q_tokens == call.k_tokens and call.q_tokens >= self.settings.min_tokens:
             self.run.add_call(call, site.block, watch.stop())
-        if isinstance(plan, SparsePlan) and refreshing:
-            self._keep_residual(plan, call, site, out)
+        if refreshed:
+            self._keep_residual(refreshed, call, site, out)
         return out
 
     def _go_sparse(self, plan: SparsePlan, call: AttentionCall, site: CallSite) -> Tensor | Dense:
@@ -180,6 +202,9 @@ class SpargeOverride:
             return func(*args, **kwargs)
         self._thread.handing_on = True
         try:
+            if _containers(args) and hasattr(self.previous, "container_function"):
+                return self.previous.container_function(*args, **kwargs)
+            func, args = _opened(func, args)
             return self.previous(func, *args, **kwargs)
         finally:
             self._thread.handing_on = False
@@ -235,6 +260,19 @@ def _arguments(plan: SparsePlan, call: AttentionCall) -> dict[str, Any]:
     return {"params": plan.params, "layout": call.layout, "scale": call.scale, "order": plan.order,
             "sink_keys": plan.sink_keys, "dense_queries": plan.dense_queries, "pv_dtype": plan.pv_dtype,
             "impl": plan.impl, **(call.key_mask or {})}
+
+
+def _containers(args: tuple) -> tuple:
+    """The containers of q, k and v, where they came in some."""
+    return args[:3] if args and hasattr(args[0], "peek") else ()
+
+
+def _opened(func: Callable, args: tuple) -> tuple[Callable, tuple]:
+    """The same call with q, k and v as tensors."""
+    containers = _containers(args)
+    if not containers:
+        return func, args
+    return inspect.unwrap(func), (*(container.take() for container in containers), *args[3:])
 
 
 def _why_nothing_was_sparse(summary: RunSummary, on_top: object) -> str:
