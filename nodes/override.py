@@ -44,15 +44,19 @@ class SpargeOverride:
 
     def __init__(self, settings: NodeSettings, previous: Callable | None = None,
                  show: Callable[[str], None] | None = None,
-                 free_bytes: Callable[[torch.device], int] = lambda device: 0):
+                 free_bytes: Callable[[torch.device], int] = lambda device: 0,
+                 unrecorded: Callable[[], AbstractContextManager] = nullcontext):
         """
         previous: the override that was on the model when the node ran.
         show: shows the user a line on the node, from any thread.
         free_bytes: memory that a device has left, of which residuals take a share.
+        unrecorded: keeps what is allocated inside out of ComfyUI's record of an evaluation. The sparse calls run in it,
+            because the run keeps some of what they make.
         """
         self.settings = settings
         self.previous = previous
         self._line = NodeLine(show)
+        self._unrecorded = unrecorded
         self.run = RunState(SigmaWindow(settings.start_percent, settings.end_percent), settings.refreshes, free_bytes)
         self.names = LayerNames(settings.tuned.layers if settings.tuned else ())
         self._slot: Any = self
@@ -90,7 +94,8 @@ class SpargeOverride:
 
     def _attend(self, func: Callable, args: tuple, kwargs: dict) -> Tensor:
         inside, refreshing = self.run.window.inside, self.run.refresh.due
-        entered = enter(args, kwargs, self.settings, self.names, inside or refreshing)
+        with self._unrecorded():
+            entered = enter(args, kwargs, self.settings, self.names, inside or refreshing)
         if isinstance(entered, Dense):
             return self._stay_dense(entered, func, args, kwargs)
         call, site, plan = entered
@@ -101,7 +106,8 @@ class SpargeOverride:
         elif refreshing:
             dense = REFRESH if inside else OUTSIDE
         else:
-            out = self._go_sparse(plan, call, site)
+            with self._unrecorded():
+                out = self._go_sparse(plan, call, site)
             if isinstance(out, Tensor):
                 for container in _containers(args):
                     container.take()
@@ -119,7 +125,8 @@ class SpargeOverride:
         if call.q_tokens == call.k_tokens and call.q_tokens >= self.settings.min_tokens:
             self.run.add_call(call, site.block, watch.stop())
         if refreshed:
-            self._keep_residual(refreshed, call, site, out)
+            with self._unrecorded():
+                self._keep_residual(refreshed, call, site, out)
         return out
 
     def _go_sparse(self, plan: SparsePlan, call: AttentionCall, site: CallSite) -> Tensor | Dense:
