@@ -9,8 +9,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
-import builders
 import torch
+
+if __package__:  # for tests/soak, which is a package
+    from . import builders
+else:
+    import builders
 
 MIN_TOKENS = 512
 
