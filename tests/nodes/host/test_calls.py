@@ -2,6 +2,7 @@
 import random
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import checkpoints
 import pytest
@@ -153,6 +154,28 @@ def test_padded_prompts(comfy_nodes, tmp_path, monkeypatch, name):
     patched = sample(apply(comfy_nodes, below), family, positive=positive)
     assert probe.declined == [] and relative_l1(patched, dense) <= BOUND
     assert relative_l1(dense, unpadded) > 10 * relative_l1(patched, dense)  # the mask matters
+
+
+@pytest.mark.parametrize("strength", (1.0, 0.5))
+@pytest.mark.parametrize("name", ("ltxv", "ltx2"))
+def test_guides_of_ltx(comfy_nodes, tmp_path, name, strength):
+    """Where a guide is to count more or less than the clip, the model asks for attention in full precision, with the
+    guide's queries apart from the others."""
+    family = replace(checkpoints.FAMILIES[name], latent=(1, 128, 4, 16, 18))
+    checkpoints.write(family, tmp_path / "model.safetensors")
+    model = checkpoints.load(family, tmp_path / "model.safetensors", None)
+    places = torch.cartesian_prod(torch.arange(1.0), torch.arange(16.0), torch.arange(18.0)).T * 32
+    positive = condition(family)
+    positive[0][1].update(keyframe_idxs=places[None, ..., None].repeat(1, 1, 1, 2), guide_attention_entries=[
+        {"pre_filter_count": 16 * 18, "strength": strength, "pixel_mask": None, "latent_shape": None}])
+    mask = torch.ones(1, 1, 4, 16, 18)
+    mask[:, :, 3:] = 0
+    dense = sample(model, family, positive=positive, noise_mask=mask)
+    patched = apply(comfy_nodes, model)
+    assert relative_l1(sample(patched, family, positive=positive, noise_mask=mask), dense) <= BOUND
+    summary = patched.model_options["transformer_options"]["optimized_attention_override"].run.summary
+    assert summary.sparse == (2 * family.calls if strength == 1 else 0)
+    assert strength == 1 or summary.dense["cross-attention"] >= 2 * 2 * family.calls
 
 
 def test_model_that_refuses_low_precision_goes_dense(in_sampling):
