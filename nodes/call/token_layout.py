@@ -105,7 +105,7 @@ class Expectation:
 
     def _exact(self, before: int) -> tuple[tuple[int, int], ...]:
         """The first `before` tokens without the clips."""
-        edges = [0, *(edge for clip in self.clips for edge in clip), before]
+        edges = [0, *(min(edge, before) for clip in self.clips for edge in clip), before]
         return tuple((start, stop) for start, stop in zip(edges[::2], edges[1::2]) if start < stop)
 
 
