@@ -27,9 +27,9 @@ def minimax_h3():
     sampler = graph.add("kind", "KSamplerSelect", 2, sampler_name="res_multistep")
     guider = graph.add("guider", "BasicGuider", 2, {"model": model, "conditioning": positive})
     noise = graph.add("noise", "RandomNoise", 2, noise_seed=SEED)
-    samples = graph.add("sampler", "SamplerCustomAdvanced", 3, {
+    samples = graph.add("sampler", "SamplerCustomAdvanced", 2, {
         "noise": noise, "guider": guider, "sampler": sampler, "sigmas": sigmas, "latent_image": ("conditioning", 1)})
-    samples = graph.report(model, samples)
+    samples = graph.report(model, samples, "25")
     sound = graph.add("decode_sound", "VAEDecodeAudio", 5, {"samples": samples, "vae": sound_vae})
     graph.save_video(graph.decode(samples, vae), 24, sound=sound)
     return graph
