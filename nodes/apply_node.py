@@ -10,7 +10,7 @@ from ..kernels import SpargeParams
 from .call.model_rules import expect_tokens
 from .call.plan import HILBERT_CHOICES, NodeSettings
 from .call.transformer_blocks import ListedBlocks
-from .host import free_bytes, line_on_running_node, running_prompt
+from .host import free_bytes, line_on_running_node, running_prompt, unrecorded
 from .log import log
 from .override import CALLBACK_KEY, SLOT, SpargeOverride, describe
 from .schema import (
@@ -141,7 +141,8 @@ class ApplySpargeAttn(io.ComfyNode):
         previous = options.get(SLOT)
         if previous is not None:
             log.info("SpargeAttn: calls that stay dense go on to %s, found on the model", describe(previous))
-        override = options[SLOT] = SpargeOverride(settings, previous, line_on_running_node(), free_bytes)
+        override = options[SLOT] = SpargeOverride(settings, previous, line_on_running_node(), free_bytes,
+                                                  unrecorded)
         override.run.running_prompt = running_prompt
         for event, callback in ((CallbacksMP.ON_PRE_RUN, override.on_pre_run),
                                 (CallbacksMP.ON_PREPARE_STATE, override.on_prepare_state),

@@ -5,8 +5,10 @@ import functools
 import os
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import comfy.model_management
+import comfy.model_prefetch
 import folder_paths
 import torch
 from comfy_execution.utils import get_executing_context
@@ -43,6 +45,16 @@ def _show_on_node(node_id: str, text: str) -> None:
 def free_bytes(device: torch.device) -> int:
     """Memory that a device has left, what PyTorch keeps for later included."""
     return int(comfy.model_management.get_free_memory(device))
+
+
+def unrecorded() -> AbstractContextManager:
+    """Inside, allocations are none of the evaluation's.
+
+    Newer versions of ComfyUI record what an evaluation of a model allocates, and give the next one the same memory.
+    A tensor that outlives its evaluation, however small, costs them a page of it.
+    """
+    pause = getattr(comfy.model_prefetch, "pause_malloc_graph", nullcontext)
+    return pause()
 
 
 def log_fast_kernels() -> None:

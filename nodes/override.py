@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 import threading
 from collections.abc import Callable
@@ -43,15 +44,19 @@ class SpargeOverride:
 
     def __init__(self, settings: NodeSettings, previous: Callable | None = None,
                  show: Callable[[str], None] | None = None,
-                 free_bytes: Callable[[torch.device], int] = lambda device: 0):
+                 free_bytes: Callable[[torch.device], int] = lambda device: 0,
+                 unrecorded: Callable[[], AbstractContextManager] = nullcontext):
         """
         previous: the override that was on the model when the node ran.
         show: shows the user a line on the node, from any thread.
         free_bytes: memory that a device has left, of which residuals take a share.
+        unrecorded: keeps what is allocated inside out of ComfyUI's record of an evaluation. The sparse calls run in it,
+            because the run keeps some of what they make.
         """
         self.settings = settings
         self.previous = previous
         self._line = NodeLine(show)
+        self._unrecorded = unrecorded
         self.run = RunState(SigmaWindow(settings.start_percent, settings.end_percent), settings.refreshes, free_bytes)
         self.names = LayerNames(settings.tuned.layers if settings.tuned else ())
         self._slot: Any = self
@@ -61,6 +66,19 @@ class SpargeOverride:
         return self
 
     def __call__(self, func: Callable, *args, **kwargs) -> Tensor:
+        return self._outside_graphs(func, args, kwargs)
+
+    def container_function(self, *args, **kwargs) -> Tensor:
+        """As a call, with q, k and v in containers of which the call owns the tensors; ComfyUI looks for this name.
+
+        The containers are empty afterwards. Whoever computes the call densely gets them full, and can free each tensor
+        once it is quantised.
+        """
+        from comfy.ldm.modules.attention import optimized_attention  # the backend; it takes containers as well
+
+        return self._outside_graphs(optimized_attention, args, kwargs)
+
+    def _outside_graphs(self, func: Callable, args: tuple, kwargs: dict) -> Tensor:
         if torch.compiler.is_compiling():
             # A traced call would keep the decision of the step it was traced in, because ComfyUI's node for
             # torch.compile drops the guards on transformer_options. As a decorator, `disable` would import the compiler
@@ -76,7 +94,8 @@ class SpargeOverride:
 
     def _attend(self, func: Callable, args: tuple, kwargs: dict) -> Tensor:
         inside, refreshing = self.run.window.inside, self.run.refresh.due
-        entered = enter(args, kwargs, self.settings, self.names, inside or refreshing)
+        with self._unrecorded():
+            entered = enter(args, kwargs, self.settings, self.names, inside or refreshing)
         if isinstance(entered, Dense):
             return self._stay_dense(entered, func, args, kwargs)
         call, site, plan = entered
@@ -87,17 +106,27 @@ class SpargeOverride:
         elif refreshing:
             dense = REFRESH if inside else OUTSIDE
         else:
-            out = self._go_sparse(plan, call, site)
+            with self._unrecorded():
+                out = self._go_sparse(plan, call, site)
             if isinstance(out, Tensor):
+                for container in _containers(args):
+                    container.take()
                 return out
             dense = out
         watch = Stopwatch(call.q.device)
+        refreshed = plan if refreshing and isinstance(plan, SparsePlan) else None
+        if refreshed:  # what the tensors hold is needed afterwards, and who gets containers may overwrite it
+            func, args = _opened(func, args)
+        elif _containers(args):  # hold nothing that the call may free
+            call = call.without_tensors()
+            del entered
         with handed_on(site.layer):
             out = self._stay_dense(dense, func, args, kwargs)
         if call.q_tokens == call.k_tokens and call.q_tokens >= self.settings.min_tokens:
             self.run.add_call(call, site.block, watch.stop())
-        if isinstance(plan, SparsePlan) and refreshing:
-            self._keep_residual(plan, call, site, out)
+        if refreshed:
+            with self._unrecorded():
+                self._keep_residual(refreshed, call, site, out)
         return out
 
     def _go_sparse(self, plan: SparsePlan, call: AttentionCall, site: CallSite) -> Tensor | Dense:
@@ -180,6 +209,9 @@ class SpargeOverride:
             return func(*args, **kwargs)
         self._thread.handing_on = True
         try:
+            if _containers(args) and hasattr(self.previous, "container_function"):
+                return self.previous.container_function(*args, **kwargs)
+            func, args = _opened(func, args)
             return self.previous(func, *args, **kwargs)
         finally:
             self._thread.handing_on = False
@@ -233,7 +265,21 @@ class SpargeOverride:
 def _arguments(plan: SparsePlan, call: AttentionCall) -> dict[str, Any]:
     """What `block_map` and the attention functions take beside the tensors."""
     return {"params": plan.params, "layout": call.layout, "scale": call.scale, "order": plan.order,
-            "sink_keys": plan.sink_keys, "pv_dtype": plan.pv_dtype, "impl": plan.impl, **(call.key_mask or {})}
+            "sink_keys": plan.sink_keys, "dense_queries": plan.dense_queries, "pv_dtype": plan.pv_dtype,
+            "impl": plan.impl, **(call.key_mask or {})}
+
+
+def _containers(args: tuple) -> tuple:
+    """The containers of q, k and v, where they came in some."""
+    return args[:3] if args and hasattr(args[0], "peek") else ()
+
+
+def _opened(func: Callable, args: tuple) -> tuple[Callable, tuple]:
+    """The same call with q, k and v as tensors."""
+    containers = _containers(args)
+    if not containers:
+        return func, args
+    return inspect.unwrap(func), (*(container.take() for container in containers), *args[3:])
 
 
 def _why_nothing_was_sparse(summary: RunSummary, on_top: object) -> str:

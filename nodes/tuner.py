@@ -20,6 +20,7 @@ from .call.measure import CallMeasure
 from .call.model_rules import expect_tokens
 from .call.plan import Dense, NodeSettings, SparsePlan
 from .call.tuned_setting import free_device_tensors
+from .host import unrecorded
 from .log import log
 from .override import SLOT, SpargeOverride
 from .run.sigma_window import sigma_range
@@ -124,10 +125,16 @@ class Tuner:
     def _attend(self, func: Callable, args: tuple, kwargs: dict) -> Tensor:
         self._check()
         dense = func(*args, **kwargs) if self._previous is None else self._previous(func, *args, **kwargs)
+        with unrecorded():
+            self._look_at(args, kwargs, dense)
+        return dense
+
+    def _look_at(self, args: tuple, kwargs: dict, dense: Tensor) -> None:
+        """Search a call, if it is one of those to search, whose dense result is known."""
         entered = enter(args, kwargs, self.settings, self._names)
         if isinstance(entered, Dense):
             self._say(str(entered))
-            return dense
+            return
         call, site, plan = entered
         if isinstance(plan, Dense):
             self._say(plan.reason)
@@ -139,7 +146,6 @@ class Tuner:
             if self._active:
                 self._search(site.layer, call, plan, dense)
                 self._say_progress()
-        return dense
 
     def _search(self, layer: str, call: AttentionCall, plan: SparsePlan, dense: Tensor) -> None:
         """Tune on this call. Where it can't be measured, the sampling goes on with what was found before."""

@@ -3,12 +3,13 @@
 ComfyUI calls `override(func, q, k, v, heads, mask=None, attn_precision=None, skip_reshape=False,
 skip_output_reshape=False, **kwargs)`, with `heads` and what follows positional or by keyword. Tensors are
 (B, L, H·D), or (B, H, L, D) with `skip_reshape`; some models pass a (B, L, H, D) tensor among (B, L, H·D) ones. The
-result is (B, L, H·D), or (B, H, L, D) with `skip_output_reshape`.
+result is (B, L, H·D), or (B, H, L, D) with `skip_output_reshape`. MiniMax-H3 hands q, k and v over in containers, of
+which the call owns the tensors.
 """
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypedDict
 
 import torch
@@ -71,10 +72,11 @@ class AttentionCall:
             q, k, v, heads = (given[name] for name in ("q", "k", "v", "heads"))
         except KeyError as missing:
             raise UnsupportedCall(f"no argument {missing}") from None
+        q, k, v = (x.peek() if hasattr(x, "peek") else x for x in (q, k, v))
         mask = given.get("mask")
-        for name in ("q", "k", "v") if mask is None else ("q", "k", "v", "mask"):
-            if not isinstance(given[name], Tensor):
-                raise UnsupportedCall(f"{name} is a {type(given[name]).__name__}")
+        for name, x in {"q": q, "k": k, "v": v, **({} if mask is None else {"mask": mask})}.items():
+            if not isinstance(x, Tensor):
+                raise UnsupportedCall(f"{name} is a {type(x).__name__}")
         if not isinstance(heads, int) or heads < 1:
             raise UnsupportedCall(f"heads is {heads!r}")
         if q.ndim not in (3, 4):
@@ -135,6 +137,10 @@ class AttentionCall:
         if self.layout == "BNHD" and out.ndim == 3 and out.shape[-1] == self.heads[0] * self.q.shape[-1]:
             out = out.unflatten(-1, (self.heads[0], -1))
         return out if out.shape == self.q.shape and out.dtype == self.q.dtype and out.device == self.q.device else None
+
+    def without_tensors(self) -> AttentionCall:
+        """The same shapes and dtypes without the memory of q, k and v."""
+        return replace(self, q=self.q.to("meta"), k=self.k.to("meta"), v=self.v.to("meta"))
 
     def give_back(self, out: Tensor) -> Tensor:
         """The kernel's result, in `layout`, as the caller wants it."""

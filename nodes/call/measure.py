@@ -46,11 +46,13 @@ class CallMeasure:
         order = order_of(setting.curves, self._layout, call.q.device)
         if isinstance(order, str) or (setting.pv_dtype == "fp8" and not self._fp8):
             return None
-        sink_keys = () if order is None or isinstance(self._layout, str) else self._layout.others
+        layout, sink_keys, dense_queries = self._layout, (), ()
+        if not isinstance(layout, str):
+            sink_keys, dense_queries = layout.sink_keys(order is not None), layout.exact
         out, stats = cast(tuple[Tensor, SpargeStats], sparge_attention(
             call.q, call.k, call.v, params=setting.params, layout=call.layout, scale=call.scale, order=order,
-            sink_keys=sink_keys, pv_dtype=setting.pv_dtype, skipped=setting.skipped, impl=self._impl,
-            return_stats=True, **call.key_mask or KeyMask()))
+            sink_keys=sink_keys, dense_queries=dense_queries, pv_dtype=setting.pv_dtype, skipped=setting.skipped,
+            impl=self._impl, return_stats=True, **call.key_mask or KeyMask()))
         error = self._sums(out).div_(self._norm).amax(0)  # the worst of the batch
         error, kept = torch.stack([error, stats.kept.mean(0)]).cpu()
         return Measured(error, kept)

@@ -105,6 +105,19 @@ def _hidream(call: ModelCall) -> Expectation:
     return Expectation(call.grid, after=None, least=call.text)
 
 
+def _minimax(call: ModelCall) -> Expectation:
+    """[text | key frames | references | audio | video]. The sound is generated with the video and takes few of the
+    tokens, text and pictures are what the video has to follow: all of these stay exact. A reference clip may be as long
+    as the video and goes sparse like it; its keys are attended by all.
+    """
+    payload = call.conds.get("minimax_payload") or {}
+    visual = [latent.shape[2] for latent in payload.get("cond_video_latents") or ()]  # frames of each, in their order
+    segments = getattr(payload.get("layout"), "segments", ())
+    pictures_and_clips = [(start, stop) for start, stop, kind in segments if kind in ("cond", "ref_img")]
+    clips = tuple(span for span, frames in zip(pictures_and_clips, visual) if frames > 1)
+    return Expectation(call.grid, before=None, least=call.text, exact=True, clips=clips)
+
+
 def _unet(call: ModelCall) -> Expectation:
     """Each level has a grid of its own, which it tells."""
     return Expectation(None)
@@ -117,7 +130,8 @@ _RULES: dict[str, Callable[[ModelCall], Expectation]] = {name: rule for rule, na
     (Sides(after=REST), "HumoWanModel WanModel_S2V"),
     (Sides(before="reference_latent", after=REST), "SCAILWanModel SCAIL2WanModel"),  # a pose clip of its own size
     # other video models
-    (Sides(before=REST, with_text=True), "HunyuanVideo CogVideoXTransformer3DModel MiniMaxH3Model"),
+    (Sides(before=REST, with_text=True), "HunyuanVideo CogVideoXTransformer3DModel"),
+    (_minimax, "MiniMaxH3Model"),
     (Sides(after=REST), "AsymmDiTJoint"),
     (Sides(), "GeneralDIT MiniTrainDIT Anima Kandinsky5"),
     (_ltx, "LTXVModel LTXAVModel"),

@@ -91,8 +91,13 @@ class SparsePlan:
 
     @property
     def sink_keys(self) -> tuple[tuple[int, int], ...]:
-        """The tokens outside the grid, where the grid's tokens are reordered without them."""
-        return () if self.order is None or isinstance(self.layout, str) else self.layout.others
+        """As in `sparge_attention`."""
+        return () if isinstance(self.layout, str) else self.layout.sink_keys(self.order is not None)
+
+    @property
+    def dense_queries(self) -> tuple[tuple[int, int], ...]:
+        """As in `sparge_attention`."""
+        return () if isinstance(self.layout, str) else self.layout.exact
 
 
 @dataclass(frozen=True)

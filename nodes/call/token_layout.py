@@ -24,12 +24,15 @@ KEY = "spargeattn_expectation"  # in transformer_options, from `expect_tokens` t
 class TokenLayout:
     """A sequence of `before` other tokens, the tokens of a (T, H, W) grid row by row, and `after` other tokens.
 
-    The others are text, references and padding.
+    The others are text, references, audio and padding.
+
+    exact: ranges (start, stop) of others that attend everything, in any order of the tokens.
     """
 
     grid: Grid
     before: int = 0
     after: int = 0
+    exact: tuple[tuple[int, int], ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -41,10 +44,16 @@ class TokenLayout:
 
         As sink keys they are always attended, in whole blocks, so that a block which mixes both kinds misleads no
         query. As queries they are left to the similarity judge, where the selection has one: it finds the blocks that
-        their mean does not describe, and the other blocks may skip visual blocks like any query.
+        their mean does not describe, and the other blocks may skip visual blocks like any query, unless they are
+        `exact`.
         """
         ranges = (0, self.before), (self.tokens - self.after, self.tokens)
         return tuple(span for span in ranges if span[0] < span[1])
+
+    def sink_keys(self, reordered: bool) -> tuple[tuple[int, int], ...]:
+        """The ranges that every query attends: the others, where a curve has moved the grid before them or where some
+        of them are exact."""
+        return self.others if reordered or self.exact else ()
 
     def order(self, curve: str, device: torch.device) -> Tensor:
         """The token order for blocking, int32 (tokens,): first the grid along `curve`, then the other tokens.
@@ -67,6 +76,7 @@ class Expectation:
     before, after: tokens on either side of the grid. One of them may be None: that side takes all tokens that a call
         has beyond the others, either none or at least `least`.
     text: tokens of the text condition. A call over exactly as many may belong to a text encoder.
+    exact: whether the tokens before the grid stay exact, but for `clips`, ranges (start, stop) of reference clips.
     """
 
     grid: Grid | None
@@ -74,6 +84,8 @@ class Expectation:
     after: int | None = 0
     least: int = 0
     text: int = 0
+    exact: bool = False
+    clips: tuple[tuple[int, int], ...] = ()
 
     def layout(self, tokens: int, transformer_options: dict[str, Any]) -> TokenLayout | str:
         """The layout of a call over `tokens` tokens, or why it is not certain."""
@@ -87,9 +99,14 @@ class Expectation:
             return f"{tokens} tokens do not fit {known} with {self.text} of text"
         if tokens == self.text:
             return f"{tokens} tokens fit {known}, and the text as well"
-        if self.before is None:
-            return replace(known, before=remaining)
-        return replace(known, after=known.after + remaining)
+        if self.before is not None:
+            return replace(known, after=known.after + remaining)
+        return replace(known, before=remaining, exact=self._exact(remaining) if self.exact else ())
+
+    def _exact(self, before: int) -> tuple[tuple[int, int], ...]:
+        """The first `before` tokens without the clips."""
+        edges = [0, *(min(edge, before) for clip in self.clips for edge in clip), before]
+        return tuple((start, stop) for start, stop in zip(edges[::2], edges[1::2]) if start < stop)
 
 
 def token_layout(tokens: int, transformer_options: dict[str, Any]) -> TokenLayout | str:

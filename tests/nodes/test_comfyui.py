@@ -15,7 +15,7 @@ from comfyui_spargeattn.tests.nodes.host.comfy_server import host_python
 
 pytestmark = pytest.mark.comfy
 HOST = Path(__file__).parent / "host"
-TIMEOUT = 1800  # seconds for all host tests together
+TIMEOUT = 3600  # seconds for all host tests together
 
 
 def host_pytest(*arguments, report=None):

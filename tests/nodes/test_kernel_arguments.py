@@ -89,11 +89,20 @@ def test_order_and_sinks(launched):
     given = go(launched, replace(SETTINGS, hilbert="on"), WITH_TEXT_FIRST)
     expected = torch.cat([sequence_order(GRID) + TEXT, torch.arange(TEXT, dtype=torch.int32)])
     assert torch.equal(given["order"], expected) and given["sink_keys"] == ((0, TEXT),)
+    assert given["dense_queries"] == ()
 
 
 def test_no_sinks_in_the_models_own_order(launched):
     given = go(launched, options=WITH_TEXT_FIRST)
     assert given["order"] is None and given["sink_keys"] == ()
+
+
+@pytest.mark.parametrize("hilbert", ("on", "off"))
+def test_tokens_that_stay_exact(launched, hilbert):
+    """In any order, as queries and, with all the others outside the grid, as keys."""
+    options = {KEY: Expectation(GRID, before=None, exact=True, clips=((4, 7),))}
+    given = go(launched, replace(SETTINGS, hilbert=hilbert), options)
+    assert given["sink_keys"] == ((0, TEXT),) and given["dense_queries"] == ((0, 4), (7, TEXT))
 
 
 @pytest.mark.parametrize("shape", ((2, 1, 1, TOKENS), (1, 1, TOKENS), (1, TOKENS)))

@@ -62,8 +62,8 @@ class Example:
             return self.add("clip", "CLIPLoader", 0, models=models, clip_name=names[0], type=kind)
         return self.add("clip", "DualCLIPLoader", 0, models=models, clip_name1=names[0], clip_name2=names[1], type=kind)
 
-    def vae(self, url):
-        return self.add("vae", "VAELoader", 0, models=[("vae", url)], vae_name=url.rsplit("/", 1)[1])
+    def vae(self, url, key="vae"):
+        return self.add(key, "VAELoader", 0, models=[("vae", url)], vae_name=url.rsplit("/", 1)[1])
 
     def checkpoint(self, url):
         self.add("checkpoint", "CheckpointLoaderSimple", 0, models=[("checkpoints", url)],
@@ -92,8 +92,9 @@ class Example:
     def decode(self, latent, vae, key="decode", column=5, **place):
         return self.add(key, "VAEDecode", column, {"samples": latent, "vae": vae}, **place)
 
-    def save_video(self, images, fps, column=5, **place):
-        video = self.add("video", "CreateVideo", column, {"images": images}, fps=fps)
+    def save_video(self, images, fps, column=5, sound=None, **place):
+        links = {"images": images} | ({"audio": sound} if sound else {})
+        video = self.add("video", "CreateVideo", column, links, fps=fps)
         self.add("save", "SaveVideo", column, {"video": video}, filename_prefix=f"video/{self.name}", **place)
 
     def save_image(self, images):

@@ -28,6 +28,7 @@ from .video_examples import (
     demo,
     hunyuan_video,
     ltx_video,
+    minimax_h3,
     mochi,
     tune_and_save,
     wan21_text_to_video,
@@ -40,8 +41,8 @@ PROMPTS = comfy_server.REPOSITORY / "tests/nodes/host/prompts"
 DEMO_PICTURE = comfy_server.REPOSITORY / "nodes/web/docs/LoadSpargeAttnDemoModel/demo.jpg"
 NOTE = "note"  # key of the note among an example's nodes
 EXAMPLES = {graph.name: graph for graph in (make() for make in (
-    wan21_text_to_video, wan22_text_to_video, wan22_image_to_video, hunyuan_video, mochi, ltx_video, flux_dev,
-    flux_kontext, sd35, qwen_image, sdxl, compare, tune_and_save, demo))}
+    minimax_h3, wan21_text_to_video, wan22_text_to_video, wan22_image_to_video, hunyuan_video, mochi, ltx_video,
+    flux_dev, flux_kontext, sd35, qwen_image, sdxl, compare, tune_and_save, demo))}
 
 # Makes the nodes and their links; returns the size that each node asks for.
 BUILD = """async nodes => {

@@ -4,11 +4,35 @@ from .example import FLUX_TEXT, GREEN, GREY, HUB, SEED, Example
 WAN21 = f"{HUB}/Comfy-Org/Wan_2.1_ComfyUI_repackaged/resolve/main/split_files"
 WAN22 = f"{HUB}/Comfy-Org/Wan_2.2_ComfyUI_Repackaged/resolve/main/split_files"
 HUNYUAN = f"{HUB}/Comfy-Org/HunyuanVideo_1.5_repackaged/resolve/main/split_files"
+MINIMAX = f"{HUB}/Comfy-Org/MiniMax-H3/resolve/main"
 MOCHI = f"{HUB}/Comfy-Org/mochi_preview_repackaged/resolve/main/split_files"
 VIDEO = {"selection.cdf_threshold": 0.98}
 # Where an example has many columns, its report has a smaller size, and all that follows stands below it.
 NARROW, LOW = (480, 800), (280, 0)
 PROMPT = "A red fox trots through fresh snow between tall pines, low winter sun, the camera follows at its side"
+
+
+def minimax_h3():
+    graph = Example("minimax_h3_text_to_video", "MiniMax-H3 text to video and sound with SpargeAttn",
+                    "1344×768, 124 frames: 37296 tokens of the clip, some hundred of its sound, and the prompt. Text, "
+                    "sound, key frames and reference pictures stay exact; what is left out are blocks of the clip.")
+    model = graph.diffusion_model(f"{MINIMAX}/diffusion_models/minimax_h3_fl2va_pruned_int8_convrot.safetensors")
+    clip = graph.text_encoder("minimax", f"{MINIMAX}/text_encoders/qwen3vl_32b_minimax_h3_nvfp4_awq.safetensors")
+    vae = graph.vae(f"{MINIMAX}/vae/minimax_h3_video_vae_fp16.safetensors")
+    sound_vae = graph.vae(f"{MINIMAX}/vae/minimax_h3_audio_vae_fp32.safetensors", "sound_vae")
+    positive = graph.add("conditioning", "MiniMaxH3ImageToVideo", 1, {"clip": clip, "vae": vae}, width=1344, height=768,
+                         length=124, prompt=f"{PROMPT}. Audio: paws in the snow, wind in the trees")
+    model = graph.sparge(model, **VIDEO)
+    sigmas = graph.add("sigmas", "BasicScheduler", 2, {"model": model}, scheduler="simple", steps=20)
+    sampler = graph.add("kind", "KSamplerSelect", 2, sampler_name="res_multistep")
+    guider = graph.add("guider", "BasicGuider", 2, {"model": model, "conditioning": positive})
+    noise = graph.add("noise", "RandomNoise", 2, noise_seed=SEED)
+    samples = graph.add("sampler", "SamplerCustomAdvanced", 2, {
+        "noise": noise, "guider": guider, "sampler": sampler, "sigmas": sigmas, "latent_image": ("conditioning", 1)})
+    samples = graph.report(model, samples, "25")
+    sound = graph.add("decode_sound", "VAEDecodeAudio", 5, {"samples": samples, "vae": sound_vae})
+    graph.save_video(graph.decode(samples, vae), 24, sound=sound)
+    return graph
 
 
 def _wan21(graph):

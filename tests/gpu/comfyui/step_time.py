@@ -1,14 +1,14 @@
 """Time of a sampling step of full-size architectures in ComfyUI, dense and with Apply SpargeAttn.
 
-    python tests/gpu/comfyui/step_time.py --comfyui PATH --out FILE [--only wan|flux|mochi] [--tiny]
+    python tests/gpu/comfyui/step_time.py --comfyui PATH --out FILE [--only wan|flux|mochi|minimax_h3] [--tiny]
 
 The weights are random, so the pictures mean nothing and only time and memory are measured: models are built by
 ComfyUI's loader from random state dicts, sampled by its euler sampler, and compared with ComfyUI's default attention.
 The node keeps a fixed share of the blocks (topk, the similarity judge off), which makes its time independent of the
 weights; it does so with P·V in the format of "auto" and in fp16. comfy-kitchen's INT8 attention and its sparse one,
-where it takes the calls, join where its CUDA extension is installed. Mochi has its full width and length but fewer
-layers, so that it fits beside its activations: only the share of attention in a step carries over. `--tiny` runs the
-same code at a size for a CPU.
+where it takes the calls, join where its CUDA extension is installed. Mochi and MiniMax-H3 have their full width and
+length but fewer layers, so that they fit beside their activations: only the share of attention in a step carries over.
+`--tiny` runs the same code at a size for a CPU.
 """
 import argparse
 import json
@@ -23,11 +23,13 @@ import in_comfyui
 KEEP_PERCENT = 50.0, 20.0
 PRECISIONS = "auto", "fp16"
 MOCHI_LAYERS = 12  # of 48
+MINIMAX_LAYERS = 4  # of 50
 STEPS = 6  # the first interval of a run is dropped
 
 
 def full_size():
-    """Wan 2.1 1.3B at 480p, 81 frames, Flux.1 dev at 1024x1024 and Mochi at 480p, 163 frames, as test families."""
+    """Wan 2.1 1.3B at 480p, 81 frames, Flux.1 dev at 1024x1024, Mochi at 480p, 163 frames, and MiniMax-H3 at 768p, 124
+    frames, as test families."""
     from checkpoints import Family
 
     def wan():
@@ -52,10 +54,18 @@ def full_size():
                              timestep_scale=1000.0, use_t5=True, t5_feat_dim=4096, t5_token_length=256,
                              rope_theta=10000.0, **on_meta())
 
+    def minimax_h3():
+        from comfy.ldm.minimax.model import MiniMaxH3Model
+
+        return MiniMaxH3Model(num_layers=MINIMAX_LAYERS, **on_meta())
+
     return {"wan": Family("Wan 2.1 1.3B 480p 81 frames", wan, (1, 16, 21, 60, 104), 32760, 30, (512, 4096)),
             "flux": Family("Flux.1 dev 1024x1024", flux, (1, 16, 128, 128), 4608, 57, (512, 4096), pooled=768),
             "mochi": Family(f"Mochi 480p 163 frames, {MOCHI_LAYERS} of 48 layers", mochi, (1, 12, 28, 60, 106),
-                            44520 + 256, MOCHI_LAYERS, (256, 4096), text_mask=True, detected={"depth": MOCHI_LAYERS})}
+                            44520 + 256, MOCHI_LAYERS, (256, 4096), text_mask=True, detected={"depth": MOCHI_LAYERS}),
+            "minimax_h3": Family(f"MiniMax-H3 768p 124 frames, {MINIMAX_LAYERS} of 50 layers", minimax_h3,
+                                 (1, 24, 37, 48, 84), 256 + 2 * 207 + 37296, MINIMAX_LAYERS, (256, 5120),
+                                 audio=(1, 32, 2, 207), batches=False)}
 
 
 def on_meta():
@@ -217,7 +227,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--comfyui", type=Path, required=True, help="ComfyUI's folder")
     parser.add_argument("--out", type=Path, required=True, help="file for the results as JSON")
-    parser.add_argument("--only", choices=("wan", "flux", "mochi"))
+    parser.add_argument("--only", choices=("wan", "flux", "mochi", "minimax_h3"))
     parser.add_argument("--tiny", action="store_true", help="models of the size of the tests")
     options = parser.parse_args()
 
@@ -229,7 +239,9 @@ def main():
     from checkpoints import FAMILIES
 
     device = comfy.model_management.get_torch_device()
-    families = {name: FAMILIES[name] for name in ("wan", "flux", "mochi")} if options.tiny else full_size()
+    families = full_size()
+    if options.tiny:
+        families = {name: FAMILIES[name] for name in families}
     rows = []
     for name, family in families.items():
         if options.only in (None, name):

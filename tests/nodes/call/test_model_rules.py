@@ -22,6 +22,10 @@ def layout(diffusion_model, latent, tokens, text=0, options=None, **conds):
     return token_layout(tokens, {KEY: expected, **(options or {})})
 
 
+def latents(*shape):
+    return torch.zeros(shape, device="meta")
+
+
 WAN = model("WanModel", patch_size=(1, 2, 2), ref_conv=None)
 WAN_WITH_REFERENCE = model("WanModel", patch_size=(1, 2, 2), ref_conv=object())
 HUNYUAN = model("HunyuanVideo", patch_size=[1, 2, 2])
@@ -33,6 +37,11 @@ COG_1_5 = model("CogVideoXTransformer3DModel", patch_size=2, patch_size_t=2)
 COSMOS = model("MiniTrainDIT", patch_spatial=2, patch_temporal=1)
 KANDINSKY = model("Kandinsky5", patch_size=(1, 2, 2))
 MINIMAX = model("MiniMaxH3Model", patch_size=(1, 2, 2))
+# A picture, a clip in the place of the first frames, another picture, a reference clip with its sound.
+H3_REFERENCES = {"layout": SimpleNamespace(segments=[
+    (0, 512, "text"), (512, 612, "cond"), (612, 812, "cond"), (812, 912, "ref_img"), (912, 1000, "ref_audio"),
+    (1000, 1800, "ref_img"), (1800, 2000, "audio"), (2000, 5120, "video")]),
+    "cond_video_latents": [latents(1, 24, frames, 20, 20) for frames in (1, 2, 1, 8)]}
 FLUX = model("Flux", patch_size=2)
 QWEN = model("QwenImageTransformer2DModel", patch_size=2)
 SD3 = model("OpenAISignatureMMDITWrapper", patch_size=2)
@@ -41,10 +50,6 @@ Z_IMAGE = model("NextDiT", patch_size=2, pad_tokens_multiple=32)
 HIDREAM = model("HiDreamImageTransformer2DModel", patch_size=2)
 SCAIL = model("SCAILWanModel", patch_size=(1, 2, 2), ref_conv=None)
 UNET = model("UNetModel")
-
-
-def latents(*shape):
-    return torch.zeros(shape, device="meta")
 
 
 @pytest.mark.parametrize("found, expected", (
@@ -72,8 +77,11 @@ def latents(*shape):
     (layout(COG_1_5, (1, 16, 11, 96, 170), 226 + 24480, 226), TokenLayout((6, 48, 85), before=226)),
     (layout(COSMOS, (1, 16, 16, 88, 160), 56320, 512), TokenLayout((16, 44, 80))),
     (layout(KANDINSKY, (1, 16, 64, 96), 1536, 256), TokenLayout((1, 32, 48))),
-    (layout(MINIMAX, (1, 1, 999), 700 + 3120, 512, latent_shapes=[(1, 48, 2, 60, 104), (1, 128, 50)]),
-     TokenLayout((2, 30, 52), before=700)),
+    (layout(MINIMAX, (1, 1, 999), 700 + 3120, 512, latent_shapes=[(1, 24, 2, 60, 104), (1, 32, 2, 94)]),
+     TokenLayout((2, 30, 52), before=700, exact=((0, 700),))),
+    (layout(MINIMAX, (1, 1, 999), 2000 + 3120, 512, latent_shapes=[(1, 24, 2, 60, 104), (1, 32, 2, 94)],
+            minimax_payload=H3_REFERENCES),
+     TokenLayout((2, 30, 52), before=2000, exact=((0, 612), (812, 1000), (1800, 2000)))),
     (layout(model("GeneralDIT", patch_spatial=2, patch_temporal=2), (1, 16, 5, 62, 90), 3 * 31 * 45, 77),
      TokenLayout((3, 31, 45))),
     (layout(model("WanModel", patch_size=(2, 2, 2), ref_conv=None), (1, 16, 3, 60, 104), 4 * 30 * 52, 512,
@@ -148,6 +156,7 @@ def test_wrapper_leaves_the_callers_options_alone():
 
 
 @pytest.mark.parametrize("diffusion_model, conds", (
+    (MINIMAX, {"minimax_payload": {"layout": SimpleNamespace(segments=5), "cond_video_latents": [3]}}),
     (FLUX, {"ref_latents": "none"}), (HIDREAM, {"image_cond": 3}), (WAN, {"context_latents": [torch.zeros(3)]}),
     (model("Flux", patch_size="large"), {}), (None, {"latent_shapes": 5}),
 ))

@@ -3,7 +3,8 @@ import importlib
 from dataclasses import dataclass
 
 import torch
-from checkpoints import operations, random_weights
+from builders import operations
+from checkpoints import random_weights
 
 
 @dataclass(frozen=True)
@@ -21,11 +22,7 @@ class Bare:
         module, name = self.path.rsplit(".", 1)
         config = {**self.config, **operations()}
         model = getattr(importlib.import_module(f"comfy.ldm.{module}"), name)(**config)
-        weights = random_weights(model, 0, torch.float32)
-        for key in weights:
-            if key.endswith("pad_token"):  # as large as other tokens, lest what they attend to stands out
-                weights[key] *= 20
-        model.load_state_dict(weights)
+        model.load_state_dict(random_weights(model, 0, torch.float32))
         return model.eval().requires_grad_(False)
 
 

@@ -1,6 +1,8 @@
 """ComfyUI's attention calling convention, called as its models call it, from inside a sampling run."""
 import random
+import weakref
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import checkpoints
 import pytest
@@ -154,6 +156,28 @@ def test_padded_prompts(comfy_nodes, tmp_path, monkeypatch, name):
     assert relative_l1(dense, unpadded) > 10 * relative_l1(patched, dense)  # the mask matters
 
 
+@pytest.mark.parametrize("strength", (1.0, 0.5))
+@pytest.mark.parametrize("name", ("ltxv", "ltx2"))
+def test_guides_of_ltx(comfy_nodes, tmp_path, name, strength):
+    """Where a guide is to count more or less than the clip, the model asks for attention in full precision, with the
+    guide's queries apart from the others."""
+    family = replace(checkpoints.FAMILIES[name], latent=(1, 128, 4, 16, 18))
+    checkpoints.write(family, tmp_path / "model.safetensors")
+    model = checkpoints.load(family, tmp_path / "model.safetensors", None)
+    places = torch.cartesian_prod(torch.arange(1.0), torch.arange(16.0), torch.arange(18.0)).T * 32
+    positive = condition(family)
+    positive[0][1].update(keyframe_idxs=places[None, ..., None].repeat(1, 1, 1, 2), guide_attention_entries=[
+        {"pre_filter_count": 16 * 18, "strength": strength, "pixel_mask": None, "latent_shape": None}])
+    mask = torch.ones(1, 1, 4, 16, 18)
+    mask[:, :, 3:] = 0
+    dense = sample(model, family, positive=positive, noise_mask=mask)
+    patched = apply(comfy_nodes, model)
+    assert relative_l1(sample(patched, family, positive=positive, noise_mask=mask), dense) <= BOUND
+    summary = patched.model_options["transformer_options"]["optimized_attention_override"].run.summary
+    assert summary.sparse == (2 * family.calls if strength == 1 else 0)
+    assert strength == 1 or summary.dense["cross-attention"] >= 2 * 2 * family.calls
+
+
 def test_model_that_refuses_low_precision_goes_dense(in_sampling):
     check(in_sampling, tensors(1, 2, 2, TOKENS, 64, split=False), 2, low_precision_attention=False, goes_dense=True)
 
@@ -172,24 +196,52 @@ def test_more_tokens_than_the_eager_path_serves_go_dense(in_sampling):
     check(in_sampling, tensors(1, 1, 1, 16385, 8, split=True), 1, skip_reshape=True, goes_dense=True)
 
 
+class Owner:
+    """An override that takes containers, as ComfyUI's INT8 attention does: each tensor has to be free once it is let go
+    of."""
+
+    def __init__(self):
+        self.freed = []
+
+    def __call__(self, func, *args, **kwargs):
+        raise AssertionError("the containers were opened")
+
+    def container_function(self, q, k, v, heads, *args, **kwargs):
+        for container in (q, k, v):
+            tensor = container.take()
+            gone = weakref.ref(tensor)
+            shape = tensor.shape
+            del tensor
+            self.freed.append(gone() is None)
+        return torch.zeros(shape[0], shape[2], shape[1] * shape[3], device=DEVICE, dtype=DTYPE)
+
+
 @pytest.mark.parametrize("tokens, declined", ((TOKENS, 0), (256, 1)))
-def test_containers(in_sampling, tokens, declined):
-    """Single-owner tensors: taken out, and the call then goes where any other would."""
-    from comfy.ldm.modules.attention import AttentionTensorContainer
+@pytest.mark.parametrize("previous", ("an override for tensors", "none", "an override for containers"))
+def test_containers(in_sampling, tokens, declined, previous):
+    """Single-owner tensors: empty in the end, and a call that stays dense goes where any other would, unopened."""
+    from comfy.ldm.modules.attention import AttentionTensorContainer, optimized_attention
 
     qkv = tensors(1, 2, 2, tokens, 64, split=True)
+    owner = Owner()
 
     def body(attention, options, probe):
+        override = options["optimized_attention_override"]
+        if previous != "an override for tensors":
+            override.previous = None if previous == "none" else owner
         expected = attention(*qkv, 2, skip_reshape=True)
-        containers = [AttentionTensorContainer(x) for x in qkv]
+        containers = [AttentionTensorContainer(x.clone()) for x in qkv]
         probe.calls.clear()
-        actual = attention(*containers, 2, skip_reshape=True, transformer_options=options)
+        actual = optimized_attention(*containers, 2, skip_reshape=True, transformer_options=options)
         return expected, actual, len(probe.calls), [container.tensor for container in containers]
 
     expected, actual, calls, left = in_sampling(body)
     assert left == [None, None, None]
-    assert calls == declined
-    assert relative_l1(actual, expected) <= BOUND
+    if declined and previous == "an override for containers":
+        assert owner.freed == [True] * 3 and not actual.any()
+    else:
+        assert calls == (declined if previous == "an override for tensors" else 0) and owner.freed == []
+        assert relative_l1(actual, expected) <= BOUND
 
 
 def test_threads_do_not_share_state(in_sampling):

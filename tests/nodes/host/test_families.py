@@ -63,6 +63,8 @@ def test_guidance_with_conditions_of_different_lengths(comfy_nodes, loaded):
 
 def test_batch_of_two(comfy_nodes, loaded):
     family, model = loaded
+    if not family.batches:
+        pytest.skip("the model takes one sample at a time")
     dense = sample(model, family, batch=2, cfg=4.0)
     patched = sample(apply(comfy_nodes, model), family, batch=2, cfg=4.0)
     assert relative_l1(patched, dense) <= 2 * CONSERVATIVE_BOUND

@@ -4,6 +4,7 @@ The truth comes from the model itself: patches of the latent are numbered, and f
 the patches changed whose number has it. Tokens that change in the right items are the patches' tokens; those that never
 change are text, references or padding. Neither the pack's rules nor the model's position ids take part.
 """
+import copy
 import math
 from dataclasses import dataclass, replace
 
@@ -16,9 +17,13 @@ from checkpoints import FAMILIES, MIN_TOKENS
 from sampling import CONSERVATIVE, SPARSE, apply, condition, relative_l1, sample
 
 SLOT = "optimized_attention_override"
-PATCHES = {"ltxv": (1, 1, 1), "hunyuan_video_1.5": (1, 1, 1)}  # (1, 2, 2) elsewhere
+# (1, 2, 2) elsewhere
+PATCHES = {"ltxv": (1, 1, 1), "ltx2": (1, 1, 1), "hunyuan_video_1.5": (1, 1, 1), "flux2": (1, 1, 1)}
 ODD = {"wan": (1, 16, 3, 31, 33), "flux": (1, 16, 47, 51), "sd3.5": (1, 16, 47, 51), "qwen_image": (1, 16, 1, 47, 51),
-       "hunyuan_video": (1, 16, 3, 32, 34), "lumina2": (1, 16, 47, 51), "ltxv": (1, 128, 3, 15, 17)}
+       "hunyuan_video": (1, 16, 3, 32, 34), "lumina2": (1, 16, 47, 51), "ltxv": (1, 128, 3, 15, 17),
+       "minimax_h3": (1, 24, 3, 31, 33), "ltx2": (1, 128, 3, 15, 17), "flux2": (1, 128, 23, 25),
+       "z_image": (1, 16, 47, 51), "kandinsky5": (1, 16, 3, 32, 36), "wan_s2v": (1, 16, 3, 31, 33),
+       "cosmos_predict2": (1, 16, 3, 31, 33)}
 
 
 @dataclass
@@ -129,9 +134,17 @@ def record(comfy_nodes, model, family, patch, extra=None, **kwargs):
     noise = numbered(family.latent, patch)
     positive = kwargs.pop("positive", None) or condition(family)
     positive[0][1].update(extra or {})
-    comfy.sample.sample(patched, noise, 1, 1.0, "euler", "simple", positive, positive, torch.zeros_like(noise), seed=0,
-                        disable_pbar=True, **kwargs)
-    return recorder.calls
+    for samples in noise.split(len(noise) if family.batches else 1):
+        latents = family.latents(samples)
+        comfy.sample.sample(patched, latents, 1, 1.0, "euler", "simple", positive, positive, latents * 0, seed=0,
+                            disable_pbar=True, **kwargs)
+    return recorder.calls if family.batches else joined(recorder.calls, len(noise))
+
+
+def joined(calls, runs):
+    """The calls of so many runs with one sample each, as those of one run with a batch."""
+    by_run = len(calls) // runs
+    return [replace(calls[i], q=torch.cat([call.q for call in calls[i::by_run]])) for i in range(by_run)]
 
 
 CASES = [(name, family.latent) for name, family in FAMILIES.items() if name != "sdxl"] + list(ODD.items())
@@ -147,8 +160,23 @@ def test_grid_of_every_family(comfy_nodes, load, name, shape):
 
 REFERENCES = {
     "flux": {"reference_latents": [torch.zeros(1, 16, 20, 31), torch.zeros(1, 16, 16, 16)]},
+    "flux2": {"reference_latents": [torch.zeros(1, 128, 10, 15)]},
     "qwen_image": {"reference_latents": [torch.zeros(1, 16, 1, 20, 31)]},
+    "z_image": {"reference_latents": [torch.zeros(1, 16, 20, 32)]},
     "wan": {"time_dim_concat": torch.zeros(1, 16, 1, 32, 32), "context_latents": [torch.zeros(1, 16, 2, 17, 20)]},
+    "wan_s2v": {"reference_latents": [torch.zeros(1, 16, 1, 32, 32)], "audio_embed": torch.ones(1, 25, 1024, 12),
+                "reference_motion": torch.zeros(1, 16, 19, 32, 32)},
+    # key frames: a picture, a clip with its sound; references: a picture, a clip with its sound, sound alone
+    "minimax_h3": {
+        "minimax_keyframes": [
+            {"resolved_frame_index": 0, "latent": torch.zeros(1, 24, 1, 32, 32)},
+            {"resolved_frame_index": 4, "latent": torch.zeros(1, 24, 2, 32, 32),
+             "audio_latent": torch.zeros(1, 32, 2, 5)}],
+        "minimax_refs": [
+            {"kind": "image", "latent_h": 20, "latent_w": 30, "latent": torch.zeros(1, 24, 1, 20, 30)},
+            {"kind": "video_audio", "latent_t": 2, "latent_h": 16, "latent_w": 18, "ref_audio_t": 7,
+             "latent": torch.zeros(1, 24, 2, 16, 18), "audio_latent": torch.zeros(1, 32, 2, 7)},
+            {"kind": "audio", "ref_audio_t": 3, "audio_latent": torch.zeros(1, 32, 2, 3)}]},
 }
 
 
@@ -156,18 +184,31 @@ REFERENCES = {
 def test_references_are_no_part_of_the_grid(comfy_nodes, load, name):
     """Except for frames that continue the clip, as Wan's `time_dim_concat` does."""
     family = FAMILIES[name]
-    # Copied: ComfyUI scales the latents of a condition in place.
-    extra = {key: [x.clone() for x in value] if isinstance(value, list) else value.clone()
-             for key, value in REFERENCES[name].items()}
-    calls = record(comfy_nodes, load(name), family, (1, 2, 2), extra)
-    grid = patch_grid(family.latent, (1, 2, 2))
+    extra = copy.deepcopy(REFERENCES[name])  # ComfyUI scales the latents of a condition in place
+    calls = record(comfy_nodes, load(name), family, PATCHES.get(name, (1, 2, 2)), extra)
+    grid = patch_grid(family.latent, PATCHES.get(name, (1, 2, 2)))
     assert max(call.q.shape[1] for call in calls) > family.tokens
     for call in calls:
         if name == "wan":
             assert call.layout.grid == (4, 16, 16) and call.layout.after == 2 * 9 * 10
             call.layout = replace(call.layout, grid=grid, after=call.layout.tokens - math.prod(grid))
             call.order = call.layout.order("hilbert", call.q.device)
+        if name == "minimax_h3":  # text, a picture | a clip | its sound, a picture, sound | a clip | sound, the video's
+            assert call.layout.exact == ((0, 304), (816, 990), (1134, 1170))
     check_all(calls, grid)
+
+
+@pytest.mark.parametrize("name", ("ltxv", "ltx2"))
+def test_guides_follow_the_grid(comfy_nodes, load, name):
+    """LTX appends the frames to follow to the latent, and tells their places in the clip."""
+    family = replace(FAMILIES[name], latent=(1, 128, 4, 16, 18))
+    guide = torch.cartesian_prod(torch.arange(1.0), torch.arange(16.0), torch.arange(18.0)).T * 32
+    extra = {"keyframe_idxs": guide[None, ..., None].repeat(1, 1, 1, 2)}
+    mask = torch.ones(1, 1, 4, 16, 18)
+    mask[:, :, 3:] = 0
+    calls = record(comfy_nodes, load(name), family, (1, 1, 1), extra, noise_mask=mask)
+    assert calls[0].layout.after == 16 * 18
+    check_all(calls, (3, 16, 18))
 
 
 def test_batches_of_conditions_of_different_lengths(comfy_nodes, load):

@@ -31,12 +31,12 @@ def node(comfy_nodes, name):
 
 
 def tune(comfy_nodes, model, positive, shape, **widgets):
-    """(params, latent, report) of a run of Tune SpargeAttn: defaults, but short."""
+    """(params, latent, report) of a run of Tune SpargeAttn: defaults, but short. shape: or a latent of its own kind."""
     tuner = node(comfy_nodes, "SpargeAttnTune")
     values = {**widget_defaults(tuner), "steps": 4, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple",
               "sampled_steps": 1, "start_percent": 0.0, "min_tokens": MIN_TOKENS, "evaluate": False, **BOUNDS,
               **widgets}
-    latent = {"samples": torch.zeros(shape)}
+    latent = {"samples": torch.zeros(shape) if isinstance(shape, tuple) else shape}
     return tuner.execute(model=model, positive=positive, negative=positive, latent_image=latent, **values).result
 
 

@@ -17,7 +17,8 @@ SAVED = {f"{path.parents[1].name}/{path.stem}": json.loads(path.read_text(encodi
 RUN = PROMPTS | {name: prompt for name, prompt in SAVED.items() if prompt not in PROMPTS.values()}  # each one once
 WORKFLOWS = comfy_server.REPOSITORY / "workflows"
 # A tiny checkpoint takes the place of the file that the workflow names; test_demo.py runs the one that names none.
-FAMILY = {"wan2.1_text_to_video": "wan", "wan2.2_text_to_video": "wan", "wan2.2_image_to_video": "wan_image",
+FAMILY = {"minimax_h3_text_to_video": "minimax_h3", "wan2.1_text_to_video": "wan", "wan2.2_text_to_video": "wan",
+          "wan2.2_image_to_video": "wan_image",
           "compare_dense_and_sparse": "wan", "tune_and_save": "wan", "mochi_text_to_video": "mochi",
           "hunyuan_video_1.5_text_to_video": "hunyuan_video_1.5", "ltx_video_text_to_video": "ltxv",
           "flux_dev_text_to_image": "flux", "flux_kontext_edit_image": "flux", "sd3.5_text_to_image": "sd3.5",
@@ -27,7 +28,7 @@ SIZES = {"EmptyHunyuanLatentVideo": CLIP, "EmptyHunyuanVideo15Latent": CLIP, "Wa
          "EmptyMochiLatentVideo": {**CLIP, "length": 13}, "EmptyLTXVLatentVideo": {"width": 512, "height": 512,
                                                                                    "length": 17},
          "EmptySD3LatentImage": IMAGE, "EmptyLatentImage": {"width": 256, "height": 256}}
-DECODING = {"VAEDecode", "CreateVideo", "SaveVideo", "SaveImage"}
+DECODING = {"VAEDecode", "VAEDecodeAudio", "CreateVideo", "SaveVideo", "SaveImage"}
 
 
 def family_of(name):
@@ -146,6 +147,12 @@ def shrunk(prompt, family):
             node = {"class_type": "RandomConditioning",
                     "inputs": {"length": length, "width": width, "seed": int(key), "pooled": family.pooled or 0,
                                "masked": family.text_mask}}
+        elif kind == "MiniMaxH3ImageToVideo":
+            length, width = family.context
+            node = {"class_type": "RandomConditioning",
+                    "inputs": {"length": length, "width": width, "seed": int(key), "pooled": 0, "masked": False}}
+            kept[f"{key}_latent"] = {"class_type": "EmptyMiniMaxH3LatentAV",
+                                     "inputs": {"width": 512, "height": 512, "length": 5}}
         elif kind == "FluxKontextImageScale":
             node = {"class_type": "ImageScale",
                     "inputs": {**inputs, **IMAGE, "upscale_method": "area", "crop": "center"}}
@@ -164,8 +171,16 @@ def shrunk(prompt, family):
             inputs["vae"] = [f"{inputs['vae'][0]}_vae", 0]
         kept[key] = node
         if kind == "SpargeAttnReport":
+            samples = [key, 0]
+            if family.audio:
+                samples = [f"video_{key}", 0]
+                kept[f"video_{key}"] = {"class_type": "LTXVSeparateAVLatent", "inputs": {"av_latent": [key, 0]}}
             kept[f"save_{key}"] = {"class_type": "SaveLatent",
-                                   "inputs": {"samples": [key, 0], "filename_prefix": "latent"}}
+                                   "inputs": {"samples": samples, "filename_prefix": "latent"}}
+    for node in kept.values():
+        for name, value in node["inputs"].items():  # to a latent that a node of the prompt made beside the condition
+            if isinstance(value, list) and f"{value[0]}_latent" in kept and value[1] == 1:
+                node["inputs"][name] = [f"{value[0]}_latent", 0]
     return kept
 
 
