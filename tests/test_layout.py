@@ -64,13 +64,25 @@ def test_layout_have_one_direction(part):
             else:
                 package = target.partition(".")[0]
                 allowed = package in sys.stdlib_module_names or package in OTHERS or (
-                    package == "triton" and within(name, "kernels._triton"))
+                    package == "triton" and within(name, "kernels._triton")) or (
+                    name == f"kernels.integrations.{package}")
             assert allowed, f"{name} imports {target}"
 
 
 def test_triton_is_imported_by_its_kernels_alone():
     importers = {name for name, targets in MODULES.items() for target in targets if within(target, "triton")}
     assert importers and all(within(name, "kernels._triton") for name in importers)
+
+
+def test_integrations_are_imported_by_users_alone():
+    assert not any(within(target, ".kernels.integrations") for targets in MODULES.values() for target in targets)
+
+
+@pytest.mark.parametrize("path", (ROOT / "kernels" / "integrations").glob("*.py"), ids=lambda path: path.stem)
+def test_an_integration_imports_its_library_only_when_asked(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree.body = [node for node in tree.body if not isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+    assert not any(within(target, path.stem) for target in imports(ast.unparse(tree), ("kernels", "integrations")))
 
 
 def test_words_of_a_report_do_not_import_its_pictures():

