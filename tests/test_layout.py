@@ -78,7 +78,7 @@ def test_integrations_are_imported_by_users_alone():
     assert not any(within(target, ".kernels.integrations") for targets in MODULES.values() for target in targets)
 
 
-@pytest.mark.parametrize("path", (ROOT / "kernels" / "integrations").glob("*.py"), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted((ROOT / "kernels" / "integrations").glob("*.py")), ids=lambda path: path.stem)
 def test_an_integration_imports_its_library_only_when_asked(path):
     tree = ast.parse(path.read_text(encoding="utf-8"))
     tree.body = [node for node in tree.body if not isinstance(node, (ast.FunctionDef, ast.ClassDef))]

@@ -1,0 +1,53 @@
+"""The snippets of README's "Use from Python" run as they stand there, outside the repository."""
+import re
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+SNIPPETS = dict(re.findall(r"<!-- python: (\w+) -->\n```python\n(.*?)```", README, re.DOTALL))
+
+
+def run(name):
+    """The variables of a snippet after it has run."""
+    variables = {"__name__": "__main__"}
+    exec(compile(SNIPPETS[name], f"README.md, {name}", "exec"), variables)  # noqa: S102
+    return variables
+
+
+def test_every_snippet_is_run():
+    assert all(f"test_{name}" in globals() for name in SNIPPETS) and len(SNIPPETS) >= 2
+    assert README.count("```python") == len(SNIPPETS), "a snippet has no marker"
+
+
+def test_torch():
+    """A judge at 0.6 keeps every block of white noise: the result is that of dense attention."""
+    variables = run("torch")
+    expected = torch.nn.functional.scaled_dot_product_attention(*(variables[name] for name in "qkv"))
+    bound = 1e-5 if variables["device"] == "cpu" else 0.1  # on a GPU Q and K are rounded to INT8, P and V to FP8
+    assert (variables["out"] - expected).abs().max() < bound * expected.abs().max()
+
+
+def test_transformers(tmp_path, monkeypatch, capsys):
+    """The model's name is that of a folder here, with a small random model: there is no download."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    tokenizers = pytest.importorskip("tokenizers")
+    monkeypatch.chdir(tmp_path)
+    folder = re.search(r'name = "(.*)"', SNIPPETS["transformers"])[1]
+    words = [f"word{i}" for i in range(50)]
+    model = tokenizers.models.WordLevel({word: i for i, word in enumerate(["unknown", *words])}, unk_token="unknown")
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    config = transformers.LlamaConfig(vocab_size=51, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+                                      num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096,
+                                      bos_token_id=None, eos_token_id=None, pad_token_id=0)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    Path("prompt.txt").write_text(textwrap.fill(" ".join(words * 42)), encoding="utf-8")
+    variables = run("transformers")
+    assert variables["inputs"].input_ids.shape == (1, 2100) and variables["answer"].shape == (1, 2120)
+    prefill = "sparse" if variables["device"] == "cuda" else "no fast kernels here"
+    assert variables["attention"].calls == {prefill: 2, "decode step": 19 * 2}
+    assert "word" in capsys.readouterr().out
