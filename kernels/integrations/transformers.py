@@ -167,12 +167,11 @@ class SpargeAttention:
         except torch.OutOfMemoryError:
             return Dense("out of memory", f"{q_tokens} tokens")
         self._count("sparse")
-        if self.on_stats is None:
-            out = result
-        else:
-            out, stats = result
-            self.on_stats(module, stats)
-        return out.transpose(1, 2).contiguous()
+        if not isinstance(result, Tensor):
+            result, stats = result
+            if self.on_stats is not None:
+                self.on_stats(module, stats)
+        return result.transpose(1, 2).contiguous()
 
     def _seen(self, mask: Tensor, q_tokens: int, k_tokens: int) -> KeyMask | None:
         """`read_mask`, remembered as long as the mask lives and stays what it is."""
