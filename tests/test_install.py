@@ -30,7 +30,7 @@ needs_of_torch = {"numpy", "sympy", "mpmath", "networkx", "jinja2", "filelock", 
 assert new <= needs_of_torch, new
 """
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not (ROOT / ".git").exists(), reason="this is no git repository")]
 
 
 def run(*command, cwd):

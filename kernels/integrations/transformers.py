@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .. import FastPathError, SpargeParams, SpargeStats, select_implementation, sparge_attention
-from ..capability import DTYPES, MAX_HEAD_DIM
+from ..capability import DTYPES, MAX_HEAD_DIM, arch_of, supports_fp8
 from ..inputs import IMPLEMENTATIONS, PV_DTYPES, SKIPPED, check_choice
 
 _log = logging.getLogger(__name__)
@@ -27,6 +27,8 @@ _log = logging.getLogger(__name__)
 # What some models and versions hand to attention, and `sparge_attention` has not.
 _DENSE_IF_GIVEN = {"softcap": "soft cap", "position_bias": "position bias", "head_mask": "head mask",
                    "output_attentions": "attention maps are wanted"}
+# Reasons that a user can do something about; the others belong to how a model works.
+_PROBLEMS = "no fast kernels here", "pv_dtype fp8 is not supported here", "the fast kernels failed", "out of memory"
 _ROWS = 1024  # of a mask are compared at a time: all at once would take several times the memory of a long mask
 
 
@@ -138,7 +140,10 @@ class SpargeAttention:
             return Dense("unsupported scaling", f"{scaling}")
         if self.impl == "auto":
             chosen, reason = select_implementation(q)
-            return Dense("no fast kernels here", reason or "") if chosen == "reference" else None
+            if chosen == "reference":
+                return Dense("no fast kernels here", reason or "")
+        if self.pv_dtype == "fp8" and self.impl != "reference" and not supports_fp8(arch_of(q.device)):
+            return Dense("pv_dtype fp8 is not supported here", "choose auto or fp16")
         return None
 
     def _sparse(self, module: torch.nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
@@ -154,9 +159,10 @@ class SpargeAttention:
                 windowed = kwargs.get("sliding_window") is not None
                 return Dense("sliding window" if windowed else "mask is neither causal nor by key",
                              f"{q_tokens} queries, {k_tokens} keys")
+        padding = None if seen.padding is None else seen.padding.expand(q.shape[0], -1)
         try:
             result = sparge_attention(
-                q, k, v, params=self.params, scale=scaling, causal=seen.causal, key_padding_mask=seen.padding,
+                q, k, v, params=self.params, scale=scaling, causal=seen.causal, key_padding_mask=padding,
                 sink_keys=_ranges(((start, start + self.sink_tokens) for start, _ in seen.spans), k_tokens),
                 dense_queries=_ranges(((stop - self.last_tokens, stop) for _, stop in seen.spans), q_tokens),
                 skipped=self.skipped, pv_dtype=self.pv_dtype, impl="triton" if self.impl == "auto" else self.impl,
@@ -185,7 +191,8 @@ class SpargeAttention:
         if torch.compiler.is_compiling():
             return
         if what != "sparse" and what not in self.calls:
-            _log.info("SpargeAttn: attention stays dense: %s%s", what, f" ({detail})" if detail else "")
+            level = logging.WARNING if what in _PROBLEMS else logging.INFO
+            _log.log(level, "SpargeAttn: attention stays dense: %s%s", what, f" ({detail})" if detail else "")
         self.calls[what] += 1
 
 
@@ -200,7 +207,7 @@ class KeyMask(NamedTuple):
     """What a mask allows.
 
     causal: query i attends keys j ≤ i alone.
-    padding: bool (B, Nk), True where no query attends the key; None where there is no padding.
+    padding: bool (B or 1, Nk), True where no query attends the key; None where there is no padding.
     spans: the first token of each sequence of the batch and the end of its last.
     """
 
@@ -210,7 +217,7 @@ class KeyMask(NamedTuple):
 
 
 def read_mask(mask: Tensor, q_tokens: int, k_tokens: int) -> KeyMask | None:
-    """What a mask (B, 1, Nq, ≥ Nk) allows, where that is causal or full attention less the padding; None elsewhere.
+    """What a mask (B or 1, 1, Nq, ≥ Nk) allows, where it is causal or full attention less the padding; None elsewhere.
 
     mask: bool, True where a query attends a key, or floating, 0 there and the least number elsewhere. Queries without
     any key may have all of them, as some versions write it: they are padding, and nobody reads their output.
