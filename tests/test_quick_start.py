@@ -40,7 +40,8 @@ def test_transformers(tmp_path, monkeypatch, capsys):
     model = tokenizers.models.WordLevel({word: i for i, word in enumerate(["unknown", *words])}, unk_token="unknown")
     tokenizer = tokenizers.Tokenizer(model)
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_input_names=["input_ids", "attention_mask"]
+                                         ).save_pretrained(folder)
     config = transformers.LlamaConfig(vocab_size=51, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
                                       num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096,
                                       bos_token_id=None, eos_token_id=None, pad_token_id=0)
