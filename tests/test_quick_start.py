@@ -52,3 +52,18 @@ def test_transformers(tmp_path, monkeypatch, capsys):
     prefill = "sparse" if variables["device"] == "cuda" else "no fast kernels here"
     assert variables["attention"].calls == {prefill: 2, "decode step": 19 * 2}
     assert "word" in capsys.readouterr().out
+
+
+def test_diffusers(tmp_path, monkeypatch):
+    """As above. The snippet hands the model to a pipeline, which calls it once a step."""
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
+    monkeypatch.chdir(tmp_path)
+    folder = re.search(r'name = "(.*)"', SNIPPETS["diffusers"])[1]
+    diffusers.WanTransformer3DModel(num_attention_heads=2, attention_head_dim=32, text_dim=64, freq_dim=64, ffn_dim=96,
+                                    num_layers=2).save_pretrained(f"{folder}/transformer")
+    variables = run("diffusers")
+    model = variables["transformer"].float()
+    with torch.no_grad():
+        model(torch.zeros(1, 16, 8, 32, 32), torch.tensor([500]), torch.zeros(1, 20, 64))  # 2048 tokens
+    assert variables["attention"].calls == {"no fast kernels here": 2, "cross-attention": 2}
+    model.set_attention_backend("native")

@@ -7,28 +7,20 @@ Long prompts go sparse. Decode steps, and whatever the kernels don't compute, go
 """
 from __future__ import annotations
 
-import logging
-import math
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .. import FastPathError, SpargeParams, SpargeStats, select_implementation, sparge_attention
-from ..capability import DTYPES, MAX_HEAD_DIM, arch_of, supports_fp8
-from ..inputs import IMPLEMENTATIONS, PV_DTYPES, SKIPPED, check_choice
-
-_log = logging.getLogger(__name__)
+from .. import FastPathError, SpargeStats, sparge_attention
+from .calls import Dense, SparseCalls
 
 # What some models and versions hand to attention, and `sparge_attention` has not.
 _DENSE_IF_GIVEN = {"softcap": "soft cap", "position_bias": "position bias", "head_mask": "head mask",
                    "output_attentions": "attention maps are wanted"}
-# Reasons that a user can do something about; the others belong to how a model works.
-_PROBLEMS = "no fast kernels here", "pv_dtype fp8 is not supported here", "the fast kernels failed", "out of memory"
 _ROWS = 1024  # of a mask are compared at a time: all at once would take several times the memory of a long mask
 
 
@@ -49,50 +41,33 @@ def register(name: str = "spargeattn", **settings) -> SpargeAttention:
 
 
 @dataclass(eq=False)
-class SpargeAttention:
+class SpargeAttention(SparseCalls):
     """The attention function of a model's layers. For inference: calls that need gradients stay dense.
 
     Sparse: causal and full attention, grouped heads, padding at either side. What stays dense is counted in `calls`
     and logged once a reason.
 
     dense: transformers' sdpa_attention_forward, for the other calls.
-    params: the thresholds, the same in every layer.
-    min_tokens: calls with fewer queries or keys stay dense.
     sink_tokens: so many first tokens of each sequence are attended by all later ones, in whole blocks.
     last_tokens: so many last tokens of each sequence attend everything before them, in whole blocks; the answer to a
         prompt is written from its last token.
     dense_layers: numbers of layers that stay dense.
-    skipped, pv_dtype: as in `sparge_attention`.
-    impl: "auto" takes the fast kernels, and leaves calls dense where there are none, because sdpa is faster than the
-        reference. "triton" and "reference" as in `sparge_attention`.
     on_stats: called after each sparse call with the layer's module and the call's `SpargeStats`.
 
-    Raises ValueError or TypeError naming the argument, its rule and its value.
+    The other settings and the errors are those of `SparseCalls`.
     """
 
     dense: Callable[..., tuple[Tensor, Any]]
     _: KW_ONLY
-    params: SpargeParams = SpargeParams()
-    min_tokens: int = 2048
     sink_tokens: int = 4
     last_tokens: int = 1
     dense_layers: Collection[int] = ()
-    skipped: str = "drop"
-    pv_dtype: str = "auto"
-    impl: str = "auto"
     on_stats: Callable[[torch.nn.Module, SpargeStats], None] | None = None
-    calls: Counter[str] = field(default_factory=Counter, init=False)
 
     def __post_init__(self):
-        if not isinstance(self.params, SpargeParams):
-            raise TypeError(f"params must be SpargeParams; got {type(self.params).__name__}")
-        for name in ("min_tokens", "sink_tokens", "last_tokens"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 0:
-                raise ValueError(f"{name} must be an integer ≥ 0; got {value!r}")
-        check_choice("skipped", self.skipped, SKIPPED)
-        check_choice("pv_dtype", self.pv_dtype, PV_DTYPES)
-        check_choice("impl", self.impl, IMPLEMENTATIONS)
+        super().__post_init__()
+        self._check_count("sink_tokens")
+        self._check_count("last_tokens")
         # All layers of a forward pass get the same mask, or one of two.
         self._read = WeakTensorKeyDictionary()
 
@@ -108,7 +83,7 @@ class SpargeAttention:
             if isinstance(out, Tensor):
                 return out, None
             why = out
-        self._count(*why)
+        self.count(why)
         return self.dense(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
                           is_causal=is_causal, **kwargs)
 
@@ -125,26 +100,7 @@ class SpargeAttention:
         for name, reason in _DENSE_IF_GIVEN.items():
             if kwargs.get(name) is not None and kwargs[name] is not False:
                 return Dense(reason)
-        if dropout:
-            return Dense("dropout", f"{dropout}")
-        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-            return Dense("gradients are needed")
-        if q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:
-            return Dense("unsupported dtype", f"{q.dtype}, {k.dtype}, {v.dtype}")
-        if k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or q.shape[3] > MAX_HEAD_DIM:
-            return Dense("unsupported shapes", f"{tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
-        if q.shape[1] % k.shape[1] or self.params.heads not in (None, q.shape[1]):
-            return Dense("unsupported numbers of heads",
-                         f"{q.shape[1]} of q, {k.shape[1]} of k, thresholds for {self.params.heads or 'all'}")
-        if scaling is not None and not (isinstance(scaling, (int, float)) and math.isfinite(scaling)):
-            return Dense("unsupported scaling", f"{scaling}")
-        if self.impl == "auto":
-            chosen, reason = select_implementation(q)
-            if chosen == "reference":
-                return Dense("no fast kernels here", reason or "")
-        if self.pv_dtype == "fp8" and self.impl != "reference" and not supports_fp8(arch_of(q.device)):
-            return Dense("pv_dtype fp8 is not supported here", "choose auto or fp16")
-        return None
+        return self.unsupported(q, k, v, scaling, dropout)
 
     def _sparse(self, module: torch.nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
                 scaling: float | None, causal: bool, kwargs: dict[str, Any]) -> Tensor | Dense:
@@ -172,7 +128,7 @@ class SpargeAttention:
             return Dense("the fast kernels failed", str(error))
         except torch.OutOfMemoryError:
             return Dense("out of memory", f"{q_tokens} tokens")
-        self._count("sparse")
+        self.count()
         if not isinstance(result, Tensor):
             result, stats = result
             if self.on_stats is not None:
@@ -186,21 +142,6 @@ class SpargeAttention:
         if known is None or known[0] != state:
             known = self._read[mask] = state, read_mask(mask, q_tokens, k_tokens)
         return known[1]
-
-    def _count(self, what: str, detail: str = "") -> None:
-        if torch.compiler.is_compiling():
-            return
-        if what != "sparse" and what not in self.calls:
-            level = logging.WARNING if what in _PROBLEMS else logging.INFO
-            _log.log(level, "SpargeAttn: attention stays dense: %s%s", what, f" ({detail})" if detail else "")
-        self.calls[what] += 1
-
-
-class Dense(NamedTuple):
-    """Why a call stays dense: `reason` is the same for every call of a kind, `detail` describes this one."""
-
-    reason: str
-    detail: str = ""
 
 
 class KeyMask(NamedTuple):

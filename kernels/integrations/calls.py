@@ -1,0 +1,95 @@
+"""What the integrations share: settings, which calls can go sparse, and what became of the calls."""
+from __future__ import annotations
+
+import logging
+import math
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import SpargeParams, select_implementation
+from ..capability import DTYPES, MAX_HEAD_DIM, arch_of, supports_fp8
+from ..inputs import IMPLEMENTATIONS, PV_DTYPES, SKIPPED, check_choice
+
+_log = logging.getLogger(__name__)
+SPARSE = "sparse"  # the key of the calls that went sparse in their counts; the other keys are reasons
+# Reasons that a user can do something about; the others belong to how a model works.
+_PROBLEMS = "no fast kernels here", "pv_dtype fp8 is not supported here", "the fast kernels failed", "out of memory"
+
+
+class Dense(NamedTuple):
+    """Why a call stays dense: `reason` is the same for every call of a kind, `detail` describes this one."""
+
+    reason: str
+    detail: str = ""
+
+
+@dataclass(eq=False, kw_only=True)
+class SparseCalls:
+    """Settings of the sparse calls of a model, and counts of all its calls.
+
+    params: the thresholds, the same in every layer.
+    min_tokens: calls with fewer queries or keys stay dense.
+    skipped, pv_dtype: as in `sparge_attention`.
+    impl: "auto" takes the fast kernels, and leaves calls dense where there are none, because dense attention is faster
+        than the reference. "triton" and "reference" as in `sparge_attention`.
+    calls: how many went sparse, and how many stayed dense for which reason.
+
+    Raises ValueError or TypeError naming the argument, its rule and its value.
+    """
+
+    params: SpargeParams = SpargeParams()
+    min_tokens: int = 2048
+    skipped: str = "drop"
+    pv_dtype: str = "auto"
+    impl: str = "auto"
+    calls: Counter[str] = field(default_factory=Counter, init=False)
+
+    def __post_init__(self):
+        if not isinstance(self.params, SpargeParams):
+            raise TypeError(f"params must be SpargeParams; got {type(self.params).__name__}")
+        self._check_count("min_tokens")
+        check_choice("skipped", self.skipped, SKIPPED)
+        check_choice("pv_dtype", self.pv_dtype, PV_DTYPES)
+        check_choice("impl", self.impl, IMPLEMENTATIONS)
+
+    def _check_count(self, name: str) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, int) or value < 0:
+            raise ValueError(f"{name} must be an integer ≥ 0; got {value!r}")
+
+    def unsupported(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, dropout: float) -> Dense | None:
+        """Why q (B, H, Nq, D), k and v (B, Hkv, Nk, D) can't go sparse, as far as their mask does not matter."""
+        if dropout:
+            return Dense("dropout", f"{dropout}")
+        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+            return Dense("gradients are needed")
+        if q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:
+            return Dense("unsupported dtype", f"{q.dtype}, {k.dtype}, {v.dtype}")
+        if k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or q.shape[3] > MAX_HEAD_DIM:
+            return Dense("unsupported shapes", f"{tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
+        if q.shape[1] % k.shape[1] or self.params.heads not in (None, q.shape[1]):
+            return Dense("unsupported numbers of heads",
+                         f"{q.shape[1]} of q, {k.shape[1]} of k, thresholds for {self.params.heads or 'all'}")
+        if scale is not None and not (isinstance(scale, (int, float)) and math.isfinite(scale)):
+            return Dense("unsupported scaling", f"{scale}")
+        if self.impl == "auto":
+            chosen, reason = select_implementation(q)
+            if chosen == "reference":
+                return Dense("no fast kernels here", reason or "")
+        if self.pv_dtype == "fp8" and self.impl != "reference" and not supports_fp8(arch_of(q.device)):
+            return Dense("pv_dtype fp8 is not supported here", "choose auto or fp16")
+        return None
+
+    def count(self, what: Dense | None = None) -> None:
+        """Count a call, a sparse one without a reason; log the first one of each reason."""
+        if torch.compiler.is_compiling():
+            return
+        if what is not None and what.reason not in self.calls:
+            level = logging.WARNING if what.reason in _PROBLEMS else logging.INFO
+            detail = f" ({what.detail})" if what.detail else ""
+            _log.log(level, "SpargeAttn: attention stays dense: %s%s", what.reason, detail)
+        self.calls[SPARSE if what is None else what.reason] += 1
