@@ -67,3 +67,18 @@ def test_diffusers(tmp_path, monkeypatch):
         model(torch.zeros(1, 16, 8, 32, 32), torch.tensor([500]), torch.zeros(1, 20, 64))  # 2048 tokens
     assert variables["attention"].calls == {"no fast kernels here": 2, "cross-attention": 2}
     model.set_attention_backend("native")
+
+
+def test_yunchang(tmp_path):
+    """As one process of one: others are started alike."""
+    yunchang = pytest.importorskip("yunchang", reason="yunchang is not installed")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'meeting'}", world_size=1, rank=0)
+    try:
+        yunchang.set_seq_parallel_pg(1, 1, 0, 1)
+        variables = run("yunchang")
+        q = torch.randn(1, 256, 2, 16)
+        with torch.no_grad():
+            assert variables["attention"](q, q, q).shape == q.shape
+        assert sum(variables["processor"].calls.values()) == 1
+    finally:
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,99 @@
+"""yunchang's attention over several processes with SpargeAttn inside."""
+import json
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from comfyui_spargeattn.kernels import FastPathError, SpargeParams, dense_attention, sparge_attention
+from comfyui_spargeattn.kernels.integrations import yunchang as integration
+from comfyui_spargeattn.kernels.integrations.yunchang import SpargeProcessor
+from comfyui_spargeattn.tests.assertions import assert_near, relative_l1
+from comfyui_spargeattn.tests.cases import drifting_qkv
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+IMPL = "triton" if DEVICE == "cuda" else "reference"  # the interpreter would take minutes
+BOUND = 0.05 if DEVICE == "cuda" else 1e-5  # of the relative L1 with every block: INT8 there
+HALF = SpargeParams(topk=0.5)
+ALL = SpargeParams(topk=1.0)
+TOKENS, HEADS = 1024, 4
+
+
+def inputs():
+    """q, k, v (1, TOKENS, HEADS, 32) and their dense attention."""
+    q, k, v = drifting_qkv(1, HEADS, TOKENS, 32, dtype=torch.float32, device=DEVICE)
+    dense = dense_attention(q, k, v)
+    return [x.transpose(1, 2).contiguous() for x in (q, k, v, dense)]
+
+
+def test_one_call():
+    q, k, v, dense = inputs()
+    processor = SpargeProcessor(params=HALF, min_tokens=500, impl=IMPL)
+    out, lse = processor(q, k, v, softmax_scale=0.2, return_softmax=False, deterministic=False)
+    expected, expected_lse = sparge_attention(q, k, v, params=HALF, scale=0.2, layout="BNHD", impl=IMPL,
+                                              return_lse=True)
+    assert torch.equal(out, expected) and torch.equal(lse, expected_lse) and lse.shape == (1, HEADS, TOKENS)
+    assert processor.calls == {"sparse": 1}
+
+
+@pytest.mark.parametrize("reason, settings", [
+    ("fewer tokens than min_tokens", dict(min_tokens=1025)),
+    ("unsupported numbers of heads", dict(params=SpargeParams(topk=torch.full((3,), 0.5)))),
+] + ([] if DEVICE == "cuda" else [("no fast kernels here", dict(impl="auto"))]))
+def test_every_block_is_kept(reason, settings, caplog):
+    q, k, v, dense = inputs()
+    processor = SpargeProcessor(**dict(params=HALF, min_tokens=500, impl=IMPL) | settings)
+    with caplog.at_level(logging.INFO, logger="comfyui_spargeattn"):
+        for _ in range(2):
+            out, lse = processor(q, k, v)
+    assert relative_l1(out, dense) < BOUND and processor.calls == {reason: 2}
+    assert_near(lse, (q.transpose(1, 2).double() @ k.transpose(1, 2).double().mT * 32 ** -0.5).logsumexp(-1), atol=0.1)
+    assert sum(reason in record.message for record in caplog.records) == 1, "logged once"
+
+
+@pytest.mark.parametrize("failure", (FastPathError("no compiler"), torch.OutOfMemoryError("no room")))
+def test_a_call_that_fails(failure, monkeypatch):
+    q, k, v, dense = inputs()
+
+    def fails(*args, impl, **call):
+        if impl != "reference" or call["params"] is HALF:
+            raise failure
+        return sparge_attention(*args, impl=impl, **call)
+
+    monkeypatch.setattr(integration, "sparge_attention", fails)
+    processor = SpargeProcessor(params=HALF, min_tokens=500, impl=IMPL)
+    assert relative_l1(processor(q, k, v)[0], dense) < 1e-5 and "sparse" not in processor.calls
+
+
+@pytest.mark.parametrize("wrong", (dict(window_size=(128, 0)), dict(softcap=30.0), dict(alibi_slopes=torch.ones(4))))
+def test_another_attention_is_refused(wrong):
+    q, k, v, _ = inputs()
+    with pytest.raises(ValueError, match=f"^{next(iter(wrong))} must be"):
+        SpargeProcessor(impl=IMPL)(q, k, v, **wrong)
+
+
+@pytest.mark.skipif(DEVICE == "cuda" and torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("kind", ("ulysses", "ring"))
+def test_two_processes(kind, tmp_path):
+    """On two GPUs or on the CPU; the parts that they return make the whole."""
+    pytest.importorskip("yunchang", reason="yunchang is not installed")
+    command = [sys.executable, "-m", "comfyui_spargeattn.tests.kernels.integrations.two_parts", kind,
+               f"file://{tmp_path / 'meeting'}"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    processes = [subprocess.Popen([*command, str(rank)], env=environment, text=True, stdout=subprocess.PIPE,
+                                  stderr=subprocess.STDOUT) for rank in range(2)]
+    try:
+        output = [process.communicate(timeout=300)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert all(process.returncode == 0 for process in processes), "\n".join(output)
+    for lines in output:
+        found = json.loads(next(line for line in lines.splitlines() if line.startswith("found"))[6:])
+        assert found["calls"] == {"sparse": 1 if kind == "ulysses" else 2}
+        assert found["every block"] < BOUND and BOUND < found["sparse"] < 0.5
+        if kind == "ulysses":  # the same heads and the same map
+            assert found["against one process"] < 1e-6
