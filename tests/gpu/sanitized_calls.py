@@ -4,7 +4,14 @@ import sys
 
 import torch
 
-from comfyui_spargeattn.kernels import SpargeParams, block_map, block_shape, block_sparse_attention, sparge_attention
+from comfyui_spargeattn.kernels import (
+    SpargeParams,
+    attention_residual,
+    block_map,
+    block_shape,
+    block_sparse_attention,
+    sparge_attention,
+)
 from comfyui_spargeattn.tests.cases import drifting_qkv
 from comfyui_spargeattn.tests.kernels._triton.harness import PV_FORMATS
 
@@ -27,6 +34,8 @@ VARIANTS = [
     (129, 300, 64, F16, 2, 1, dict(params=CDF, key_bias=True)),
     (200, 200, 128, BF16, 2, 2, dict(params=TOPK, key_bias=True, key_padding_mask=True, skipped="pooled")),
     (200, 200, 64, F16, 2, 2, dict(block_map=True, key_bias=True)),
+    (200, 200, 72, BF16, 4, 2, dict(params=PER_HEAD, residual=True, return_lse=True, order="per head", layout="BNHD")),
+    (129, 300, 128, F16, 2, 1, dict(params=CDF, residual=True, return_lse=True, skipped="pooled", causal=True)),
 ]
 
 
@@ -48,11 +57,16 @@ def call_variant(q_tokens, k_tokens, dim, dtype, heads, kv_heads, call, pv_dtype
         block_sparse_attention(q, k, v, mask, **call)
         return
     call["params"] = call["params"].to("cuda")
-    of_the_map = {name: x for name, x in call.items() if name not in ("skipped", "return_stats", "layout")}
+    residual = call.pop("residual", False)
+    of_the_map = {name: x for name, x in call.items()
+                  if name not in ("skipped", "return_stats", "return_lse", "layout")}
     if "--without-maps" not in sys.argv:
         block_map(q, k, **of_the_map)
     if call.get("layout") == "BNHD":
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if residual:
+        made = {name: x for name, x in call.items() if not name.startswith("return_")}
+        call["residual"] = attention_residual(q, k, v, torch.zeros_like(q), **made)
     sparge_attention(q, k, v, **call)
 
 
