@@ -41,7 +41,7 @@ def prepared(n_q, n_k, *, seed=0, spread=1.0, padded=False, ties=False):
 def described(queries, keys):
     """The same as the reference has it, but for the tokens."""
     def compressed(x, valid):
-        values = dict(tokens=None, valid=valid, mean=x.mean.double(), similarity=x.similarity,
+        values = dict(tokens=None, centre=None, valid=valid, mean=x.mean.double(), similarity=x.similarity,
                       always=x.similarity == -torch.inf, bias=torch.zeros_like(valid, dtype=torch.float64))
         return Compressed(**{name: values[name] for name in Compressed.__dataclass_fields__})
 
