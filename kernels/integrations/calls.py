@@ -5,16 +5,17 @@ import logging
 import math
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import SpargeParams, select_implementation
+from .. import FastPathError, SpargeParams, select_implementation, sparge_attention
 from ..capability import DTYPES, MAX_HEAD_DIM, arch_of, supports_fp8
 from ..inputs import IMPLEMENTATIONS, PV_DTYPES, SKIPPED, check_choice
 
 _log = logging.getLogger(__name__)
+EVERY_BLOCK = SpargeParams(topk=1.0)
 SPARSE = "sparse"  # the key of the calls that went sparse in their counts; the other keys are reasons
 # Reasons that a user can do something about; the others belong to how a model works.
 _PROBLEMS = "no fast kernels here", "pv_dtype fp8 is not supported here", "the fast kernels failed", "out of memory"
@@ -83,6 +84,18 @@ class SparseCalls:
         if self.pv_dtype == "fp8" and self.impl != "reference" and not supports_fp8(arch_of(q.device)):
             return Dense("pv_dtype fp8 is not supported here", "choose auto or fp16")
         return None
+
+    def attempt(self, q: Tensor, k: Tensor, v: Tensor, **call: Any) -> Any:
+        """`sparge_attention` with these settings, or why there is no result after all: a `Dense`."""
+        settings = dict(params=self.params, skipped=self.skipped, pv_dtype=self.pv_dtype,
+                        impl="triton" if self.impl == "auto" else self.impl)
+        try:
+            return sparge_attention(q, k, v, **settings | call)
+        # A traceback holds the tensors of what failed, so the dense call comes after these except clauses.
+        except FastPathError as error:
+            return Dense("the fast kernels failed", str(error))
+        except torch.OutOfMemoryError:
+            return Dense("out of memory", f"q {tuple(q.shape)}")
 
     def count(self, what: Dense | None = None) -> None:
         """Count a call, a sparse one without a reason; log the first one of each reason."""

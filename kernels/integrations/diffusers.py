@@ -17,10 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import FastPathError, SpargeParams, sparge_attention
-from .calls import Dense, SparseCalls
-
-_EVERY_BLOCK = SpargeParams(topk=1.0)
+from .. import SpargeParams, sparge_attention
+from .calls import EVERY_BLOCK, Dense, SparseCalls
 
 
 def register(name: str = "spargeattn", **settings) -> SpargeBackend:
@@ -89,7 +87,7 @@ class SpargeBackend(SparseCalls):
         devices = 1 if split is None else split.ring_degree * split.ulysses_degree
         why = self._stays_dense(query, key, value, attn_mask, dropout_p, scale, devices, ring)
         if why is None or ring:
-            params = self.params if why is None else _EVERY_BLOCK
+            params = self.params if why is None else EVERY_BLOCK
             if split is not None:
                 self.count(why)
                 return self.in_parallel(*call, forward_op=_Forward(self, params), backward_op=_no_gradients,
@@ -119,16 +117,11 @@ class SpargeBackend(SparseCalls):
                return_lse: bool) -> Tensor | tuple[Tensor, Tensor] | Dense:
         """The work of one device, or why there is none after all."""
         mask = {} if attn_mask is None else _by_key(attn_mask, len(query), key.shape[1])
-        try:
-            result = sparge_attention(query, key, value, params=params, layout="BNHD", scale=scale, causal=is_causal,
-                                      skipped=self.skipped, pv_dtype=self.pv_dtype, return_lse=return_lse,
-                                      impl="triton" if self.impl == "auto" else self.impl, **mask or {})
-        # A traceback holds the tensors of what failed, so the dense call comes after these except clauses.
-        except FastPathError as error:
-            return Dense("the fast kernels failed", str(error))
-        except torch.OutOfMemoryError:
-            return Dense("out of memory", f"{query.shape[1]} tokens")
-        return (result[0], result[1].transpose(1, 2)) if return_lse else result
+        result = self.attempt(query, key, value, params=params, layout="BNHD", scale=scale, causal=is_causal,
+                              return_lse=return_lse, **mask or {})
+        if isinstance(result, Dense) or not return_lse:
+            return result
+        return result[0], result[1].transpose(1, 2)
 
 
 @dataclass(frozen=True)
@@ -150,7 +143,7 @@ class _Forward:
         self.backend.count(out)
         if not return_lse:
             return self.backend.dense(*call)
-        out, lse = sparge_attention(query, key, value, params=_EVERY_BLOCK, layout="BNHD", scale=scale,
+        out, lse = sparge_attention(query, key, value, params=EVERY_BLOCK, layout="BNHD", scale=scale,
                                     causal=is_causal, impl="reference", return_lse=True)
         return out, lse.transpose(1, 2)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .. import FastPathError, SpargeStats, sparge_attention
+from .. import SpargeStats
 from .calls import Dense, SparseCalls
 
 # What some models and versions hand to attention, and `sparge_attention` has not.
@@ -116,18 +116,13 @@ class SpargeAttention(SparseCalls):
                 return Dense("sliding window" if windowed else "mask is neither causal nor by key",
                              f"{q_tokens} queries, {k_tokens} keys")
         padding = None if seen.padding is None else seen.padding.expand(q.shape[0], -1)
-        try:
-            result = sparge_attention(
-                q, k, v, params=self.params, scale=scaling, causal=seen.causal, key_padding_mask=padding,
-                sink_keys=_ranges(((start, start + self.sink_tokens) for start, _ in seen.spans), k_tokens),
-                dense_queries=_ranges(((stop - self.last_tokens, stop) for _, stop in seen.spans), q_tokens),
-                skipped=self.skipped, pv_dtype=self.pv_dtype, impl="triton" if self.impl == "auto" else self.impl,
-                return_stats=self.on_stats is not None)
-        # A traceback holds the tensors of what failed, so the dense call comes after these except clauses.
-        except FastPathError as error:
-            return Dense("the fast kernels failed", str(error))
-        except torch.OutOfMemoryError:
-            return Dense("out of memory", f"{q_tokens} tokens")
+        result = self.attempt(
+            q, k, v, scale=scaling, causal=seen.causal, key_padding_mask=padding,
+            sink_keys=_ranges(((start, start + self.sink_tokens) for start, _ in seen.spans), k_tokens),
+            dense_queries=_ranges(((stop - self.last_tokens, stop) for _, stop in seen.spans), q_tokens),
+            return_stats=self.on_stats is not None)
+        if isinstance(result, Dense):
+            return result
         self.count()
         if not isinstance(result, Tensor):
             result, stats = result

@@ -10,15 +10,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from .. import FastPathError, SpargeParams, sparge_attention
-from .calls import Dense, SparseCalls
+from .. import sparge_attention
+from .calls import EVERY_BLOCK, Dense, SparseCalls
 
 # None of yunchang's own types: it calls the processor for a type that it does not know.
 ATTN_TYPE = "spargeattn"
-_EVERY_BLOCK = SpargeParams(topk=1.0)
 
 
 @dataclass(eq=False, kw_only=True)
@@ -51,16 +49,11 @@ class SpargeProcessor(SparseCalls):
             params = self.params
             if min(q.shape[1], k.shape[1]) < self.min_tokens:
                 why = Dense("fewer tokens than min_tokens", f"{min(q.shape[1], k.shape[1])} < {self.min_tokens}")
-                params = _EVERY_BLOCK
-            try:
-                result = sparge_attention(q, k, v, params=params, skipped=self.skipped, pv_dtype=self.pv_dtype,
-                                          impl="triton" if self.impl == "auto" else self.impl, **how)
+                params = EVERY_BLOCK
+            result = self.attempt(q, k, v, params=params, **how)
+            if not isinstance(result, Dense):
                 self.count(why)
                 return result
-            # A traceback holds the tensors of what failed, so the other call comes after these except clauses.
-            except FastPathError as error:
-                why = Dense("the fast kernels failed", str(error))
-            except torch.OutOfMemoryError:
-                why = Dense("out of memory", f"{q.shape[1]} tokens")
+            why = result
         self.count(why)
-        return sparge_attention(q, k, v, params=_EVERY_BLOCK, impl="reference", **how)
+        return sparge_attention(q, k, v, params=EVERY_BLOCK, impl="reference", **how)

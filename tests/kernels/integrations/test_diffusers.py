@@ -1,9 +1,5 @@
 """Small random models of Hugging Face diffusers, dense and through SpargeAttn, in one process and in two."""
-import json
 import logging
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -13,8 +9,10 @@ from diffusers import WanTransformer3DModel  # noqa: E402
 from diffusers.models import attention_dispatch  # noqa: E402
 
 from comfyui_spargeattn.kernels import FastPathError, SpargeParams, dense_attention  # noqa: E402
+from comfyui_spargeattn.kernels.integrations import calls  # noqa: E402
 from comfyui_spargeattn.kernels.integrations import diffusers as integration  # noqa: E402
 from comfyui_spargeattn.tests.assertions import relative_l1  # noqa: E402
+from comfyui_spargeattn.tests.kernels.integrations.pair import found_by_two  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IMPL = "triton" if DEVICE == "cuda" else "reference"  # the interpreter would take minutes
@@ -86,7 +84,7 @@ def test_a_call_that_fails_goes_dense(model, native, failure, monkeypatch):
     def fails(*args, **kwargs):
         raise failure
 
-    monkeypatch.setattr(integration, "sparge_attention", fails)
+    monkeypatch.setattr(calls, "sparge_attention", fails)
     backend = sparse(model)
     assert torch.equal(evaluate(model), native) and "sparse" not in backend.calls
 
@@ -127,18 +125,7 @@ def test_names():
 @pytest.mark.parametrize("kind", ("ulysses", "ring"))
 def test_context_parallelism(kind, tmp_path):
     """Two processes, on two GPUs or on the CPU, give what one gives."""
-    meeting = f"file://{tmp_path / 'meeting'}"
-    command = [sys.executable, "-m", "comfyui_spargeattn.tests.kernels.integrations.two_processes", kind, meeting]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    processes = [subprocess.Popen([*command, str(rank)], env=environment, text=True, stdout=subprocess.PIPE,
-                                  stderr=subprocess.STDOUT) for rank in range(2)]
-    try:
-        output = [process.communicate(timeout=300)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert all(process.returncode == 0 for process in processes), "\n".join(output)
-    found = json.loads(next(line for line in output[0].splitlines() if line.startswith("found"))[6:])
+    [found] = found_by_two("two_processes", kind, tmp_path)
     assert found["calls"] == {"sparse": LAYERS, "cross-attention": LAYERS}
     assert found["every block"] < BOUND and found["dense"] < BOUND
     # Ulysses computes the same heads with the same map. A ring selects from each half of the keys by itself.

@@ -19,6 +19,7 @@ from transformers import (  # noqa: E402
 )
 
 from comfyui_spargeattn.kernels import FastPathError, SpargeParams  # noqa: E402
+from comfyui_spargeattn.kernels.integrations import calls  # noqa: E402
 from comfyui_spargeattn.kernels.integrations import transformers as integration  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -316,7 +317,7 @@ def test_ends_of_each_sequence_are_exact(monkeypatch):
         seen.update(how)
         return q.clone()
 
-    monkeypatch.setattr(integration, "sparge_attention", attention)
+    monkeypatch.setattr(calls, "sparge_attention", attention)
     mask = masks()["causal, padded"][0].to(DEVICE)
     registered = integration.register(min_tokens=64, impl="reference", sink_tokens=4, last_tokens=2)
     torch.manual_seed(0)
@@ -332,7 +333,7 @@ def test_a_failing_kernel_leaves_the_call_dense(error, monkeypatch):
     def fail(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr(integration, "sparge_attention", fail)
+    monkeypatch.setattr(calls, "sparge_attention", fail)
     attention = integration.register(min_tokens=64, impl="reference")
     (q, k, v), out = call(attention)
     assert torch.equal(out, AttentionInterface()["sdpa"](layer(), q, k, v, None)[0])

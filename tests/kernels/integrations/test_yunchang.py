@@ -1,18 +1,15 @@
 """yunchang's attention over several processes with SpargeAttn inside."""
-import json
 import logging
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 
 from comfyui_spargeattn.kernels import FastPathError, SpargeParams, dense_attention, sparge_attention
-from comfyui_spargeattn.kernels.integrations import yunchang as integration
+from comfyui_spargeattn.kernels.integrations import calls
 from comfyui_spargeattn.kernels.integrations.yunchang import SpargeProcessor
 from comfyui_spargeattn.tests.assertions import assert_near, relative_l1
 from comfyui_spargeattn.tests.cases import drifting_qkv
+from comfyui_spargeattn.tests.kernels.integrations.pair import found_by_two
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IMPL = "triton" if DEVICE == "cuda" else "reference"  # the interpreter would take minutes
@@ -63,7 +60,7 @@ def test_a_call_that_fails(failure, monkeypatch):
             raise failure
         return sparge_attention(*args, impl=impl, **call)
 
-    monkeypatch.setattr(integration, "sparge_attention", fails)
+    monkeypatch.setattr(calls, "sparge_attention", fails)
     processor = SpargeProcessor(params=HALF, min_tokens=500, impl=IMPL)
     assert relative_l1(processor(q, k, v)[0], dense) < 1e-5 and "sparse" not in processor.calls
 
@@ -80,19 +77,9 @@ def test_another_attention_is_refused(wrong):
 def test_two_processes(kind, tmp_path):
     """On two GPUs or on the CPU; the parts that they return make the whole."""
     pytest.importorskip("yunchang", reason="yunchang is not installed")
-    command = [sys.executable, "-m", "comfyui_spargeattn.tests.kernels.integrations.two_parts", kind,
-               f"file://{tmp_path / 'meeting'}"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    processes = [subprocess.Popen([*command, str(rank)], env=environment, text=True, stdout=subprocess.PIPE,
-                                  stderr=subprocess.STDOUT) for rank in range(2)]
-    try:
-        output = [process.communicate(timeout=300)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert all(process.returncode == 0 for process in processes), "\n".join(output)
-    for lines in output:
-        found = json.loads(next(line for line in lines.splitlines() if line.startswith("found"))[6:])
+    both = found_by_two("two_parts", kind, tmp_path)
+    assert len(both) == 2
+    for found in both:
         assert found["calls"] == {"sparse": 1 if kind == "ulysses" else 2}
         assert found["every block"] < BOUND and BOUND < found["sparse"] < 0.5
         if kind == "ulysses":  # the same heads and the same map
