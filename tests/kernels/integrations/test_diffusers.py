@@ -11,7 +11,7 @@ from diffusers.models import attention_dispatch  # noqa: E402
 from comfyui_spargeattn.kernels import FastPathError, SpargeParams, dense_attention  # noqa: E402
 from comfyui_spargeattn.kernels.integrations import calls  # noqa: E402
 from comfyui_spargeattn.kernels.integrations import diffusers as integration  # noqa: E402
-from comfyui_spargeattn.tests.assertions import relative_l1  # noqa: E402
+from comfyui_spargeattn.tests.assertions import assert_near, relative_l1  # noqa: E402
 from comfyui_spargeattn.tests.kernels.integrations.pair import found_by_two  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -108,6 +108,22 @@ def test_masks(mask):
     expected = dense_attention(*(x.transpose(1, 2) for x in (q, k, v)), key_padding_mask=~attends).transpose(1, 2)
     assert relative_l1(out, expected) < BOUND
     assert backend.calls == {"mask is not by key" if mask == "by query" else "sparse": 1}
+
+
+@pytest.mark.parametrize("return_lse", (False, True))
+@pytest.mark.parametrize("settings", [dict(params=SpargeParams(topk=torch.full((8,), 0.5)))] + (
+    [] if DEVICE == "cuda" else [dict(impl="auto")]))
+def test_part_of_one_device_that_can_not_go_sparse(settings, return_lse):
+    """The other devices wait for it: it is computed exactly, as diffusers' native backend or a ring needs it."""
+    q, k, v = (torch.randn(1, 600, 4, 32, generator=torch.Generator().manual_seed(i)).to(DEVICE) for i in range(3))
+    backend = integration.register(**dict(min_tokens=500, impl=IMPL) | settings)
+    result = integration._Forward(backend, backend.params)(None, q, k, v, return_lse=return_lse)
+    out, lse = result if return_lse else (result, None)
+    q, k, v = (x.transpose(1, 2).double() for x in (q, k, v))
+    assert relative_l1(out, dense_attention(q, k, v).transpose(1, 2)) < 1e-5
+    if return_lse:
+        assert_near(lse.transpose(1, 2), (q @ k.mT * 32 ** -0.5).logsumexp(-1), atol=1e-4)
+    assert sum(backend.calls.values()) == 1 and "sparse" not in backend.calls
 
 
 def test_names():
