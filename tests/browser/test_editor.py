@@ -4,7 +4,6 @@ Every stage leaves screenshots in the folder that SPARGEATTN_SCREENSHOTS names.
 """
 import json
 import os
-from pathlib import Path
 
 import pytest
 
@@ -49,13 +48,6 @@ def chromium():
 @pytest.fixture(scope="module")
 def editor(server, chromium):
     return Editor(chromium, server.url)
-
-
-@pytest.fixture
-def screenshot(tmp_path):
-    folder = Path(os.environ.get("SPARGEATTN_SCREENSHOTS", tmp_path))
-    folder.mkdir(parents=True, exist_ok=True)
-    return lambda editor, name: editor.page.screenshot(path=folder / f"{name}.png")
 
 
 def translations(language):

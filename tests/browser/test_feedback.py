@@ -65,13 +65,6 @@ def editor(tmp_path_factory):
         yield Editor(chromium, server.url)
 
 
-@pytest.fixture
-def screenshot(tmp_path):
-    folder = Path(os.environ.get("SPARGEATTN_SCREENSHOTS", tmp_path))
-    folder.mkdir(parents=True, exist_ok=True)
-    return lambda editor, name: editor.page.screenshot(path=folder / f"{name}.png")
-
-
 def test_new_report_is_large_and_a_saved_one_keeps_its_size(editor):
     editor.run("prompt => app.loadApiJson(prompt, 'fresh')", PROMPT)
     wide, tall = editor.run(SIZE, "SpargeAttnReport")

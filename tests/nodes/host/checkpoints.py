@@ -141,3 +141,10 @@ def load(family, path, monkeypatch):
         monkeypatch.setattr(comfy.model_detection, "detect_unet_config",
                             lambda *args, **kwargs: {**detect(*args, **kwargs), **family.detected})
     return comfy.sd.load_diffusion_model(str(path))
+
+
+def written(family, folder, monkeypatch=None):
+    """`load` of a checkpoint of the family that is written into `folder` first."""
+    path = folder / f"{family.name}.safetensors"
+    write(family, path)
+    return load(family, path, monkeypatch)

@@ -17,9 +17,7 @@ DTYPE = torch.bfloat16 if torch.cuda.is_available() else torch.float32
 
 @pytest.fixture(scope="module")
 def wan(comfy_nodes, tmp_path_factory):
-    path = tmp_path_factory.mktemp("checkpoints") / "wan.safetensors"
-    checkpoints.write(checkpoints.FAMILIES["wan"], path)
-    return checkpoints.load(checkpoints.FAMILIES["wan"], path, None)
+    return checkpoints.written(checkpoints.FAMILIES["wan"], tmp_path_factory.mktemp("checkpoints"))
 
 
 @pytest.fixture

@@ -16,10 +16,8 @@ TOGETHER = 60  # seconds in which both threads have to be inside the kernels
 def loaded(request, comfy_nodes, tmp_path_factory):
     """(family, its ModelPatcher)"""
     family = FAMILIES[request.param]
-    path = tmp_path_factory.mktemp("checkpoints") / f"{family.name}.safetensors"
-    checkpoints.write(family, path)
     with pytest.MonkeyPatch.context() as monkeypatch:
-        yield family, checkpoints.load(family, path, monkeypatch)
+        yield family, checkpoints.written(family, tmp_path_factory.mktemp("checkpoints"), monkeypatch)
 
 
 @pytest.fixture

@@ -15,10 +15,8 @@ CONSERVATIVE_BOUND = 1e-4 if not torch.cuda.is_available() else 0.1
 def loaded(request, comfy_nodes, tmp_path_factory):
     """(family, its ModelPatcher) from a checkpoint written for this run."""
     family = FAMILIES[request.param]
-    path = tmp_path_factory.mktemp("checkpoints") / f"{family.name}.safetensors"
-    checkpoints.write(family, path)
     with pytest.MonkeyPatch.context() as monkeypatch:
-        yield family, checkpoints.load(family, path, monkeypatch)
+        yield family, checkpoints.written(family, tmp_path_factory.mktemp("checkpoints"), monkeypatch)
 
 
 def test_conservative_thresholds_agree_with_dense(comfy_nodes, loaded):

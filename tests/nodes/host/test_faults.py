@@ -33,9 +33,7 @@ def module(comfy_nodes, name):
 
 @pytest.fixture(scope="module")
 def wan(comfy_nodes, tmp_path_factory):
-    path = tmp_path_factory.mktemp("checkpoints") / "wan.safetensors"
-    checkpoints.write(FAMILY, path)
-    return checkpoints.load(FAMILY, path, None)
+    return checkpoints.written(FAMILY, tmp_path_factory.mktemp("checkpoints"))
 
 
 @pytest.fixture

@@ -14,9 +14,7 @@ FAMILY = replace(checkpoints.FAMILIES["wan"], latent=(1, 16, 2, 32, 32))  # 512 
 
 @pytest.fixture(scope="module")
 def wan(comfy_nodes, tmp_path_factory):
-    path = tmp_path_factory.mktemp("checkpoints") / "wan.safetensors"
-    checkpoints.write(FAMILY, path)
-    return checkpoints.load(FAMILY, path, None)
+    return checkpoints.written(FAMILY, tmp_path_factory.mktemp("checkpoints"))
 
 
 @pytest.fixture

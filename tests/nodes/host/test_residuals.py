@@ -15,9 +15,7 @@ STEPS = 8
 
 @pytest.fixture(scope="module")
 def wan(comfy_nodes, tmp_path_factory):
-    path = tmp_path_factory.mktemp("checkpoints") / "wan.safetensors"
-    checkpoints.write(FAMILY, path)
-    return checkpoints.load(FAMILY, path, None)
+    return checkpoints.written(FAMILY, tmp_path_factory.mktemp("checkpoints"))
 
 
 def override_module(comfy_nodes):
