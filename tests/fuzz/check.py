@@ -12,10 +12,13 @@ from comfyui_spargeattn.kernels import (
     BlockMap,
     BlockShape,
     SpargeParams,
+    SpargeStats,
+    attention_residual,
     block_sparse_attention,
     reference,
     sparge_attention,
 )
+from comfyui_spargeattn.kernels.call import CallSpec, Thresholds
 from comfyui_spargeattn.tests.assertions import assert_near
 from comfyui_spargeattn.tests.fuzz.draw import Call, Limits, draw
 from comfyui_spargeattn.tests.kernels import eager
@@ -29,6 +32,7 @@ from comfyui_spargeattn.tests.kernels._triton.harness import (
     hidden_keys,
     poisoned_memory,
     recorded_maps,
+    sampled_mean,
 )
 from comfyui_spargeattn.tests.kernels.loops import BLOCK, all_heads
 
@@ -64,26 +68,28 @@ def check(seed: int, limits: Limits) -> float:
         return check_kernels(draw(seed, limits))
 
 
-def run(call: Call, **changes) -> tuple[Tensor, object]:
-    """(output, statistics or None) of the public call."""
+def run(call: Call, **changes) -> tuple[Tensor, SpargeStats | None, Tensor | None]:
+    """The output, the statistics and the log-sum-exp, each None unless asked for, of the public call."""
     arguments = call.arguments | changes
     if call.block_map is None:
         result = sparge_attention(call.q, call.k, call.v, params=call.params, **arguments)
     else:
         result = block_sparse_attention(call.q, call.k, call.v, call.block_map,
                                         pv_threshold=call.params.pv_threshold, **arguments)
-    out, stats = result if arguments["return_stats"] else (result, None)
+    out, *more = result if isinstance(result, tuple) else (result,)
+    assert len(more) == arguments["return_stats"] + arguments["return_lse"], "not what was asked for"
     assert out.shape == call.q.shape and out.dtype == call.q.dtype and out.is_contiguous(), "misshapen"
-    return out, stats
+    return out, more[0] if arguments["return_stats"] else None, more[-1] if arguments["return_lse"] else None
 
 
 def check_kernels(call: Call) -> float:
     """Compare the kernels with the emulation of their arithmetic over the map that the reference predicts."""
     inputs = [x.clone() for x in (call.q, call.k, call.v)]
     with poisoned_memory(), recorded_maps() as maps:
-        out, stats = run(call, impl="triton")
-    again, _ = run(call, impl="triton")
+        out, stats, lse = run(call, impl="triton")
+    again, _, lse_again = run(call, impl="triton")
     assert same(out, again), "another result the second time"
+    assert lse is None or same(lse, lse_again), "another log-sum-exp the second time"
     assert all(same(x, y) for x, y in zip(inputs, (call.q, call.k, call.v))), "an input was written to"
     q, k, v, out = (as_bhnd(call, x) for x in (call.q, call.k, call.v, out))
     arguments = plain_arguments(call)
@@ -93,6 +99,10 @@ def check_kernels(call: Call) -> float:
     from comfyui_spargeattn.kernels._triton import sample
     loose = k.shape[2] > sample.SAMPLE
     few = 4 / math.sqrt(out.numel())  # so few numbers that one rounding is much of their error
+    if lse is not None:
+        check_lse(q, k, v, lse, maps[0], call.params, arguments)
+    if call.refreshes:
+        check_refresh(call, "triton")
     mask = call.block_map.mask() if isinstance(call.block_map, BlockMap) else call.block_map
     return check_output(q, k, v, out, stats, maps[0], params=call.params, block_mask=mask,
                         rms_slack=(1.5 if loose else 1.05) + few, max_slack=(3 if loose else 1.5) + 2 * few,
@@ -101,7 +111,7 @@ def check_kernels(call: Call) -> float:
 
 def check_reference(call: Call) -> float:
     """Compare the public call with the reference on contiguous tensors, and the latter with plain loops."""
-    out, stats = run(call, impl="reference")
+    out, stats, _ = run(call, impl="reference")
     assert same(out, run(call, impl="reference")[0]), "another result the second time"
     q, k, v, out = (as_bhnd(call, x).contiguous() for x in (call.q, call.k, call.v, out))
     arguments = {name: x.contiguous() if isinstance(x, Tensor) else x for name, x in plain_arguments(call).items()}
@@ -116,9 +126,54 @@ def check_reference(call: Call) -> float:
     assert error <= allowed, f"error {error:.3g} > {allowed:.3g} against tidy tensors"
     if stats is not None:
         assert_near(stats.kept, expected_stats.kept, atol=1e-6, what="kept")
+    if call.refreshes:
+        check_refresh(call, "reference")
     if call.plain and call.block_map is None and "key_bias" not in arguments:
         check_loops(q, k, v, call.params, arguments)
     return error / allowed
+
+
+def check_lse(q: Tensor, k: Tensor, v: Tensor, lse: Tensor, found: BlockMap, params: SpargeParams,
+              arguments: dict) -> None:
+    """Hold the log-sum-exp of finite tensors against float64 over the same map: no score may be further off than INT8
+    moves one at most, and float32."""
+    q, k, v = q.double(), k.double(), v.double()
+    hidden = hidden_keys(arguments)
+    if hidden is not None:
+        k, v = (x.masked_fill(hidden[:, None, :, None], 0.0) for x in (k, v))
+    with mock.patch.object(reference, "predict_map", lambda *args: found.mask()):
+        spec = CallSpec(Thresholds.of(params, q.device), **arguments)
+        expected = reference.with_lse(q, k, v, spec, found.block)[1]
+    assert torch.equal(lse == -math.inf, expected == -math.inf), "a row without keys, or not"
+    group, dim = q.shape[1] // k.shape[1], q.shape[-1]
+    centre = sampled_mean(k, hidden).repeat_interleave(group, 1)
+    k = k.repeat_interleave(group, 1)
+    apart = k - centre if hidden is None else (k - centre).masked_fill(hidden[:, None, :, None], 0.0)
+    scale = abs(spec.scale_for(dim))
+    step_q, step_k = q.abs().amax(-1) / 127, apart.abs().amax((2, 3))[..., None] / 127
+    longest_k = apart.abs().sum(-1).amax(-1, keepdim=True)
+    allowed = (step_q * longest_k + step_k * q.abs().sum(-1) + step_q * step_k * dim) * scale / 2
+    largest = q.norm(dim=-1) * apart.norm(dim=-1).amax(-1, keepdim=True) * scale
+    if spec.pooled:  # its keys have a scale in bfloat16, and weights in float16
+        allowed += largest / 256 + 0.01
+    bias = arguments["key_bias"].double().clamp(min=-1e4).abs().max().item() if "key_bias" in arguments else 0.0
+    allowed += (largest + (q.abs() @ centre.abs().mT)[..., 0] * scale + expected.abs() + bias) * 1e-5 + 1e-4
+    seen = expected > -math.inf
+    assert_near(lse[seen], expected[seen], atol=allowed[seen], what="log-sum-exp")
+
+
+def check_refresh(call: Call, impl: str) -> None:
+    """A residual made of any dense result has to give it back when it is added."""
+    arguments = {name: x for name, x in call.arguments.items() if name not in ("return_stats", "return_lse")}
+    every = SpargeParams(cdf_threshold=1.0)
+    dense = sparge_attention(call.q, call.k, call.v, params=every, impl=impl, **arguments | dict(skipped="drop"))
+    with poisoned_memory():
+        made = attention_residual(call.q, call.k, call.v, dense, params=call.params, impl=impl, **arguments)
+    out = as_bhnd(call, sparge_attention(call.q, call.k, call.v, params=call.params, impl=impl, residual=made,
+                                         **arguments))
+    dense, limits = as_bhnd(call, dense), torch.finfo(out.dtype)
+    rounding = dense.abs().double() * limits.eps + limits.smallest_normal
+    assert_near(out, dense, atol=0.51 * made.scale.double()[..., None] + rounding, what="with residual")
 
 
 def check_loops(q: Tensor, k: Tensor, v: Tensor, params: SpargeParams, arguments: dict) -> None:
@@ -176,7 +231,8 @@ def given_tokens(block_map: BlockMap | Tensor, block: BlockShape, order: Tensor 
 
 def plain_arguments(call: Call) -> dict:
     """The arguments that the reference takes besides q, k, v and the thresholds."""
-    return {name: value for name, value in call.arguments.items() if name not in ("layout", "return_stats", "pv_dtype")}
+    others = ("layout", "return_stats", "return_lse", "pv_dtype")
+    return {name: value for name, value in call.arguments.items() if name not in others}
 
 
 def as_bhnd(call: Call, x: Tensor) -> Tensor:

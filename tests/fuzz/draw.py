@@ -47,6 +47,8 @@ class Kind:
     order: torch.dtype | None
     sinks: bool
     dense_queries: bool
+    lse: bool
+    residual: bool
 
     @classmethod
     def of(cls, seed: int, limits: Limits) -> Kind:
@@ -58,14 +60,16 @@ class Kind:
                    skipped=rng.choice(("drop", "drop", "pooled")), per_head=rng.random() < 0.3,
                    skips_products=rng.random() < 0.4, padding=rng.random() < 0.4, bias=rng.random() < 0.3,
                    order=None if causal else rng.choice((None, torch.int32, torch.int64)),
-                   sinks=rng.random() < 0.4, dense_queries=rng.random() < 0.3)
+                   sinks=rng.random() < 0.4, dense_queries=rng.random() < 0.3, lse=rng.random() < 0.3,
+                   residual=rng.random() < 0.3)
 
 
 @dataclass(frozen=True)
 class Call:
     """q, k, v in `layout`, and the other arguments of `sparge_attention`, or with a `block_map` those of
     `block_sparse_attention`. `params` holds the thresholds of both. finite: no input but padding holds NaN or infinity.
-    plain: no input is degenerate, so that neither ties nor float32's range decide anything."""
+    plain: no input is degenerate, so that neither ties nor float32's range decide anything. refreshes: whether to make
+    and add residuals as well."""
 
     q: Tensor
     k: Tensor
@@ -75,6 +79,7 @@ class Call:
     arguments: dict
     finite: bool
     plain: bool
+    refreshes: bool
 
 
 def draw(seed: int, limits: Limits) -> Call:
@@ -104,7 +109,7 @@ def draw(seed: int, limits: Limits) -> Call:
     layout = rng.choice(("BHND", "BNHD"))
     q, k, v = (_restride(rng, x, kind.aligned, kind.padding) for x in (q, k, v))
     arguments = dict(scale=scale, causal=kind.causal, skipped=kind.skipped, layout=layout,
-                     return_stats=rng.random() < 0.8)
+                     return_stats=rng.random() < 0.8, return_lse=kind.lse)
     if limits.impl == "triton":
         arguments["pv_dtype"] = kind.pv_dtype
     if kind.padding:
@@ -125,7 +130,8 @@ def draw(seed: int, limits: Limits) -> Call:
     params = _params(rng, generator, kind, heads, limits.device)
     if layout == "BNHD":
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return Call(q, k, v, params, block_map, arguments, finite, plain)
+    return Call(q, k, v, params, block_map, arguments, finite, plain,
+                kind.residual and finite and not kind.given)
 
 
 def _length(rng: random.Random, most: int) -> int:

@@ -11,8 +11,9 @@ from comfyui_spargeattn.tests.kernels._triton.harness import DEVICE, DTYPES, ON_
 from comfyui_spargeattn.tests.kernels.test_lse import CALLS, exact_lse
 
 N = 1500 if ON_GPU else 150
-# What INT8 may move a score of these q and k by, in natural units, at a scale of one.
-QUANTISED = 0.4
+# What INT8 may move a score of these q and k by at head_dim 64 and a scale of one, in natural units. It grows with the
+# root of head_dim, as a sum of independent roundings does.
+QUANTISED = 0.5
 
 
 @pytest.mark.parametrize("pv_dtype", PV_FORMATS)
@@ -41,7 +42,7 @@ def test_dtypes(dim, dtype):
     _, lse = sparge_attention(q, k, v, params=SpargeParams(cdf_threshold=1.0), pv_dtype="fp16", impl="triton",
                               return_lse=True)
     expected = (q.double() @ k.double().mT * dim ** -0.5).logsumexp(-1)
-    assert_near(lse, expected, atol=QUANTISED * dim ** -0.5)
+    assert_near(lse, expected, atol=QUANTISED * (dim / 64) ** 0.5 * dim ** -0.5)
 
 
 def test_groups_of_heads(monkeypatch, small_blocks):
