@@ -204,6 +204,16 @@ class Residual:
         """The difference, float32 (B, H, Nq, D)."""
         return self.quantised * self.scale[..., None]
 
+    def extrapolated(self, earlier: Residual, by: float) -> Residual:
+        """Where the line from an `earlier` residual of the same shape through this one leads, `by` times their distance
+        beyond this one; a head at a time, in memory for the result and one head."""
+        made = Residual.empty(self.quantised.shape, self.quantised.device)
+        for head in range(self.scale.shape[1]):
+            new, old = (x.heads(head, head + 1).tensor() for x in (self, earlier))
+            led = Residual.of(new + by * (new - old))
+            made.quantised[:, head:head + 1], made.scale[:, head:head + 1] = led.quantised, led.scale
+        return made
+
     def batch(self, first: int, last: int) -> Residual:
         """The residual of the batch entries `first` to `last`, in the same memory."""
         return Residual(self.quantised[first:last], self.scale[first:last])

@@ -11,6 +11,8 @@ FEWEST = 6  # evaluations that may go sparse; with fewer, every second one would
 # Difference of the logarithm of signal over noise at which two residuals have nothing in common any more. Below it,
 # the square of what separates them grows in proportion.
 _UNRELATED = 4.0
+# Residuals move on along a line for a while: of the way to the middle of the steps that one serves, so much is gone.
+_LEAD = 0.7
 _ALIKE = 1e-4  # relative; schedulers and samplers round the same noise level differently
 _TRIED = 4  # evaluations after which a sampler that took one for each step so far is taken to go on so
 
@@ -45,6 +47,20 @@ def refresh_steps(noise: Sequence[float], count: int, first: int = 0) -> list[in
     return [first, *(first + step for step in reversed(chosen))]
 
 
+def leads(noise: Sequence[float], refreshed: Sequence[int]) -> list[float]:
+    """How far beyond each refresh its residual is to be extrapolated, as a share of the distance from the refresh
+    before: to the middle of the steps that it serves, less what such a line is known to overshoot. Zero for the first.
+
+    noise: as of `refresh_steps`. refreshed: the steps that refresh.
+    """
+    found = [0.0]
+    for before, step, following in zip(refreshed, refreshed[1:], [*refreshed[2:], len(noise) - 1]):
+        served = noise[step + 1:following]
+        middle = sum(served) / len(served) if served else noise[step]
+        found.append(_LEAD * (middle - noise[step]) / (noise[step] - noise[before]))
+    return found
+
+
 class RefreshSchedule:
     """Follows a run and tells for each evaluation of the model whether it refreshes the residuals.
 
@@ -53,6 +69,7 @@ class RefreshSchedule:
     evaluations, and then only with samplers that don't take one evaluation a step.
 
     due: whether this evaluation refreshes.
+    lead: how far the residuals that this evaluation makes are to be extrapolated, see `leads`.
     levels: noise levels of the refreshes of this run; none where there are none.
     problem: why there are none although `count` asks for some.
     """
@@ -66,9 +83,10 @@ class RefreshSchedule:
     def reset(self) -> None:
         """End of a run."""
         self.due = False
+        self.lead = 0.0
         self.levels: tuple[float, ...] = ()
         self.problem = ""
-        self._pending: list[float] = []
+        self._pending: list[tuple[float, float]] = []  # (level, lead)
         self._schedule: Sequence[float] = ()
         self._evaluations = 0
         self._one_a_step = True
@@ -95,15 +113,16 @@ class RefreshSchedule:
         chosen = refresh_steps(noise, min(self.count, len(inside) // 2) + before, inside[0] - before)
         self._schedule = schedule
         self.levels = tuple(schedule[step] for step in chosen)
-        self._pending = list(self.levels)
+        self._pending = list(zip(self.levels, leads(noise, chosen)))
 
     def advance(self, read_sigma: Callable[[], float]) -> None:
         """Go to the next evaluation of the model; `read_sigma` returns its noise level."""
         self.due = False
         if self._pending:
             sigma = self._level(read_sigma)
-            while self._pending and sigma <= self._pending[0] * (1 + _ALIKE):
-                self._pending.pop(0)
+            while self._pending and sigma <= self._pending[0][0] * (1 + _ALIKE):
+                _, lead = self._pending.pop(0)
+                self.lead = 0.0 if self.due else lead  # a refresh that was passed over made no residual to start from
                 self.due = True
         self._evaluations += 1
 

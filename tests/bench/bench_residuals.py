@@ -1,9 +1,11 @@
 """Measure what refreshes are worth over whole runs: `python -m tests.bench.bench_residuals --out residuals.json`.
 
-The demo's trained model makes clips, three seeds each, with dense attention and with SpargeAttn at several settings,
-with and without refreshes. For each setting: PSNR against the dense clip of the same seed (median and worst), the share
-of block pairs computed over the whole run with dense evaluations counted as 1, and on a GPU the time of all attention
-of a run as a share of dense attention's. --grid, --steps, --seeds and --only make it fit a CPU.
+The demo's trained model makes a clip of each of its scenes, all in one batch, with dense attention and with SpargeAttn
+at several settings, with and without refreshes. For each setting: PSNR of the clips against the dense ones of the same
+noise (mean, median and worst), the share of block pairs computed over the whole run with dense evaluations counted as
+1, and on a GPU the time of all attention of a run as a share of dense attention's (PyTorch's). Dense evaluations of a
+sparse run go through this package's kernel with every block kept. --grid, --steps, --seeds and --only make it fit a
+CPU.
 """
 from __future__ import annotations
 
@@ -14,45 +16,66 @@ import statistics
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from comfyui_spargeattn.kernels import Residual, SpargeParams, attention_residual, sparge_attention
-from comfyui_spargeattn.nodes.demo.words import prompt
-from comfyui_spargeattn.nodes.run.refresh_schedule import refresh_steps
+from comfyui_spargeattn.nodes.demo.words import SCENES, prompt
+from comfyui_spargeattn.nodes.run.refresh_schedule import leads, refresh_steps
 from tests.demo.compare import Attention, dense_share, psnr
-from tests.demo.model import WEIGHTS, load, scaled_dot_product
+from tests.demo.model import WEIGHTS, load
 from tests.demo.sampling import sample, shifted
 
-WORDS = ("star red plain right", "blue checker left", "ring yellow plain left")
-START_PERCENT = 0.2
-# (thresholds, refreshes); the judge is off, skipped blocks are pooled
-SETTINGS = [(dict(cdf_threshold=tau), 0) for tau in (0.9, 0.95, 0.98, 0.99)] + [
-    (amount, refreshes) for amount in (dict(topk=0.1), dict(cdf_threshold=0.8), dict(cdf_threshold=0.9))
-    for refreshes in (2, 3, 5)]
+EVERY_BLOCK = SpargeParams(cdf_threshold=1.0)
+
+
+class Setting(NamedTuple):
+    """amount: the threshold of the sparse calls, None for dense attention in PyTorch.
+    start: share of the schedule, by noise, that stays dense. refreshes: as the widget of that name."""
+
+    amount: dict | None
+    start: float = 0.2
+    refreshes: int = 0
+    skipped: str = "pooled"
+
+
+SETTINGS = (
+    [Setting(dict(cdf_threshold=1.0))]
+    + [Setting(dict(cdf_threshold=tau), start) for start in (0.0, 0.1, 0.2) for tau in (0.9, 0.95, 0.98, 0.99, 0.995)]
+    + [Setting(amount, start, refreshes) for start in (0.1, 0.2) for refreshes in (3, 4, 6, 7)
+       for amount in (dict(topk=0.1), dict(topk=0.2), dict(cdf_threshold=0.8), dict(cdf_threshold=0.9))])
 
 
 @dataclass
 class Refreshed(Attention):
     """Attention that goes sparse after `dense_steps` and adds the residual of the last refresh.
 
+    refreshes: the steps that refresh, and how far beyond them residuals are extrapolated.
     layers: how many calls the model makes a step.
     computed: share of block pairs of each call, on the device.
     """
 
-    refreshes: frozenset[int] = frozenset()
+    skipped: str = "pooled"
+    refreshes: dict[int, float] = field(default_factory=dict)
     layers: int = 1
     computed: list[Tensor] = field(default_factory=list)
     residuals: dict[int, Residual] = field(default_factory=dict)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        layer, how = len(self.computed) % self.layers, dict(params=self.params, skipped="pooled")
+        if self.params is None:
+            return super().__call__(q, k, v)
+        layer, how = len(self.computed) % self.layers, dict(params=self.params, skipped=self.skipped)
+        kept = torch.ones((), device=q.device)
         start = self._now(q)
-        if self.params is None or self.step < self.dense_steps or self.step in self.refreshes:
-            out, kept = scaled_dot_product(q, k, v), torch.ones((), device=q.device)
+        if self.step < self.dense_steps or self.step in self.refreshes:
+            out = sparge_attention(q, k, v, params=EVERY_BLOCK)
             if self.step in self.refreshes:
-                self.residuals[layer] = attention_residual(q, k, v, out, **how)
+                made = attention_residual(q, k, v, out, **how)
+                if layer in self.residuals and self.refreshes[self.step]:
+                    made = made.extrapolated(self.residuals[layer], self.refreshes[self.step])
+                self.residuals[layer] = made
         else:
             out, stats = sparge_attention(q, k, v, residual=self.residuals.get(layer), return_stats=True, **how)
             kept = stats.kept.mean()
@@ -61,18 +84,20 @@ class Refreshed(Attention):
         return out
 
 
-def clip(model, params: SpargeParams | None, refreshes: int, grid: tuple[int, int, int], steps: int,
-         seed: int) -> tuple[Tensor, float, float]:
-    """(latent, share computed, seconds of attention) of one run."""
-    first = dense_share(steps, START_PERCENT)
-    chosen: list[int] = []
-    if refreshes:
-        levels = [shifted(i / steps) for i in range(steps, -1, -1)]
-        chosen = refresh_steps(levels, refreshes + 1, first - 1)
-    attention = model.attention = Refreshed(params, first, refreshes=frozenset(chosen), layers=len(model.blocks))
-    latent = sample(model, prompt(*WORDS)[None], (grid[0], 2 * grid[1], 2 * grid[2]), steps, seed,
-                    before_step=attention.enter_step)[0].cpu()
-    return latent, torch.stack(attention.computed).mean().item(), attention.seconds()
+def clips(model, setting: Setting, grid: tuple[int, int, int], steps: int, seed: int) -> tuple[Tensor, float, float]:
+    """(a latent for each scene, share computed, seconds of attention) of one run."""
+    first = dense_share(steps, setting.start)
+    noise = [shifted(i / steps) for i in range(steps, -1, -1)]
+    before = first > 0
+    chosen = refresh_steps(noise, setting.refreshes + before, first - before) if setting.refreshes else []
+    params = None if setting.amount is None else SpargeParams(**setting.amount, similarity_threshold=-1.0)
+    attention = model.attention = Refreshed(
+        params, first, skipped=setting.skipped, refreshes=dict(zip(chosen, leads(noise, chosen))) if chosen else {},
+        layers=len(model.blocks))
+    latents = sample(model, torch.stack([prompt(*words) for words in SCENES.values()]),
+                     (grid[0], 2 * grid[1], 2 * grid[2]), steps, seed, before_step=attention.enter_step).cpu()
+    computed = torch.stack(attention.computed).mean().item() if attention.computed else 1.0
+    return latents, computed, attention.seconds()
 
 
 def main() -> None:
@@ -80,33 +105,32 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--grid", type=int, nargs=3, default=(21, 30, 52))
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--seeds", type=int, nargs="+", default=(11, 12, 13))
+    parser.add_argument("--seeds", type=int, nargs="+", default=(21,))
     parser.add_argument("--only", type=int, nargs="+", help="numbers of the settings to measure, from 0")
     args = parser.parse_args()
     gpu = torch.cuda.is_available()
     model = load(WEIGHTS, "cuda" if gpu else "cpu", torch.bfloat16 if gpu else torch.float32)
     chosen = [SETTINGS[i] for i in args.only] if args.only else SETTINGS
 
-    def run(thresholds, refreshes, seed):
-        params = None if thresholds is None else SpargeParams(**thresholds, similarity_threshold=-1.0)
-        return clip(model, params, refreshes, args.grid, args.steps, seed)
+    def run(setting: Setting, seed: int):
+        return clips(model, setting, args.grid, args.steps, seed)
 
-    if gpu:  # compile outside the timed runs
-        for setting in chosen:
-            run(*setting, args.seeds[0])
-        run(None, 0, args.seeds[0])
-    dense = {seed: run(None, 0, seed) for seed in args.seeds}
+    if gpu:  # compile outside the timed runs: one of each kind of call
+        for setting in {(*(s.amount or ()), s.refreshes > 0): s for s in (Setting(None), *chosen)}.values():
+            run(setting, args.seeds[0])
+    dense = {seed: run(Setting(None), seed) for seed in args.seeds}
     rows = []
-    for thresholds, refreshes in chosen:
-        runs = {seed: run(thresholds, refreshes, seed) for seed in args.seeds}
-        decibels = [psnr(runs[seed][0], dense[seed][0]) for seed in args.seeds]
-        rows.append(dict(**thresholds, refreshes=refreshes, psnr_median=statistics.median(decibels),
-                         psnr_worst=min(decibels), computed=statistics.median(r[1] for r in runs.values()),
-                         attention=statistics.median(runs[s][2] / dense[s][2] for s in args.seeds) if gpu else None))
+    for setting in chosen:
+        runs = {seed: run(setting, seed) for seed in args.seeds}
+        decibels = [psnr(a, b) for seed in args.seeds for a, b in zip(runs[seed][0], dense[seed][0])]
+        rows.append(setting._asdict() | dict(
+            psnr_mean=statistics.fmean(decibels), psnr_median=statistics.median(decibels), psnr_worst=min(decibels),
+            psnr=decibels, computed=statistics.fmean(r[1] for r in runs.values()),
+            attention=statistics.fmean(runs[s][2] / dense[s][2] for s in args.seeds) if gpu else None))
         print(json.dumps(rows[-1]), flush=True)
     args.out.write_text(json.dumps(dict(
         device=torch.cuda.get_device_name() if gpu else "CPU reference", torch=torch.__version__, grid=args.grid,
-        tokens=math.prod(args.grid), steps=args.steps, seeds=args.seeds, start_percent=START_PERCENT,
+        tokens=math.prod(args.grid), steps=args.steps, seeds=args.seeds, scenes=list(SCENES),
         date=time.strftime("%Y-%m-%d"), rows=rows), indent=1) + "\n")
 
 

@@ -25,6 +25,18 @@ def test_int8_with_a_scale_for_each_row():
     assert residual.bytes == difference.numel() + 4 * difference[..., 0].numel()
 
 
+def test_extrapolated():
+    """By the definition, in a fresh residual; parts of tensors as well."""
+    a, b = (torch.randn(2, 3, 50, 8, generator=torch.Generator().manual_seed(i)) for i in (1, 2))
+    old, new = Residual.of(a), Residual.of(b)
+    led = new.extrapolated(old, 0.3)
+    expected = new.tensor() + 0.3 * (new.tensor() - old.tensor())
+    assert_near(led.tensor(), expected, atol=0.51 * expected.abs().amax(-1, keepdim=True) / 127 + 1e-6)
+    assert torch.equal(new.quantised, Residual.of(b).quantised), "an operand was written to"
+    part = new.batch(1, 2).extrapolated(old.batch(1, 2), 0.3)
+    assert torch.equal(part.quantised, led.quantised[1:]) and torch.equal(part.scale, led.scale[1:])
+
+
 def test_not_finite_is_zero():
     difference = torch.ones(1, 1, 2, 4)
     difference[0, 0, 0, 1:3] = torch.tensor([torch.nan, -torch.inf])

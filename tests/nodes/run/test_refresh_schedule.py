@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from comfyui_spargeattn.nodes.run.refresh_schedule import FEWEST, RefreshSchedule, refresh_steps
+from comfyui_spargeattn.nodes.run.refresh_schedule import FEWEST, RefreshSchedule, leads, refresh_steps
 
 
 def shifted(steps, shift=8.0):
@@ -44,17 +44,27 @@ def test_choices_that_were_good_on_a_trained_model():
     assert refresh_steps(shifted(20), 6, 3) == [3, 6, 9, 12, 15, 18]
 
 
+def test_leads():
+    """Seven tenths of the way to the mean noise of the steps served, against the way from the refresh before."""
+    noise = [1.0, 0.9, 0.8, 0.6, 0.5, 0.3, 0.1, 0.0]
+    expected = [0.0, 0.7 * (0.8 - (0.6 + 0.5) / 2) / (1.0 - 0.8), 0.7 * (0.3 - 0.1) / (0.8 - 0.3)]
+    assert leads(noise, [0, 2, 5]) == pytest.approx(expected)
+    assert leads(noise, [0, 2, 3, 6]) == pytest.approx([0.0, 0.0, 0.7 * (0.6 - 0.4) / 0.2, 0.0])
+    assert leads(noise, [3]) == [0.0]
+
+
 class Followed:
     """A run of evaluations at noise levels: which refreshed, and at which the level was read."""
 
     def __init__(self, schedule, evaluated, count, lowest=-math.inf, highest=math.inf, largest=1.0):
         self.refresh = RefreshSchedule(count)
         self.refresh.begin(schedule, lowest, highest, largest)
-        self.refreshed, self.read = [], []
+        self.refreshed, self.read, self.leads = [], [], []
         for i, level in enumerate(evaluated):
             self.refresh.advance(lambda i=i, level=level: (self.read.append(i), level)[1])
             if self.refresh.due:
                 self.refreshed.append(i)
+                self.leads.append(self.refresh.lead)
 
 
 def test_one_evaluation_a_step_is_read_four_times():
@@ -62,6 +72,7 @@ def test_one_evaluation_a_step_is_read_four_times():
     run = Followed(schedule, [level * (1 + 1e-6) for level in schedule[:-1]], 6)
     assert run.refreshed == refresh_steps(schedule, 6) and run.read == [0, 1, 2, 3]
     assert run.refresh.levels == tuple(schedule[i] for i in run.refreshed)
+    assert run.leads == leads(schedule, run.refreshed) and run.leads[1] > 0
 
 
 def test_the_last_dense_evaluation_refreshes_at_no_cost():
