@@ -15,6 +15,7 @@ import math
 import statistics
 import time
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,7 +53,7 @@ SETTINGS = (
 class Refreshed(Attention):
     """Attention that goes sparse after `dense_steps` and adds the residual of the last refresh.
 
-    refreshes: the steps that refresh, and how far beyond them residuals are extrapolated.
+    refreshes: as of `refreshes_of`.
     layers: how many calls the model makes a step.
     computed: share of block pairs of each call, on the device.
     """
@@ -84,15 +85,22 @@ class Refreshed(Attention):
         return out
 
 
+def refreshes_of(setting: Setting, steps: int) -> dict[int, float]:
+    """The steps that refresh, and how far beyond them residuals are extrapolated."""
+    if not setting.refreshes:
+        return {}
+    noise = [shifted(i / steps) for i in range(steps, -1, -1)]
+    first = dense_share(steps, setting.start)
+    before = first > 0  # the last dense step refreshes as well
+    chosen = refresh_steps(noise, setting.refreshes + before, first - before)
+    return dict(zip(chosen, leads(noise, chosen)))
+
+
 def clips(model, setting: Setting, grid: tuple[int, int, int], steps: int, seed: int) -> tuple[Tensor, float, float]:
     """(a latent for each scene, share computed, seconds of attention) of one run."""
-    first = dense_share(steps, setting.start)
-    noise = [shifted(i / steps) for i in range(steps, -1, -1)]
-    before = first > 0
-    chosen = refresh_steps(noise, setting.refreshes + before, first - before) if setting.refreshes else []
     params = None if setting.amount is None else SpargeParams(**setting.amount, similarity_threshold=-1.0)
     attention = model.attention = Refreshed(
-        params, first, skipped=setting.skipped, refreshes=dict(zip(chosen, leads(noise, chosen))) if chosen else {},
+        params, dense_share(steps, setting.start), skipped=setting.skipped, refreshes=refreshes_of(setting, steps),
         layers=len(model.blocks))
     latents = sample(model, torch.stack([prompt(*words) for words in SCENES.values()]),
                      (grid[0], 2 * grid[1], 2 * grid[2]), steps, seed, before_step=attention.enter_step).cpu()
@@ -123,15 +131,18 @@ def main() -> None:
     for setting in chosen:
         runs = {seed: run(setting, seed) for seed in args.seeds}
         decibels = [psnr(a, b) for seed in args.seeds for a, b in zip(runs[seed][0], dense[seed][0])]
-        rows.append(setting._asdict() | dict(
-            psnr_mean=statistics.fmean(decibels), psnr_median=statistics.median(decibels), psnr_worst=min(decibels),
-            psnr=decibels, computed=statistics.fmean(r[1] for r in runs.values()),
+        rows.append(dict(
+            amount=setting.amount, dense_steps=list(range(dense_share(args.steps, setting.start))),
+            refreshed=list(refreshes_of(setting, args.steps)), extrapolated="once, at the refresh",
+            dense_by="kernel", skipped=setting.skipped, psnr_mean=statistics.fmean(decibels),
+            psnr_median=statistics.median(decibels), psnr_worst=min(decibels), psnr=decibels,
+            computed=statistics.fmean(r[1] for r in runs.values()),
             attention=statistics.fmean(runs[s][2] / dense[s][2] for s in args.seeds) if gpu else None))
         print(json.dumps(rows[-1]), flush=True)
     args.out.write_text(json.dumps(dict(
-        device=torch.cuda.get_device_name() if gpu else "CPU reference", torch=torch.__version__, grid=args.grid,
-        tokens=math.prod(args.grid), steps=args.steps, seeds=args.seeds, scenes=list(SCENES),
-        date=time.strftime("%Y-%m-%d"), rows=rows), indent=1) + "\n")
+        mode="residuals", card=torch.cuda.get_device_name() if gpu else "CPU reference", torch=torch.__version__,
+        triton=version("triton") if gpu else "-", grid=args.grid, tokens=math.prod(args.grid), steps=args.steps,
+        seeds=args.seeds, scenes=list(SCENES), date=time.strftime("%Y-%m-%d"), rows=rows), indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -114,7 +114,33 @@ def tuning(rows: list[dict]):
     return figure
 
 
-DRAW = {"cases": cases, "sparsity": sparsity, "error": errors, "tuning": tuning,
+def residuals(rows: list[dict]):
+    """Lines: PSNR of whole runs against the time of their attention, with and without refreshes."""
+    figure, axes = panels(1, width=9.0, height=6.0)
+    lines = defaultdict(dict)  # of several schedules with as many refreshes, the last
+    for row in rows:
+        (name, value), = row["amount"].items()
+        amount = f"τ {value:g}" if name == "cdf_threshold" else f"top {100 * value:g}%"
+        first, refreshed = len(row["dense_steps"]), row["refreshed"]
+        if not row["attention"] or row["skipped"] != "pooled" or row["dense_by"] != "kernel" and first:
+            continue
+        if not refreshed and name == "cdf_threshold" and value < 1:
+            lines[f"no refreshes, {first} dense steps first"][amount] = row
+        elif first and refreshed and row["extrapolated"] != "no":
+            lines[f"refreshes, {amount}, {first} dense steps first"][len(refreshed)] = row
+    for label, points in sorted(lines.items()):
+        found = sorted(points.items(), key=lambda point: point[1]["attention"])
+        axes[0].plot([1 / row["attention"] for _, row in found], [row["psnr_mean"] for _, row in found], marker="o",
+                     linestyle="--" if label.startswith("no") else "-", label=label)
+        for note, row in found:
+            axes[0].annotate(note, (1 / row["attention"], row["psnr_mean"]), fontsize=7, xytext=(3, 3),
+                             textcoords="offset points")
+    axes[0].set(xlabel="speed of a run's attention, dense = 1", ylabel="PSNR against dense, mean of six clips, dB")
+    axes[0].legend(fontsize=8)
+    return figure
+
+
+DRAW = {"residuals": residuals, "cases": cases, "sparsity": sparsity, "error": errors, "tuning": tuning,
         "length": lambda rows: curves(rows, "n", "tokens"),
         "head_dim": lambda rows: curves(rows, "head_dim", "head_dim")}
 
