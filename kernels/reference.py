@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .call import CallSpec, Thresholds
-from .formats import FP8_MAX, INT8_MAX, LOG2E, ROW_GROUP
+from .formats import FP8_MAX, INT8_MAX, LEAST_SPREAD, LOG2E, ROW_GROUP
 from .types import BlockMap, BlockShape, Residual, SpargeStats, Threshold, TokenRanges
 
 BLOCK = BlockShape(128, 64)
@@ -239,7 +239,9 @@ def attend(queries: Compressed, keys: Compressed, values: Tensor, mask: Tensor, 
         valid = keys.valid[..., None]
         v_centre = v.sum((2, 3), keepdim=True) / valid.sum((2, 3), keepdim=True).clamp(min=1)
         values = (v - v_centre) * valid
-        v_scale = values.abs().amax((2, 3), keepdim=True).clamp(min=1e-12) / largest
+        spread = values.abs().amax((2, 3), keepdim=True)
+        spread = spread.maximum(spread.amax(-1, keepdim=True) * LEAST_SPREAD)
+        v_scale = spread.clamp(min=1e-12) / largest
         v = rounded(values / v_scale)
         v_centre, v_scale = v_centre[:, :, 0], v_scale[:, :, 0]
     k, v, valid = k.flatten(2, 3), v.flatten(2, 3), keys.valid.flatten(2, 3)

@@ -7,13 +7,12 @@ every value comes back by one addition at the end.
 import triton
 import triton.language as tl
 
+from ..formats import LEAST_SPREAD
 from .primitives import row_pointers, without_padding
 
 SAMPLE = 1024  # tokens a head that the constants are found from; all of them where there are no more
 SPLITS = 8  # programs a head that share the sample; each block of K and V combines what they found
-# A channel whose sample hardly varies is taken to vary by this share of the channel that varies most: a value that the
-# sample missed then costs the other channels of its block no precision. Both formats of V have this range to spare.
-_LEAST_SPREAD = tl.constexpr(2.0 ** -10)
+_LEAST_SPREAD = tl.constexpr(LEAST_SPREAD)
 # Rows of SampledStatistics.partial.
 _K_SUM, _V_SUM, _V_MAX, _V_MIN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 
