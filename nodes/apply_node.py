@@ -8,7 +8,7 @@ from comfy_api.latest import io
 
 from ..kernels import SpargeParams
 from .call.model_rules import expect_tokens
-from .call.plan import HILBERT_CHOICES, NodeSettings
+from .call.plan import DENSE_STEPS, HILBERT_CHOICES, NodeSettings
 from .call.transformer_blocks import ListedBlocks
 from .host import free_bytes, line_on_running_node, running_prompt, unrecorded
 from .log import log
@@ -105,6 +105,13 @@ class ApplySpargeAttn(io.ComfyNode):
                             "much closer to that of dense attention, so that far fewer blocks need to be kept. It "
                             "takes memory: half of q for each layer and condition, from half of what is free. Needs 6 "
                             "steps or more; try 4 in 20 steps."),
+                io.Combo.Input(  # optional as well
+                    "dense_steps", options=list(DENSE_STEPS), default=DENSE_STEPS[0], optional=True, advanced=True,
+                    tooltip="What computes dense steps: those before start_percent, those after end_percent, and "
+                            "refreshes. quantised: the kernels of the sparse steps with nothing skipped, which is "
+                            "faster on long sequences; where they can't run, the model's own attention. model: always "
+                            "the model's own. dense_blocks, short sequences and models on which another node chose the "
+                            "attention always keep theirs."),
                 SPARGE_PARAMS.Input(
                     "params", optional=True,
                     tooltip="Tuned parameters of this model. Layers they know use them, each head its own; the "
@@ -130,12 +137,12 @@ class ApplySpargeAttn(io.ComfyNode):
     def execute(cls, model, selection: dict, pv_threshold: float, start_percent: float, end_percent: float,
                 skipped_blocks: str, pv_precision: str, dense_blocks: str, min_tokens: int,
                 verbose: bool, hilbert: str = "auto", refreshes: int = 0,
-                params: TunedParams | None = None) -> io.NodeOutput:
+                dense_steps: str = DENSE_STEPS[0], params: TunedParams | None = None) -> io.NodeOutput:
         if start_percent > end_percent:
             raise ValueError(f"start_percent must be at most end_percent; got {start_percent:g} and {end_percent:g}")
         settings = NodeSettings(_thresholds(selection, pv_threshold), start_percent, end_percent,
                                 ListedBlocks.parse(dense_blocks), min_tokens, skipped_blocks, pv_precision, verbose,
-                                hilbert, _fitting(params, model), refreshes)
+                                hilbert, _fitting(params, model), refreshes, dense_steps)
         patched = model.clone()
         options = patched.model_options["transformer_options"]
         previous = options.get(SLOT)

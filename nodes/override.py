@@ -13,18 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels import FastPathError, Residual, attention_residual, block_map, sparge_attention
-from ..kernels.failures import is_of_the_device
 from .call.arguments import AttentionCall
 from .call.entry import enter
 from .call.layer_names import LayerNames, handed_on
 from .call.plan import OUTSIDE, REFRESH, CallSite, Dense, NodeSettings, SparsePlan
-from .call.transformer_blocks import TransformerBlock
 from .call.tuned_setting import free_device_tensors
 from .log import log
 from .report.advice import about_little_skipped
 from .report.line import NodeLine, after_run, while_sampling
-from .run.compile_notice import announced
+from .run.kernel_calls import KernelCalls
 from .run.sigma_window import SigmaWindow
 from .run.state import RunState
 from .run.stopwatch import Stopwatch
@@ -58,6 +55,7 @@ class SpargeOverride:
         self._line = NodeLine(show)
         self._unrecorded = unrecorded
         self.run = RunState(SigmaWindow(settings.start_percent, settings.end_percent), settings.refreshes, free_bytes)
+        self._kernels = KernelCalls(self.run, settings, self._say)
         self.names = LayerNames(settings.tuned.layers if settings.tuned else ())
         self._slot: Any = self
         self._thread = threading.local()
@@ -93,109 +91,47 @@ class SpargeOverride:
         return out
 
     def _attend(self, func: Callable, args: tuple, kwargs: dict) -> Tensor:
-        inside, refreshing = self.run.window.inside, self.run.refresh.due
         with self._unrecorded():
-            entered = enter(args, kwargs, self.settings, self.names, inside or refreshing)
+            entered = enter(args, kwargs, self.settings, self.names)
         if isinstance(entered, Dense):
             return self._stay_dense(entered, func, args, kwargs)
         call, site, plan = entered
         if site.block is None and self.settings.dense_blocks:
             self.run.say_once("dense_blocks", "dense_blocks has no effect, this model does not number its blocks")
-        if isinstance(plan, Dense):
-            dense = plan
-        elif refreshing:
-            dense = REFRESH if inside else OUTSIDE
+        refreshed = plan if self.run.refresh.due and isinstance(plan, SparsePlan) else None
+        with self._unrecorded():
+            out = plan if isinstance(plan, Dense) else self._compute(plan, call, site)
+        containers = _containers(args)
+        if isinstance(out, Dense):
+            watch = Stopwatch(call.q.device)
+            if refreshed:  # what the tensors hold is needed afterwards, and who gets containers may overwrite it
+                func, args = _opened(func, args)
+            elif containers:  # hold nothing that the call may free
+                call = call.without_tensors()
+                del entered
+            with handed_on(site.layer):
+                out = self._stay_dense(out, func, args, kwargs)
+            if call.q_tokens == call.k_tokens and call.q_tokens >= self.settings.min_tokens:
+                self.run.add_call(call, site.block, watch.stop())
         else:
-            with self._unrecorded():
-                out = self._go_sparse(plan, call, site)
-            if isinstance(out, Tensor):
-                for container in _containers(args):
-                    container.take()
-                return out
-            dense = out
-        watch = Stopwatch(call.q.device)
-        refreshed = plan if refreshing and isinstance(plan, SparsePlan) else None
-        if refreshed:  # what the tensors hold is needed afterwards, and who gets containers may overwrite it
-            func, args = _opened(func, args)
-        elif _containers(args):  # hold nothing that the call may free
-            call = call.without_tensors()
-            del entered
-        with handed_on(site.layer):
-            out = self._stay_dense(dense, func, args, kwargs)
-        if call.q_tokens == call.k_tokens and call.q_tokens >= self.settings.min_tokens:
-            self.run.add_call(call, site.block, watch.stop())
+            for container in containers:
+                container.take()
         if refreshed:
             with self._unrecorded():
-                self._keep_residual(refreshed, call, site, out)
+                self._kernels.keep_residual(refreshed, call, site, out)
         return out
 
-    def _go_sparse(self, plan: SparsePlan, call: AttentionCall, site: CallSite) -> Tensor | Dense:
-        """The result in the caller's form, or why there is none after all."""
-        how = _arguments(plan, call)
-        residual = self._residual(call, site)
-        watch = Stopwatch(call.q.device)
-        try:
-            with self._compilation_announced(call, plan, residual):
-                out, stats = sparge_attention(call.q, call.k, call.v, skipped=plan.skipped, residual=residual,
-                                              return_stats=True, **how)
-        # A traceback holds the tensors of what failed, so the dense call has to come after these except clauses.
-        except FastPathError as problem:
-            return Dense("fast kernels failed", str(problem))
-        except torch.OutOfMemoryError:
-            return Dense("out of memory", f"{call.q_tokens} tokens")
-        watch.stop()
-        curve = self.settings.curve
-        if plan.untuned:
-            self.run.say_once(plan.untuned, f"thresholds of the widgets: {plan.untuned}")
-        tokens = ""
-        if not isinstance(plan.layout, str):
-            tokens = f"{plan.curve} order of {plan.layout}"
-        elif curve is not None:
-            self.run.say_once(plan.layout, f"tokens keep the model's order, no {curve} order: {plan.layout}")
-        wanted = self.run.add_call(call, site.block, watch, stats, tokens)
-        if wanted is not None:
-            self._keep_map(wanted, call, how)
-        return call.give_back(out)
-
-    def _residual(self, call: AttentionCall, site: CallSite) -> Residual | None:
-        """What this layer and condition lacked at the last refresh."""
-        store = self.run.residuals
-        try:
-            return store.get(store.keys(call, site)) if self.run.refresh.levels else None
-        except torch.OutOfMemoryError:  # those of several conditions are put together in new memory
-            return None
-
-    def _keep_residual(self, plan: SparsePlan, call: AttentionCall, site: CallSite, dense: Tensor) -> None:
-        """Keep what sparse attention lacks of the result of a dense call, in the caller's form."""
-        store, result = self.run.residuals, call.take_back(dense)
-        keys = store.keys(call, site)
-        if keys is None or result is None or not store.admits(call, keys, self.run.steps):
-            return
-        try:
-            residual = attention_residual(call.q, call.k, call.v, result, skipped=plan.skipped,
-                                          **_arguments(plan, call))
-        except (FastPathError, torch.OutOfMemoryError):  # sparse calls will meet it too, and say why
-            store.drop(keys)
-            return
-        store.put(keys, residual, self.run.steps)
-
-    def _keep_map(self, block: TransformerBlock, call: AttentionCall, how: dict[str, Any]) -> None:
-        """Keep the block map of the first sample of the batch for a report."""
-        how |= {name: how[name][:1] for name in ("key_padding_mask", "key_bias") if name in how}
-        try:
-            self.run.add_map(block, block_map(call.q[:1], call.k[:1], **how).mask()[0])
-        except Exception as error:  # the call is done, and a picture in a report is not worth a run
-            if is_of_the_device(error):
-                raise
-            log.warning("SpargeAttn: there is no block map of block %s", block, exc_info=True)
-
-    def _compilation_announced(self, call: AttentionCall, plan: SparsePlan,
-                               residual: Residual | None) -> AbstractContextManager:
-        if call.q.device.type == "cpu":  # a call computes there, which takes its time
-            return nullcontext()
-        kind = (call.q.device, call.q.dtype, call.q.shape[-1], *call.key_mask, plan.order is None, plan.pv_dtype,
-                plan.skipped, plan.params.selection, residual is None)
-        return announced(kind, self._say)
+    def _compute(self, plan: SparsePlan, call: AttentionCall, site: CallSite) -> Tensor | Dense:
+        """What the kernels make of a call, or why the model's own attention has to take it."""
+        inside = self.run.window.inside
+        if inside and not self.run.refresh.due:
+            return self._kernels.sparse(plan, call, site)
+        why = REFRESH if inside else OUTSIDE
+        # Whoever put another attention on the model wants it for dense calls. A few calls of each shape stay with the
+        # model's own, for the report to compare times with.
+        if self.settings.dense_steps == "model" or self.previous or not plan.fast or not self.run.timed_dense(call):
+            return why
+        return self._kernels.over_all_blocks(plan, call, site, why)
 
     def _say(self, message: str) -> None:
         log.info("SpargeAttn: %s", message)
@@ -262,13 +198,6 @@ class SpargeOverride:
         self._line.write(lambda: after_run(replace(summary, problem=problem)))
 
 
-def _arguments(plan: SparsePlan, call: AttentionCall) -> dict[str, Any]:
-    """What `block_map` and the attention functions take beside the tensors."""
-    return {"params": plan.params, "layout": call.layout, "scale": call.scale, "order": plan.order,
-            "sink_keys": plan.sink_keys, "dense_queries": plan.dense_queries, "pv_dtype": plan.pv_dtype,
-            "impl": plan.impl, **(call.key_mask or {})}
-
-
 def _containers(args: tuple) -> tuple:
     """The containers of q, k and v, where they came in some."""
     return args[:3] if args and hasattr(args[0], "peek") else ()
@@ -286,7 +215,7 @@ def _why_nothing_was_sparse(summary: RunSummary, on_top: object) -> str:
     """Empty where something was. on_top: the override that took this one's place, None where none did."""
     if summary.sparse or summary.unread or isinstance(on_top, SpargeOverride):
         return ""  # an interrupted run might have become sparse; another override of this pack reports for both
-    if summary.dense:
+    if summary.not_sparse:
         return "every attention call stayed dense"
     if on_top is None:
         return "no attention call arrived; this model's attention can't be overridden"

@@ -17,8 +17,8 @@ class EnteredCall(NamedTuple):
     plan: SparsePlan | Dense
 
 
-def enter(args: tuple, kwargs: dict[str, Any], settings: NodeSettings, names: LayerNames,
-          in_window: bool = True) -> EnteredCall | Dense:
+def enter(args: tuple, kwargs: dict[str, Any], settings: NodeSettings,
+          names: LayerNames) -> EnteredCall | Dense:
     """Read the arguments that follow `func` in a call of an override, name its layer and plan it; once a call.
 
     Returns a Dense alone where the arguments are not understood.
@@ -29,5 +29,5 @@ def enter(args: tuple, kwargs: dict[str, Any], settings: NodeSettings, names: La
         return Dense("unsupported call", str(problem))
     block = TransformerBlock.of(call.transformer_options)
     layer = names.name(call, block)
-    site = CallSite(block, layer, names.doubt(layer, call.transformer_options), in_window)
+    site = CallSite(block, layer, names.doubt(layer, call.transformer_options))
     return EnteredCall(call, site, plan_call(call, settings, site))

@@ -20,6 +20,9 @@ MAX_CPU_TOKENS = 16384
 # What the widget `hilbert` chooses: a curve through the grid of visual tokens, or the model's own order. No order is
 # the best at every threshold (tests/bench/results/h100_orders.json), so auto leaves it alone.
 HILBERT_CHOICES = {"auto": None, "on": "hilbert", "off": None}
+# What computes the steps in which attention is dense: these kernels over all blocks, where they are fast, or the
+# model's own attention.
+DENSE_STEPS = "quantised", "model"
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,7 @@ class NodeSettings:
     hilbert: a key of `HILBERT_CHOICES`.
     tuned: replaces params, skipped, pv_dtype and hilbert in the layers that it knows.
     refreshes: evaluations that compute dense attention, for those between to add what they lack of it; 0 for none.
+    dense_steps: one of `DENSE_STEPS`.
     """
 
     params: SpargeParams
@@ -47,6 +51,7 @@ class NodeSettings:
     hilbert: str = "auto"
     tuned: TunedParams | None = None
     refreshes: int = 0
+    dense_steps: str = "quantised"
 
     @property
     def curve(self) -> str | None:
@@ -55,18 +60,16 @@ class NodeSettings:
 
 @dataclass(frozen=True)
 class CallSite:
-    """Where in the model and in the run a call is made.
+    """Where in the model a call is made.
 
     block: None where the model does not number its transformer blocks.
     layer: the name by which tuned parameters know the call, None where it has none.
     doubt: why the call may be another layer's, empty where it is certain.
-    in_window: whether the sampling step lies between start_percent and end_percent.
     """
 
     block: TransformerBlock | None = None
     layer: str | None = None
     doubt: str = ""
-    in_window: bool = True
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,18 @@ class SparsePlan:
         """As in `sparge_attention`."""
         return () if isinstance(self.layout, str) else self.layout.exact
 
+    @property
+    def fast(self) -> bool:
+        """Whether the fast kernels compute it, which are faster than other dense attention over all blocks too."""
+        return self.impl != "reference"
+
+    def over_all_blocks(self) -> SparsePlan:
+        """Quantised as here, with nothing skipped, for which an order would do nothing.
+
+        The selection is the same, so that the same compiled kernels serve. They search no threshold at an amount of 1.
+        """
+        return SparsePlan(_ALL_BLOCKS[self.params.selection], self.impl, pv_dtype=self.pv_dtype)
+
 
 @dataclass(frozen=True)
 class Dense:
@@ -111,12 +126,13 @@ class Dense:
         return f"{self.reason} ({self.detail})" if self.detail else self.reason
 
 
+_ALL_BLOCKS = {"cdf": SpargeParams(cdf_threshold=1.0), "topk": SpargeParams(topk=1.0)}
 OUTSIDE = Dense("outside start_percent … end_percent")
 REFRESH = Dense("refresh of the residuals")
 
 
 def plan_call(call: AttentionCall, settings: NodeSettings, site: CallSite = CallSite()) -> SparsePlan | Dense:
-    """What becomes of a call."""
+    """What becomes of a call in a step that may go sparse."""
     declined = _not_wanted(call, settings, site) or _no_implementation_takes(call)
     if declined:
         return declined
@@ -161,8 +177,6 @@ def _not_wanted(call: AttentionCall, settings: NodeSettings, site: CallSite) -> 
         return Dense("the model asks for full precision")
     if site.block is not None and site.block in settings.dense_blocks:
         return Dense("listed in dense_blocks", f"block {site.block}")
-    if not site.in_window:
-        return OUTSIDE
     return None
 
 

@@ -23,7 +23,7 @@ _ADVICE = FAULTS | {
     "too many tokens for the CPU": "A GPU is needed for sequences of this length.",
     "fewer tokens than min_tokens": "Lower min_tokens, or make the picture or clip larger: short sequences gain "
                                     "little.",
-    "outside start_percent": "Sampling outside start_percent … end_percent stays dense on purpose.",
+    "outside start_percent": "Sampling outside start_percent … end_percent is dense on purpose.",
     "listed in dense_blocks": "These blocks are listed in dense_blocks.",
     "tuned to stay dense": "Nothing can be skipped at the error tuned for: tune with larger l1, or disconnect params.",
     "mask that differs": "This model's mask hides or weighs keys differently from query to query, which only dense "
@@ -35,7 +35,7 @@ _ADVICE = FAULTS | {
 def about_dense_calls(summary: RunSummary) -> list[str]:
     """A sentence or two for each reason that is known; for faults alone, unless most of the run stayed dense."""
     known = FAULTS if summary.sparse and not summary.mostly_dense else _ADVICE
-    return [advice for reason in summary.dense for start, advice in known.items() if reason.startswith(start)]
+    return [advice for reason in summary.not_sparse for start, advice in known.items() if reason.startswith(start)]
 
 
 def about_little_skipped(summary: RunSummary, settings: NodeSettings) -> str:

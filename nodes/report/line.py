@@ -72,8 +72,8 @@ def _ratio(speedup: float) -> str:
 
 
 def _because(summary: RunSummary) -> str:
-    """Why most of the calls stayed dense that might have been sparse; empty where nothing is known."""
-    ranked = sorted(summary.dense, key=lambda reason: (not reason.startswith(tuple(FAULTS)), _usual(reason)))
+    """Why most of the calls were dense that might have been sparse; empty where nothing is known."""
+    ranked = sorted(summary.not_sparse, key=lambda reason: (not reason.startswith(tuple(FAULTS)), _usual(reason)))
     if ranked:
         return f": {_with_detail(summary, ranked[0])}"
     return f": {summary.problem}" if summary.problem else ""

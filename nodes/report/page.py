@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from .panels import SPARSE, Panels
+from .panels import QUANTISED, SPARSE, Panels
 
 WIDTH = 768
 _MARGIN = 24
@@ -159,13 +159,13 @@ class Page:
         total, left, dense = sum(count for _, count in calls), float(_MARGIN), cycle(self.theme.dense)
         parts: list[tuple[str, list[tuple[Color, float]]]] = []
         for label, count in calls:
-            label, shares = f"{count} ({count / total:.0%})  {label}", [(computed, 1.0)]
-            if not label.endswith(f"  {SPARSE}"):
-                shares = [(next(dense), 1.0)]
-            elif sparsity is not None:
-                label += f": {sparsity:.1%} skipped, the rest computed"
+            text, shares = f"{count} ({count / total:.0%})  {label}", [(computed, 1.0)]
+            if label == SPARSE and sparsity is not None:
+                text += f": {sparsity:.1%} skipped, the rest computed"
                 shares = [(skipped, sparsity), (computed, 1 - sparsity)]
-            parts.append((label, [(color, share * count / total) for color, share in shares]))
+            elif label != SPARSE and not label.startswith(QUANTISED):
+                shares = [(next(dense), 1.0)]
+            parts.append((text, [(color, share * count / total) for color, share in shares]))
         for _, shares in parts:
             for color, share in shares:
                 right = left + _INNER * share

@@ -16,6 +16,7 @@ from ..run.summary import RunSummary
 from .advice import about_dense_calls, about_little_skipped
 
 SPARSE = "sparse"  # the label of the calls that went sparse
+QUANTISED = "quantised, over all blocks"  # how the labels begin of those that the kernels computed dense
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,9 @@ def run_report(summary: RunSummary | None, settings: NodeSettings, wanted: MapRe
     if summary.prompt != prompt:
         notes.insert(0, f"This model was not sampled in this prompt. What follows is its last run, which ended on "
                         f"{time.strftime('%Y-%m-%d at %H:%M', time.localtime(summary.ended))}.")
-    calls = ([(SPARSE, summary.sparse)] if summary.sparse else []) + [
+    calls = [(SPARSE, summary.sparse)] if summary.sparse else []
+    calls += [(f"{QUANTISED}: {reason}", count) for reason, count in summary.quantised.items()]
+    calls += [
         (f"dense: {reason}" + (f" ({summary.details[reason]})" if reason in summary.details else ""), count)
         for reason, count in summary.dense.items()]
     block_map, map_title = _block_map(summary, settings, wanted)
@@ -75,7 +78,8 @@ def _outcome(summary: RunSummary, settings: NodeSettings) -> list[str]:
     if summary.steps == 0:
         return ["The sampler took no step", "Nothing was left to sample: look at its steps, start_at_step, denoise."]
     if not summary.sparse:
-        return ["Nothing was accelerated in this run", *filter(None, [summary.problem]), *about_dense_calls(summary)]
+        headline = f"Nothing was {'skipped' if summary.quantised else 'accelerated'} in this run"
+        return [headline, *filter(None, [summary.problem]), *about_dense_calls(summary)]
     notes = [about_little_skipped(summary, settings), *about_dense_calls(summary), *_speed(summary)]
     if summary.pv_skipped:
         notes.append(f"{summary.pv_skipped:.1%} of the remaining products with V skipped by pv_threshold.")
@@ -156,7 +160,7 @@ def _settings(settings: NodeSettings, summary: RunSummary) -> list[str]:
                        if judged or name != "similarity_threshold"),
              f"start_percent {settings.start_percent:g}, end_percent {settings.end_percent:g}, min_tokens "
              f"{settings.min_tokens}, skipped_blocks {settings.skipped}, pv_precision {settings.pv_dtype}, hilbert "
-             f"{settings.hilbert}"]
+             f"{settings.hilbert}, dense_steps {settings.dense_steps}"]
     if settings.tuned is not None:
         lines.insert(0, f"tuned: {settings.tuned}; the other layers use:")
     if settings.dense_blocks:

@@ -24,6 +24,8 @@ from .sigma_window import SigmaWindow
 from .stopwatch import Stopwatch
 from .summary import CallRecord, RunSummary
 
+ENOUGH = 3  # dense calls of a shape, of which the median is compared with; the first may take longer
+
 
 class RunState:
     """What a run collects. Several threads may add to it. It holds tensors only between `begin` and `end`."""
@@ -48,6 +50,7 @@ class RunState:
         self._calls: list[CallRecord] = []
         self._calls_of_step = 0
         self._dense: Counter[str] = Counter()
+        self._timed_dense: Counter[tuple] = Counter()
         self._details: dict[str, str] = {}
         self._maps = BlockPictures(self.map_request)
         self._started = time.perf_counter()
@@ -100,13 +103,31 @@ class RunState:
         with self._lock:
             if not self.running:
                 return None
-            numbered = block is not None
-            block = block or TransformerBlock("call", self._calls_of_step)
-            self._calls_of_step += 1
-            shape = call.q.dtype, call.batch, *call.heads, call.k_tokens, call.q.shape[-1], call.mask is None
-            work = call.batch * call.heads[0] * call.q_tokens * call.k_tokens
-            self._calls.append(CallRecord(self.steps, block, numbered, shape, work, watch, stats, tokens))
+            block = self._record(call, block, watch, stats, tokens)
+            if stats is None:
+                self._timed_dense[_shape(call)] += 1
             return block if stats is not None and self._maps.wants(self.steps, block) else None
+
+    def add_quantised(self, call: AttentionCall, block: TransformerBlock | None, watch: Stopwatch, why: Dense) -> None:
+        """Record a call that the kernels computed over all blocks. why: it was dense."""
+        with self._lock:
+            if not self.running:
+                return
+            self._record(call, block, watch, quantised=why.reason)
+        self.say_once(f"quantised: {why.reason}", f"quantised attention over all blocks: {why}")
+
+    def _record(self, call: AttentionCall, block: TransformerBlock | None, watch: Stopwatch,
+                stats: SpargeStats | None = None, tokens: str = "", quantised: str = "") -> TransformerBlock:
+        numbered = block is not None
+        block = block or TransformerBlock("call", self._calls_of_step)
+        self._calls_of_step += 1
+        work = call.batch * call.heads[0] * call.q_tokens * call.k_tokens
+        self._calls.append(CallRecord(self.steps, block, numbered, _shape(call), work, watch, stats, tokens, quantised))
+        return block
+
+    def timed_dense(self, call: AttentionCall) -> bool:
+        """Whether calls of this shape were often enough dense in this run to know how long that takes."""
+        return self._timed_dense[_shape(call)] >= ENOUGH
 
     def add_map(self, block: TransformerBlock, mask: Tensor) -> None:
         """mask: bool (H, q_blocks, k_blocks)."""
@@ -174,3 +195,8 @@ class RunState:
         text = (f"refreshed at {len(self.refresh.levels)} noise levels, added to {store.used} sparse calls, "
                 f"{store.most_bytes / 2 ** 20:.0f} MiB")
         return f"{text}; no memory for {store.refused}" if store.refused else text
+
+
+def _shape(call: AttentionCall) -> tuple:
+    """What the time of a call depends on."""
+    return call.q.dtype, call.batch, *call.heads, call.k_tokens, call.q.shape[-1], call.mask is None

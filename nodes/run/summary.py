@@ -27,8 +27,9 @@ class CallRecord:
     shape: what its time depends on.
     work: products of a query and a key that dense attention takes.
     time: how long it took.
-    stats: None where it stayed dense.
+    stats: None where it was dense.
     tokens: order and grid of its tokens in words, empty where the grid is not known.
+    quantised: why this pack's kernels computed it over all blocks, empty where they did not.
     """
 
     step: int
@@ -39,6 +40,7 @@ class CallRecord:
     time: Stopwatch
     stats: SpargeStats | None = None
     tokens: str = ""
+    quantised: str = ""
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,8 @@ class RunSummary:
 
     steps: evaluations of the model by the sampler.
     sparse: number of calls that went sparse.
-    dense: number of calls that did not, by reason.
+    dense: number of calls that were left to the model's own attention, by reason.
+    quantised: number of calls that this pack's kernels computed over all blocks, by reason.
     sparsity: mean share of skipped block pairs over the sparse calls.
     pv_skipped: mean share of skipped P·V products among the other block pairs, over the sparse calls.
     skipped: share of the products Q·K and P·V of all self-attention of at least min_tokens, dense calls included.
@@ -74,7 +77,8 @@ class RunSummary:
     by_step: mean sparsity of each step, counted from 1.
     tokens: number of sparse calls by order and grid of their tokens, where the grid is known.
     details: an example for each reason in `dense` that has one.
-    cells: mean sparsity of each transformer block (as in `CallRecord`) and step, None where all calls stayed dense.
+    cells: mean sparsity of each transformer block (as in `CallRecord`) and step, None where all calls were left
+        to the model's own attention.
     times: one for each shape of a timed sparse call.
     reference: whether sparse calls were computed on a CPU, where nothing is gained.
     seconds: from the start of the run to its end.
@@ -89,6 +93,7 @@ class RunSummary:
     steps: int
     sparse: int
     dense: dict[str, int]
+    quantised: dict[str, int] = field(default_factory=dict)
     sparsity: float | None = None
     pv_skipped: float | None = None
     skipped: float | None = None
@@ -112,7 +117,9 @@ class RunSummary:
         """Summarise. Without a reason in `unread` this fetches the statistics, which waits for the device."""
         sparse = [(call, call.stats) for call in calls if call.stats is not None]
         tokens = Counter(call.tokens for call, _ in sparse if call.tokens)
-        known = cls(steps, len(sparse), dict(dense.most_common()), tokens=dict(tokens.most_common()), unread=unread,
+        quantised = Counter(call.quantised for call in calls if call.quantised)
+        known = cls(steps, len(sparse), dict(dense.most_common()), dict(quantised.most_common()),
+                    tokens=dict(tokens.most_common()), unread=unread,
                     reference=any(call.time.device.type == "cpu" for call, _ in sparse))
         if unread or not sparse:
             return known
@@ -120,7 +127,8 @@ class RunSummary:
         pv_skipped = _read([stats.pv_skipped.mean() for _, stats in sparse])
         sparsity = [(call, 1 - share) for (call, _), share in zip(sparse, kept)]
         cells = dict.fromkeys((call.block, call.step) for call in calls)
-        cells |= _means(((call.block, call.step), x) for call, x in sparsity)
+        over_all_blocks = [(call, 0.0) for call in calls if call.quantised]
+        cells |= _means(((call.block, call.step), x) for call, x in sparsity + over_all_blocks)
         # P·V is half of the products, and is skipped wholly with a block pair.
         skipped = sum(call.work * (1 - share * (1 - pv / 2)) for (call, _), share, pv in zip(sparse, kept, pv_skipped))
         return replace(known, sparsity=fmean(x for _, x in sparsity), pv_skipped=fmean(pv_skipped),
@@ -128,6 +136,11 @@ class RunSummary:
                        by_block=_means((call.block, x) for call, x in sparsity if call.numbered),
                        by_step=_means((call.step, x) for call, x in sparsity),
                        cells=dict(sorted(cells.items())), times=_times(calls))
+
+    @property
+    def not_sparse(self) -> dict[str, int]:
+        """Number of calls by the reason why they were not sparse, whatever computed them."""
+        return dict((Counter(self.dense) + Counter(self.quantised)).most_common())
 
     @property
     def skipped_little(self) -> bool:
@@ -157,9 +170,11 @@ class RunSummary:
         if self.sparsity is not None:
             text += f" (mean sparsity {self.sparsity:.1%}"
             text += f", P·V skipped {self.pv_skipped:.1%})" if self.pv_skipped else ")"
+        if self.quantised:
+            text += f", {sum(self.quantised.values())} quantised over all blocks: {_counts(self.quantised)}"
         text += f", {sum(self.dense.values())} dense"
         if self.dense:
-            text += ": " + ", ".join(f"{count} {reason}" for reason, count in self.dense.items())
+            text += f": {_counts(self.dense)}"
         if self.tokens:
             text += "; tokens: " + ", ".join(f"{count} in {order}" for order, count in self.tokens.items())
         if self.residuals:
@@ -173,12 +188,16 @@ class RunSummary:
                          for name, values in rows if values)
 
 
+def _counts(reasons: dict[str, int]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in reasons.items())
+
+
 def _times(calls: Sequence[CallRecord]) -> tuple[CallTimes, ...]:
     """Medians, because the first call of a shape may include the compilation of its kernels."""
     groups: dict[tuple, tuple[list[float], list[float]]] = defaultdict(lambda: ([], []))
     for call in calls:
         milliseconds = call.time.milliseconds()
-        if milliseconds is not None:
+        if milliseconds is not None and not call.quantised:
             groups[call.shape][call.stats is None].append(milliseconds)
     return tuple(CallTimes(len(sparse), median(sparse), median(dense) if dense else None)
                  for sparse, dense in groups.values() if sparse)

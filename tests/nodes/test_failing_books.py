@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from comfyui_spargeattn.kernels import SpargeParams
-from comfyui_spargeattn.nodes import override as override_module
 from comfyui_spargeattn.nodes.call.plan import NodeSettings
 from comfyui_spargeattn.nodes.override import SLOT, SpargeOverride
+from comfyui_spargeattn.nodes.run import kernel_calls
 from comfyui_spargeattn.tests.nodes.stand_ins import Patcher
 
 PARAMS = SpargeParams(topk=0.5, similarity_threshold=-1.0)
@@ -99,7 +99,7 @@ def test_user_who_stops_the_program_while_numbers_are_read_stops_it(monkeypatch)
 def test_failing_sparse_call_ends_its_run_alone(monkeypatch):
     override = SpargeOverride(NodeSettings(PARAMS, start_percent=0.0, min_tokens=64))
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="injected"):
-        sample(override, lambda: patch.setattr(override_module, "sparge_attention", fail), lambda: None)
+        sample(override, lambda: patch.setattr(kernel_calls, "sparge_attention", fail), lambda: None)
     summary = override.run.summary
     assert (summary.steps, summary.sparse, summary.unread) == (2, 1, "the run was interrupted")
     sample(override)

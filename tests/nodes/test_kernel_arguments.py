@@ -10,12 +10,12 @@ import torch
 from comfyui_spargeattn.hilbert import permutation as orders
 from comfyui_spargeattn.hilbert import sequence_order
 from comfyui_spargeattn.kernels import FastPathError, SpargeParams, SpargeStats
-from comfyui_spargeattn.nodes import override as module
 from comfyui_spargeattn.nodes.call import plan as policy
 from comfyui_spargeattn.nodes.call.layer_names import LayerNames
 from comfyui_spargeattn.nodes.call.plan import NodeSettings
 from comfyui_spargeattn.nodes.call.token_layout import KEY, Expectation
 from comfyui_spargeattn.nodes.override import SLOT, SpargeOverride
+from comfyui_spargeattn.nodes.run import kernel_calls
 from comfyui_spargeattn.nodes.tuned.candidates import TunedSetting
 from comfyui_spargeattn.nodes.tuned.params import Architecture, TunedLayer, TunedParams
 from comfyui_spargeattn.nodes.tuned.search import Bounds, LayerSearch
@@ -37,7 +37,7 @@ def launched(monkeypatch):
         calls.append((q, k, v, kwargs))
         return torch.zeros_like(q), SpargeStats(*torch.ones(2, q.shape[0], q.shape[2]))
 
-    monkeypatch.setattr(module, "sparge_attention", kernels)
+    monkeypatch.setattr(kernel_calls, "sparge_attention", kernels)
     return calls
 
 
@@ -195,7 +195,7 @@ def test_map_of_a_report(launched, monkeypatch):
         asked.append((q, k, kwargs))
         return SimpleNamespace(mask=lambda: torch.ones(1, 2, 3, 3, dtype=torch.bool))
 
-    monkeypatch.setattr(module, "block_map", block_map)
+    monkeypatch.setattr(kernel_calls, "block_map", block_map)
     override = SpargeOverride(replace(SETTINGS, hilbert="on"))
     q, k = torch.randn(2, 2, TOKENS, 16, generator=torch.Generator().manual_seed(0))
     mask = torch.rand(2, 1, 1, TOKENS, generator=torch.Generator().manual_seed(1))
@@ -221,7 +221,7 @@ def failing(kind, text, monkeypatch, name="sparge_attention"):
         held.append(weakref.ref(scratch))
         raise kind(text)
 
-    monkeypatch.setattr(module, name, kernels)
+    monkeypatch.setattr(kernel_calls, name, kernels)
     return held
 
 

@@ -19,8 +19,8 @@ def make_call(tokens=128, keys=None, heads=2, kv_heads=None, head_dim=8, dtype=t
     return AttentionCall(q, k, k, "BHND", **kwargs)
 
 
-def reason(call, settings=SETTINGS, block=None, in_window=True):
-    plan = plan_call(call, settings, CallSite(block, in_window=in_window))
+def reason(call, settings=SETTINGS, block=None):
+    plan = plan_call(call, settings, CallSite(block))
     return str(plan) if isinstance(plan, Dense) else None
 
 
@@ -92,9 +92,8 @@ def test_long_sequences_go_sparse_on_a_fast_kernel(monkeypatch):
     assert reason(make_call(tokens=100_000, device="meta")) is None
 
 
-def test_window_and_dense_blocks():
+def test_dense_blocks():
     settings = NodeSettings(PARAMS, min_tokens=64, dense_blocks=ListedBlocks.parse("1"))
-    assert reason(make_call(), settings, in_window=False) == "outside start_percent … end_percent"
     assert reason(make_call(), settings, TransformerBlock("double", 1)) == "listed in dense_blocks (block double:1)"
     assert reason(make_call(), settings, TransformerBlock("double", 0)) is None
     assert reason(make_call(), settings, None) is None

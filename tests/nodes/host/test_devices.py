@@ -71,7 +71,8 @@ def test_the_same_run_as_on_one_device(comfy_nodes, loaded, split, monkeypatch, 
     steps = 6 if refreshes else 2
     below, probe = probed(model)
     expected, one = run(comfy_nodes, below, family, steps=steps, refreshes=refreshes)
-    meeting = Meeting(comfy_nodes, monkeypatch, "nodes.override", "sparge_attention", "attention_residual")
+    meeting = Meeting(comfy_nodes, monkeypatch, "nodes.run.kernel_calls", "sparge_attention",
+                      "attention_residual")
     actual, two = run(comfy_nodes, below, family, split, steps=steps, refreshes=refreshes)
     assert len(set(meeting.threads)) == 2
     assert torch.equal(actual, expected)

@@ -56,7 +56,7 @@ def test_rows_before_the_video(comfy_nodes, model, hilbert):
 
 def test_refreshes_read_tensors_that_nobody_has_overwritten(comfy_nodes, model, monkeypatch):
     """A backend that takes containers may do what it likes with the tensors in them."""
-    module = comfy_host.pack_module(comfy_nodes, "nodes.override")
+    module = comfy_host.pack_module(comfy_nodes, "nodes.run.kernel_calls")
     seen, residual = [], module.attention_residual
 
     def record(q, k, v, dense, **how):

@@ -18,11 +18,12 @@ STEPS = 2
 SLOT = "optimized_attention_override"
 # (module, class or None, function) of this pack.
 CALL = {"arguments": ("call.arguments", "AttentionCall", "parse"), "plan": ("call.entry", None, "plan_call"),
-        "attention": ("override", None, "sparge_attention"), "result": ("call.arguments", "AttentionCall", "give_back")}
+        "attention": ("run.kernel_calls", None, "sparge_attention"),
+        "result": ("call.arguments", "AttentionCall", "give_back")}
 HOOKS = {"on_pre_run": ("run.state", "RunState", "begin"), "on_prepare_state": ("run.state", "RunState", "next_step")}
 BOOKS = {"expected tokens": ("call.model_rules", None, "expectation"),
          "token layout": ("call.token_layout", "Expectation", "layout"),
-         "block map": ("override", None, "block_map"), "picture of a map": ("run.block_maps", None, "shrink"),
+         "block map": ("run.kernel_calls", None, "block_map"), "picture of a map": ("run.block_maps", None, "shrink"),
          "pictures": ("run.block_maps", "BlockPictures", "fetch"), "statistics": ("run.summary", "RunSummary", "of")}
 ILLEGAL_ACCESS = "CUDA error: an illegal memory access was encountered"
 
@@ -187,7 +188,7 @@ def test_an_interruption_in_a_call(check, inject, stage):
 
 
 def fast_path_error(comfy_nodes):
-    return module(comfy_nodes, "override").FastPathError("no C compiler found; install gcc")
+    return module(comfy_nodes, "run.kernel_calls").FastPathError("no C compiler found; install gcc")
 
 
 def out_of_memory(comfy_nodes):

@@ -41,14 +41,14 @@ def params(comfy_nodes, sd3):
 @pytest.fixture
 def shares(comfy_nodes, monkeypatch):
     """Share of blocks of each call that reaches the kernels, in order."""
-    override, found = module(comfy_nodes, "override"), []
-    attention = override.sparge_attention
+    kernels, found = module(comfy_nodes, "run.kernel_calls"), []
+    attention = kernels.sparge_attention
 
     def recorded(*args, params, **kwargs):
         found.append(round(float(torch.as_tensor(params.topk).flatten()[0]), 3))
         return attention(*args, params=params, **kwargs)
 
-    monkeypatch.setattr(override, "sparge_attention", recorded)
+    monkeypatch.setattr(kernels, "sparge_attention", recorded)
     return found
 
 

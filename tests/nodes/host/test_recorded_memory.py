@@ -33,7 +33,7 @@ def recording(comfy_nodes, monkeypatch):
             paused.pop()
 
     monkeypatch.setattr(comfy.model_prefetch, "pause_malloc_graph", pause, raising=False)
-    for name, function in (("override", "sparge_attention"), ("override", "attention_residual"),
+    for name, function in (("run.kernel_calls", "sparge_attention"), ("run.kernel_calls", "attention_residual"),
                            ("call.measure", "sparge_attention")):
         module = comfy_host.pack_module(comfy_nodes, f"nodes.{name}")
         kernels = getattr(module, function)

@@ -1,10 +1,10 @@
 """Refreshes in a real sampling run: which calls are dense, which get a residual, and of what."""
 import logging
-import sys
 from dataclasses import replace
 from unittest import mock
 
 import checkpoints
+import comfy_host
 import pytest
 import torch
 from sampling import SPARSE, apply, probed, sample
@@ -18,9 +18,9 @@ def wan(comfy_nodes, tmp_path_factory):
     return checkpoints.written(FAMILY, tmp_path_factory.mktemp("checkpoints"))
 
 
-def override_module(comfy_nodes):
-    """The pack's `override`, as ComfyUI has imported it."""
-    return sys.modules[comfy_nodes.NODE_CLASS_MAPPINGS["ApplySpargeAttn"].__module__.replace("apply_node", "override")]
+def kernel_calls(comfy_nodes):
+    """The module that calls the kernels, as ComfyUI has imported it."""
+    return comfy_host.pack_module(comfy_nodes, "nodes.run.kernel_calls")
 
 
 class Run:
@@ -36,7 +36,7 @@ class Run:
         self.patched = apply(comfy_nodes, below, selection=SPARSE, refreshes=refreshes, **widgets)
         self.override = self.patched.model_options["transformer_options"]["optimized_attention_override"]
         change(self.patched)
-        module, self.sparse = override_module(comfy_nodes), []
+        module, self.sparse = kernel_calls(comfy_nodes), []
         attention = module.sparge_attention
 
         def record(q, *rest, residual=None, **call):
@@ -182,6 +182,6 @@ def test_failing_to_make_one_costs_no_run(comfy_nodes, wan):
     def fails(*args, **kwargs):
         raise torch.OutOfMemoryError("no room")
 
-    with mock.patch.object(override_module(comfy_nodes), "attention_residual", fails):
+    with mock.patch.object(kernel_calls(comfy_nodes), "attention_residual", fails):
         run = Run(comfy_nodes, wan)
     assert run.latent.isfinite().all() and run.without == len(run.sparse) > 0

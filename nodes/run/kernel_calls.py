@@ -1,0 +1,119 @@
+"""Attention calls that the kernels compute: sparse, over all blocks, and what the sparse ones lack of dense ones."""
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...kernels import FastPathError, Residual, attention_residual, block_map, sparge_attention
+from ...kernels.failures import is_of_the_device
+from ..call.arguments import AttentionCall
+from ..call.plan import CallSite, Dense, NodeSettings, SparsePlan
+from ..call.transformer_blocks import TransformerBlock
+from ..log import log
+from .compile_notice import announced
+from .state import RunState
+from .stopwatch import Stopwatch
+
+
+class KernelCalls:
+    """Computes the calls of a run and adds them to its record. Several threads may use it."""
+
+    def __init__(self, run: RunState, settings: NodeSettings, say: Callable[[str], None]):
+        """say: shows the user a line, from any thread."""
+        self._run = run
+        self._settings = settings
+        self._say = say
+
+    def sparse(self, plan: SparsePlan, call: AttentionCall, site: CallSite) -> Tensor | Dense:
+        """The result in the caller's form, or why there is none after all."""
+        run, curve = self._run, self._settings.curve
+        watch = Stopwatch(call.q.device)
+        result = self._attend(plan, call, self._residual(call, site), return_stats=True)
+        if isinstance(result, Dense):
+            return result
+        out, stats = result
+        watch.stop()
+        if plan.untuned:
+            run.say_once(plan.untuned, f"thresholds of the widgets: {plan.untuned}")
+        tokens = ""
+        if not isinstance(plan.layout, str):
+            tokens = f"{plan.curve} order of {plan.layout}"
+        elif curve is not None:
+            run.say_once(plan.layout, f"tokens keep the model's order, no {curve} order: {plan.layout}")
+        wanted = run.add_call(call, site.block, watch, stats, tokens)
+        if wanted is not None:
+            self._keep_map(wanted, call, _arguments(plan, call))
+        return call.give_back(out)
+
+    def over_all_blocks(self, plan: SparsePlan, call: AttentionCall, site: CallSite, why: Dense) -> Tensor | Dense:
+        """Dense attention by the kernels, in the caller's form, or why there is none after all. why: it is dense."""
+        watch = Stopwatch(call.q.device)
+        out = self._attend(plan.over_all_blocks(), call)
+        if isinstance(out, Dense):
+            return out
+        self._run.add_quantised(call, site.block, watch.stop(), why)
+        return call.give_back(out)
+
+    def keep_residual(self, plan: SparsePlan, call: AttentionCall, site: CallSite, dense: Tensor) -> None:
+        """Keep what sparse attention lacks of the result of a dense call, in the caller's form."""
+        store, result, evaluation = self._run.residuals, call.take_back(dense), self._run.steps
+        keys = store.keys(call, site)
+        if keys is None or result is None or not store.admits(call, keys, evaluation):
+            return
+        try:
+            residual = attention_residual(call.q, call.k, call.v, result, skipped=plan.skipped,
+                                          **_arguments(plan, call))
+        except (FastPathError, torch.OutOfMemoryError):  # sparse calls will meet it too, and say why
+            store.drop(keys)
+            return
+        store.put(keys, residual, evaluation)
+
+    def _attend(self, plan: SparsePlan, call: AttentionCall, residual: Residual | None = None,
+                return_stats: bool = False) -> Any:
+        """What `sparge_attention` returns, or a Dense that says why it can't."""
+        try:
+            with self._compilation_announced(call, plan, residual):
+                return sparge_attention(call.q, call.k, call.v, skipped=plan.skipped, residual=residual,
+                                        return_stats=return_stats, **_arguments(plan, call))
+        # A traceback holds the tensors of what failed, so the dense call has to come after these except clauses.
+        except FastPathError as problem:
+            return Dense("fast kernels failed", str(problem))
+        except torch.OutOfMemoryError:
+            return Dense("out of memory", f"{call.q_tokens} tokens")
+
+    def _residual(self, call: AttentionCall, site: CallSite) -> Residual | None:
+        """What this layer and condition lacked at the last refresh."""
+        store = self._run.residuals
+        try:
+            return store.get(store.keys(call, site)) if self._run.refresh.levels else None
+        except torch.OutOfMemoryError:  # those of several conditions are put together in new memory
+            return None
+
+    def _keep_map(self, block: TransformerBlock, call: AttentionCall, how: dict[str, Any]) -> None:
+        """Keep the block map of the first sample of the batch for a report."""
+        how |= {name: how[name][:1] for name in ("key_padding_mask", "key_bias") if name in how}
+        try:
+            self._run.add_map(block, block_map(call.q[:1], call.k[:1], **how).mask()[0])
+        except Exception as error:  # the call is done, and a picture in a report is not worth a run
+            if is_of_the_device(error):
+                raise
+            log.warning("SpargeAttn: there is no block map of block %s", block, exc_info=True)
+
+    def _compilation_announced(self, call: AttentionCall, plan: SparsePlan,
+                               residual: Residual | None) -> AbstractContextManager:
+        if call.q.device.type == "cpu":  # a call computes there, which takes its time
+            return nullcontext()
+        kind = (call.q.device, call.q.dtype, call.q.shape[-1], *call.key_mask, plan.order is None, plan.pv_dtype,
+                plan.skipped, plan.params.selection, residual is None)
+        return announced(kind, self._say)
+
+
+def _arguments(plan: SparsePlan, call: AttentionCall) -> dict[str, Any]:
+    """What `block_map` and the attention functions take beside the tensors."""
+    return {"params": plan.params, "layout": call.layout, "scale": call.scale, "order": plan.order,
+            "sink_keys": plan.sink_keys, "dense_queries": plan.dense_queries, "pv_dtype": plan.pv_dtype,
+            "impl": plan.impl, **(call.key_mask or {})}
