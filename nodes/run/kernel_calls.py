@@ -107,7 +107,7 @@ class KernelCalls:
                                residual: Residual | None) -> AbstractContextManager:
         if call.q.device.type == "cpu":  # a call computes there, which takes its time
             return nullcontext()
-        kind = (call.q.device, call.q.dtype, call.q.shape[-1], *call.key_mask, plan.order is None, plan.pv_dtype,
+        kind = (call.q.device, call.q.dtype, call.q.shape[-1], *(call.key_mask or ()), plan.order is None, plan.pv_dtype,
                 plan.skipped, plan.params.selection, residual is None)
         return announced(kind, self._say)
 
