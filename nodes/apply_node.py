@@ -10,7 +10,7 @@ from ..kernels import SpargeParams
 from .call.model_rules import expect_tokens
 from .call.plan import DENSE_STEPS, HILBERT_CHOICES, NodeSettings
 from .call.transformer_blocks import ListedBlocks
-from .host import free_bytes, line_on_running_node, running_prompt, unrecorded
+from .host import line_on_running_node, running_prompt, shared_memory, unrecorded
 from .log import log
 from .override import CALLBACK_KEY, SLOT, SpargeOverride, describe
 from .schema import (
@@ -148,7 +148,7 @@ class ApplySpargeAttn(io.ComfyNode):
         previous = options.get(SLOT)
         if previous is not None:
             log.info("SpargeAttn: calls that stay dense go on to %s, found on the model", describe(previous))
-        override = options[SLOT] = SpargeOverride(settings, previous, line_on_running_node(), free_bytes,
+        override = options[SLOT] = SpargeOverride(settings, previous, line_on_running_node(), shared_memory(),
                                                   unrecorded)
         override.run.running_prompt = running_prompt
         for event, callback in ((CallbacksMP.ON_PRE_RUN, override.on_pre_run),

@@ -15,6 +15,7 @@ from comfy_execution.utils import get_executing_context
 
 from ..kernels.capability import Facts, arch_of, has_triton, supports_fp8, triton_declines, triton_version
 from .log import log
+from .run.host_memory import Memory
 
 # Windows opens paths of up to 260 characters, and Triton's own names take about 150 of them.
 _LONGEST_ON_WINDOWS = 100
@@ -42,9 +43,16 @@ def _show_on_node(node_id: str, text: str) -> None:
         server.send_progress_text(text, node_id, server.client_id)
 
 
-def free_bytes(device: torch.device) -> int:
-    """Memory that a device has left, what PyTorch keeps for later included."""
-    return int(comfy.model_management.get_free_memory(device))
+def shared_memory() -> Memory:
+    """The memory that the pack shares with ComfyUI, by ComfyUI's own books.
+
+    What is free is read off the device each time, and includes what PyTorch keeps for later. So ComfyUI needs no word
+    of tensors on a GPU: it sees them where it asks whether conditions can be evaluated together, or loads a model.
+    Pinned memory has a limit, by which ComfyUI pins the weights that it offloads. Its own functions count towards that
+    limit, and unpin weights of idle models where it is reached.
+    """
+    manager = comfy.model_management
+    return Memory(lambda device: int(manager.get_free_memory(device)), manager.pin_memory, manager.unpin_memory)
 
 
 def unrecorded() -> AbstractContextManager:

@@ -21,6 +21,7 @@ from .call.tuned_setting import free_device_tensors
 from .log import log
 from .report.advice import about_little_skipped
 from .report.line import NodeLine, after_run, while_sampling
+from .run.host_memory import Memory
 from .run.kernel_calls import KernelCalls
 from .run.sigma_window import SigmaWindow
 from .run.state import RunState
@@ -41,12 +42,12 @@ class SpargeOverride:
 
     def __init__(self, settings: NodeSettings, previous: Callable | None = None,
                  show: Callable[[str], None] | None = None,
-                 free_bytes: Callable[[torch.device], int] = lambda device: 0,
+                 memory: Memory = Memory(),
                  unrecorded: Callable[[], AbstractContextManager] = nullcontext):
         """
         previous: the override that was on the model when the node ran.
         show: shows the user a line on the node, from any thread.
-        free_bytes: memory that a device has left, of which residuals take a share.
+        memory: of which residuals take a share.
         unrecorded: keeps what is allocated inside out of ComfyUI's record of an evaluation. The sparse calls run in it,
             because the run keeps some of what they make.
         """
@@ -54,7 +55,7 @@ class SpargeOverride:
         self.previous = previous
         self._line = NodeLine(show)
         self._unrecorded = unrecorded
-        self.run = RunState(SigmaWindow(settings.start_percent, settings.end_percent), settings.refreshes, free_bytes)
+        self.run = RunState(SigmaWindow(settings.start_percent, settings.end_percent), settings.refreshes, memory)
         self._kernels = KernelCalls(self.run, settings, self._say)
         self.names = LayerNames(settings.tuned.layers if settings.tuned else ())
         self._slot: Any = self

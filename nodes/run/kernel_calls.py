@@ -15,6 +15,7 @@ from ..call.plan import CallSite, Dense, NodeSettings, SparsePlan
 from ..call.transformer_blocks import TransformerBlock
 from ..log import log
 from .compile_notice import announced
+from .residuals import NO_MEMORY
 from .state import RunState
 from .stopwatch import Stopwatch
 
@@ -62,15 +63,16 @@ class KernelCalls:
         """Keep what sparse attention lacks of the result of a dense call, in the caller's form."""
         store, result, evaluation = self._run.residuals, call.take_back(dense), self._run.steps
         keys = store.keys(call, site)
-        if keys is None or result is None or not store.admits(call, keys, evaluation):
+        if keys is None or result is None:
             return
         try:
-            residual = attention_residual(call.q, call.k, call.v, result, skipped=plan.skipped,
-                                          **_arguments(plan, call))
+            if store.admits(call, keys, evaluation):
+                store.put(keys, attention_residual(call.q, call.k, call.v, result, skipped=plan.skipped,
+                                                   **_arguments(plan, call)), evaluation)
         except (FastPathError, torch.OutOfMemoryError):  # sparse calls will meet it too, and say why
             store.drop(keys)
-            return
-        store.put(keys, residual, evaluation)
+        if store.refused:
+            self._run.say_once("no memory for residuals", f"some layers get no residual: {NO_MEMORY}")
 
     def _attend(self, plan: SparsePlan, call: AttentionCall, residual: Residual | None = None,
                 return_stats: bool = False) -> Any:
@@ -89,7 +91,7 @@ class KernelCalls:
         """What this layer and condition lacked at the last refresh."""
         store = self._run.residuals
         try:
-            return store.get(store.keys(call, site)) if self._run.refresh.levels else None
+            return store.get(store.keys(call, site), call.q.device) if self._run.refresh.levels else None
         except torch.OutOfMemoryError:  # those of several conditions are put together in new memory
             return None
 
@@ -107,8 +109,8 @@ class KernelCalls:
                                residual: Residual | None) -> AbstractContextManager:
         if call.q.device.type == "cpu":  # a call computes there, which takes its time
             return nullcontext()
-        kind = (call.q.device, call.q.dtype, call.q.shape[-1], *(call.key_mask or ()), plan.order is None, plan.pv_dtype,
-                plan.skipped, plan.params.selection, residual is None)
+        kind = (call.q.device, call.q.dtype, call.q.shape[-1], *(call.key_mask or ()), plan.order is None,
+                plan.pv_dtype, plan.skipped, plan.params.selection, residual is None)
         return announced(kind, self._say)
 
 

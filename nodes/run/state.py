@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from ...kernels import SpargeStats
@@ -18,8 +17,9 @@ from ..call.plan import Dense
 from ..call.transformer_blocks import TransformerBlock
 from ..log import log
 from .block_maps import BlockPictures, MapRequest
+from .host_memory import Memory
 from .refresh_schedule import RefreshSchedule
-from .residuals import ResidualStore
+from .residuals import NO_MEMORY, ResidualStore
 from .sigma_window import SigmaWindow
 from .stopwatch import Stopwatch
 from .summary import CallRecord, RunSummary
@@ -31,12 +31,11 @@ class RunState:
     """What a run collects. Several threads may add to it. It holds tensors only between `begin` and `end`."""
 
     def __init__(self, window: SigmaWindow, refreshes: int = 0,
-                 free_bytes: Callable[[torch.device], int] = lambda device: 0):
-        """refreshes: as in `NodeSettings`. free_bytes: memory that a device has left, of which residuals take a share.
-        """
+                 memory: Memory = Memory()):
+        """refreshes: as in `NodeSettings`. memory: of which residuals take a share."""
         self.window = window
         self.refresh = RefreshSchedule(refreshes)
-        self.residuals = ResidualStore(free_bytes)
+        self.residuals = ResidualStore(memory)
         self.summary: RunSummary | None = None  # of the last run that ended
         self.map_request = MapRequest()  # for the next run
         self.running_prompt: Callable[[], str | None] = lambda: None  # ComfyUI's id of the prompt that it executes
@@ -194,7 +193,9 @@ class RunState:
         store = self.residuals
         text = (f"refreshed at {len(self.refresh.levels)} noise levels, added to {store.used} sparse calls, "
                 f"{store.most_bytes / 2 ** 20:.0f} MiB")
-        return f"{text}; no memory for {store.refused}" if store.refused else text
+        if store.most_host_bytes:
+            text += f" on the GPU, {store.most_host_bytes / 2 ** 20:.0f} MiB in the host's memory"
+        return f"{text}; no memory for {store.refused}: {NO_MEMORY}" if store.refused else text
 
 
 def _shape(call: AttentionCall) -> tuple:

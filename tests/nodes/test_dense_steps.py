@@ -11,6 +11,7 @@ from comfyui_spargeattn.nodes.override import SpargeOverride
 from comfyui_spargeattn.nodes.report.page import THEMES, draw_report
 from comfyui_spargeattn.nodes.report.panels import run_report
 from comfyui_spargeattn.nodes.run import kernel_calls
+from comfyui_spargeattn.nodes.run.host_memory import Memory
 from comfyui_spargeattn.nodes.run.state import ENOUGH
 from comfyui_spargeattn.tests.nodes.stand_ins import attend, sample
 
@@ -113,7 +114,7 @@ def test_refreshes(kernels, monkeypatch):
     residual = kernel_calls.attention_residual
     monkeypatch.setattr(kernel_calls, "attention_residual", lambda q, k, v, dense, **how: (
         made.append(dense.flatten(2)), residual(q, k, v, dense, **how))[1])
-    override = SpargeOverride(replace(SETTINGS, start_percent=0.0, refreshes=4), free_bytes=lambda device: 1 << 30)
+    override = SpargeOverride(replace(SETTINGS, start_percent=0.0, refreshes=4), memory=Memory(lambda device: 1 << 30))
     x = torch.randn(1, 128, 16, generator=torch.Generator().manual_seed(0))
 
     def evaluate(options):

@@ -81,7 +81,8 @@ def test_the_last_dense_step_is_a_refresh(comfy_nodes, wan):
 def test_no_memory(comfy_nodes, wan):
     def fill(patched):
         override = patched.model_options["transformer_options"]["optimized_attention_override"]
-        override.run.residuals._free_bytes = lambda device: 0
+        residuals = override.run.residuals
+        residuals._memory = replace(residuals._memory, free=lambda device: 0)
 
     run = Run(comfy_nodes, wan, change=fill)
     assert run.without == len(run.sparse) > 0

@@ -7,10 +7,14 @@ import torch
 from comfyui_spargeattn.kernels import Residual
 from comfyui_spargeattn.nodes.call.arguments import AttentionCall
 from comfyui_spargeattn.nodes.call.plan import CallSite
+from comfyui_spargeattn.nodes.run import residuals
+from comfyui_spargeattn.nodes.run.host_memory import HostTier, Memory
 from comfyui_spargeattn.nodes.run.residuals import SHARE, ResidualStore
+from comfyui_spargeattn.tests.nodes.run.test_host_memory import Eager, Pins
 
 HEADS, TOKENS, DIM = 2, 10, 8
 BYTES = HEADS * TOKENS * (DIM + 4)
+CPU = torch.device("cpu")
 
 
 def call(*conditions, each=1, window=None, replaced=(), tokens=TOKENS):
@@ -27,7 +31,7 @@ def site(layer="single:0", doubt=""):
 
 def store(calls=100):
     """A store with memory for so many residuals of one condition."""
-    return ResidualStore(lambda device: int(calls * BYTES / SHARE))
+    return ResidualStore(Memory(lambda device: int(calls * BYTES / SHARE)))
 
 
 def refresh(kept, made, evaluation=1, layer="single:0"):
@@ -44,7 +48,7 @@ def refresh(kept, made, evaluation=1, layer="single:0"):
 
 def got(kept, asked, layer="single:0"):
     """The numbers of the batch entries that a call gets."""
-    residual = kept.get(kept.keys(asked, site(layer)))
+    residual = kept.get(kept.keys(asked, site(layer)), asked.q.device)
     if residual is None:
         return None
     assert residual.quantised.shape == (asked.batch, HEADS, asked.q_tokens, DIM)
@@ -66,8 +70,8 @@ def test_whole_batches_are_not_copied():
     kept = store()
     refresh(kept, call("positive", "negative"))
     keys = kept.keys(call("positive", "negative"), site())
-    assert kept.get(keys).quantised.data_ptr() == kept.get(keys).quantised.data_ptr()
-    assert kept.get(keys[1:]).scale.data_ptr() == kept.get(keys).scale[1:].data_ptr()
+    assert kept.get(keys, CPU).quantised.data_ptr() == kept.get(keys, CPU).quantised.data_ptr()
+    assert kept.get(keys[1:], CPU).scale.data_ptr() == kept.get(keys, CPU).scale[1:].data_ptr()
 
 
 @pytest.mark.parametrize("other, layer", [
@@ -104,7 +108,7 @@ def test_windows_have_their_own():
                    transformer_options={"uuids": ["a"], "context_window": object()}), site()),
 ], ids=("no layer", "doubt", "no conditions", "batch of no conditions", "unknown window"))
 def test_what_can_not_be_recognised(made, place):
-    assert store().keys(made, place) is None and store().get(None) is None
+    assert store().keys(made, place) is None and store().get(None, CPU) is None
 
 
 def test_the_same_twice_in_one_evaluation_is_never_used():
@@ -136,10 +140,10 @@ def test_memory():
 
 def test_free_memory_is_asked_for_once_a_run():
     asked = []
-    kept = ResidualStore(lambda device: asked.append(device) or 1 << 30)
+    kept = ResidualStore(Memory(lambda device: asked.append(device) or 1 << 30))
     for evaluation in range(3):
         refresh(kept, call("positive"), evaluation)
-    assert asked == [torch.device("cpu")]
+    assert asked == [CPU]
     kept.clear()
     refresh(kept, call("positive"))
     assert len(asked) == 2
@@ -150,3 +154,98 @@ def test_dropped():
     refresh(kept, call("positive"))
     kept.drop(kept.keys(call("positive"), site()))
     assert got(kept, call("positive")) is None
+
+
+class TieredStore(ResidualStore):
+    """A store that takes the CPU for a GPU, and `meta` for the host: with memory for so many residuals in each."""
+
+    def __init__(self, on_gpu, on_host=100, pins=None):
+        self.pins, self.stream = pins or Pins(), Eager()
+        super().__init__(Memory(lambda device: int((on_gpu if device == CPU else on_host) * BYTES / SHARE),
+                                self.pins.pin, self.pins.unpin))
+
+    def _tier(self, device):
+        return self._tiers.setdefault(device, HostTier(device, self._memory, self.stream))
+
+
+@pytest.fixture(autouse=True)
+def host(monkeypatch):
+    monkeypatch.setattr(residuals, "_HOST", torch.device("meta"))
+
+
+def layers(kept, count, evaluation=1, conditions=("positive",)):
+    """Refresh so many layers; returns whether each was kept."""
+    return [refresh(kept, call(*conditions), evaluation, f"single:{i}") for i in range(count)]
+
+
+def test_what_has_no_room_on_the_gpu_lies_in_the_host(monkeypatch):
+    kept = TieredStore(on_gpu=5, on_host=4)  # two slots and three residuals
+    assert layers(kept, 9) == [True] * 7 + [False] * 2
+    assert (kept.most_bytes, kept.refused) == (3 * BYTES, 2) and kept.most_host_bytes == sum(kept.pins.now.values()) > 0
+    for evaluation in (1, 2):
+        for i in range(7):
+            assert got(kept, call("positive"), f"single:{i}") == [100 * evaluation]
+        assert got(kept, call("positive"), "single:8") is None
+        assert layers(kept, 9, evaluation + 1) == [True] * 7 + [False] * 2
+    assert len(kept.pins.now) == 4, "a refresh pins no new memory"
+    kept.clear()
+    assert not kept.pins.now and kept._tiers == {}
+
+
+def test_each_is_fetched_while_the_one_before_computes():
+    """In the order of the refresh, and from then on in that of the evaluation before."""
+    kept = TieredStore(on_gpu=2)
+    layers(kept, 6)
+    order = [0, 1, 2, 3, 4, 5]
+    for missed in (1, 0):  # what comes after the last one is known from the second evaluation on
+        before, late = kept.stream.done, 0
+        for i in order:
+            tier = kept._tiers[CPU]
+            wanted = kept._found(kept.keys(call("positive"), site(f"single:{i}")))
+            late += all(slot.parts != wanted for slot in tier._slots)
+            assert got(kept, call("positive"), f"single:{i}") == [100]
+        assert late == missed and kept.stream.done - before == len(order) + missed
+
+
+def test_another_order_of_layers():
+    kept = TieredStore(on_gpu=3)
+    layers(kept, 6)
+    for i in (3, 3, 0, 5, 5, 2, 1, 4, 0):
+        assert got(kept, call("positive"), f"single:{i}") == [100]
+    layers(kept, 6, evaluation=2)
+    for i in (0, 1, 5, 4):
+        assert got(kept, call("positive"), f"single:{i}") == [200]
+
+
+def test_conditions_in_the_host_together_and_apart():
+    kept = TieredStore(on_gpu=4)
+    assert layers(kept, 3, conditions=("positive", "negative")) == [True] * 3
+    for i in range(3):
+        assert got(kept, call("positive", "negative"), f"single:{i}") == [100, 101]
+        assert got(kept, call("negative"), f"single:{i}") == [101]
+        assert got(kept, call("negative", "positive"), f"single:{i}") == [101, 100]
+    assert refresh(kept, call("negative"), 2, "single:1")
+    assert got(kept, call("positive", "negative"), "single:1") == [100, 200]
+
+
+def test_no_room_for_slots_and_none_that_can_be_pinned():
+    assert layers(TieredStore(on_gpu=1), 3) == [False] * 3
+    kept = TieredStore(on_gpu=5, pins=Pins(most=0))
+    assert layers(kept, 4) == [True] * 4  # the fourth is dropped, since that shows after it was admitted
+    assert kept.refused == 1 and got(kept, call("positive"), "single:3") is None
+    assert layers(kept, 6, 2) == [True] * 5 + [False] and got(kept, call("positive"), "single:4") == [200]
+
+
+def test_a_gpu_that_is_full():
+    """A call that can't get its residual is told so; nothing comes of it if that is for the next call."""
+    kept = TieredStore(on_gpu=3)
+    layers(kept, 3)  # the first one lies on the GPU
+    assert got(kept, call("positive"), "single:2") == [100]
+
+    def full(*args):
+        raise torch.OutOfMemoryError("no room")
+
+    kept._tiers[CPU]._next_slot = full
+    assert got(kept, call("positive"), "single:0") == [100]
+    with pytest.raises(torch.OutOfMemoryError):
+        got(kept, call("positive"), "single:1")
