@@ -103,8 +103,9 @@ class ApplySpargeAttn(io.ComfyNode):
                     tooltip="0 is off. Otherwise so many steps of the sparse part compute dense attention and keep "
                             "what sparse attention lacks of it, and the steps between add that. The picture comes "
                             "much closer to that of dense attention, so that far fewer blocks need to be kept. It "
-                            "takes memory: half of q for each layer and condition, from half of what is free. Needs 6 "
-                            "steps or more; try 4 in 20 steps."),
+                            "takes memory: half of q for each layer and condition, of the GPU up to half of what is "
+                            "free there, then of the host (with NVIDIA and AMD) up to half of what is free there. "
+                            "Needs 6 steps or more; try 4 in 20 steps."),
                 io.Combo.Input(  # optional as well
                     "dense_steps", options=list(DENSE_STEPS), default=DENSE_STEPS[0], optional=True, advanced=True,
                     tooltip="What computes dense steps: those before start_percent, those after end_percent, and "

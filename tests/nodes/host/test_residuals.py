@@ -186,3 +186,15 @@ def test_failing_to_make_one_costs_no_run(comfy_nodes, wan):
     with mock.patch.object(kernel_calls(comfy_nodes), "attention_residual", fails):
         run = Run(comfy_nodes, wan)
     assert run.latent.isfinite().all() and run.without == len(run.sparse) > 0
+
+
+def test_memory_by_comfyuis_books(comfy_nodes):
+    import comfy.model_management as manager
+
+    memory, x = comfy_host.pack_module(comfy_nodes, "nodes.host").shared_memory(), torch.zeros(1 << 22)
+    assert memory.free(x.device) > 0
+    before = manager.TOTAL_PINNED_MEMORY
+    assert memory.pin(x) == (manager.MAX_PINNED_MEMORY > 0)
+    assert manager.TOTAL_PINNED_MEMORY == before + (x.nbytes if manager.MAX_PINNED_MEMORY > 0 else 0)
+    memory.unpin(x)
+    assert manager.TOTAL_PINNED_MEMORY == before
