@@ -126,19 +126,24 @@ class ResidualStore:
                                        sum(tier.host_bytes for tier in self._tiers.values()))
 
     def get(self, keys: Sequence[Hashable] | None, device: torch.device) -> Residual | None:
-        """The residual of conditions that follow each other in a batch, None where one of them has none."""
+        """The residual of conditions that follow each other in a batch, for a sparse call to add, None where one of
+        them has none."""
         if not keys:
             return None
-        with self._lock:
-            found = self._found(keys)
-            self._came(device, tuple(keys))
-            tier, following = self._tiers.get(device), self._found(self._next.get(tuple(keys), ()))
-        residual = self._together(found, tier) if found else None
+        residual = self.earlier(keys, device)
         with self._lock:
             self.used += residual is not None
+            self._came(device, tuple(keys))
+            tier, following = self._tiers.get(device), self._found(self._next.get(tuple(keys), ()))
         if tier is not None and any(entry.on_host for entry in following):
             tier.prefetch(following)
         return residual
+
+    def earlier(self, keys: Sequence[Hashable], device: torch.device) -> Residual | None:
+        """The same for a refresh to start from."""
+        with self._lock:
+            found, tier = self._found(keys), self._tiers.get(device)
+        return self._together(found, tier) if found else None
 
     @staticmethod
     def _together(found: tuple[_Entry, ...], tier: HostTier | None) -> Residual:
