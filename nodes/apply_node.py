@@ -13,6 +13,7 @@ from .call.transformer_blocks import ListedBlocks
 from .host import line_on_running_node, running_prompt, shared_memory, unrecorded
 from .log import log
 from .override import CALLBACK_KEY, SLOT, SpargeOverride, describe
+from .presets import CUSTOM, DEFAULTS, OF_A_NEW_NODE, PRESETS, chosen
 from .schema import (
     CATEGORY,
     SPARGE_PARAMS,
@@ -43,13 +44,13 @@ class ApplySpargeAttn(io.ComfyNode):
                         "large images), the more it gains. What happened is written to the log after each run.",
             search_aliases=SEARCH_ALIASES,
             not_idempotent=True,  # an equal node elsewhere in the graph has a line of its own
-            inputs=[
+            inputs=_with_optional_widgets([
                 io.Model.Input("model", tooltip="The diffusion model. Only the output is patched."),
                 io.DynamicCombo.Input(
                     "selection",
                     options=[
                         io.DynamicCombo.Option("cdf", [
-                            number("cdf_threshold", 0.99, 0.01, 1.0, 0.001,
+                            number("cdf_threshold", DEFAULTS["selection"]["cdf_threshold"], 0.01, 1.0, 0.001,
                                    "Blocks are kept until they hold this share of the predicted attention. "
                                    "Higher is closer to dense attention, lower is faster; try 0.9 to 0.99. "
                                    "Called τ in the paper, cdfthreshd in its code."),
@@ -69,12 +70,12 @@ class ApplySpargeAttn(io.ComfyNode):
                 number("pv_threshold", PV_THRESHOLD_OFF, 1.0, PV_THRESHOLD_OFF, 0.5,
                        "Inside a kept block, groups of rows whose probabilities are all below 2^-x of the largest "
                        "one seen so far skip the product with V. Lower is faster; try 10 to 20. 50 is off. "
-                       "Called -λ in the paper, pvthreshd in its code."),
+                       "Called -λ in the paper, pvthreshd in its code.", advanced=True),
                 start_percent("Sampling before this point uses dense attention. The first steps lay out the picture "
                               "and suffer most from sparse attention; 0 makes all steps sparse."),
                 end_percent("Sampling after this point uses dense attention. Not below start_percent."),
                 io.Combo.Input(
-                    "skipped_blocks", options=["drop", "pooled"], default="drop", advanced=True,
+                    "skipped_blocks", options=["drop", "pooled"], default=DEFAULTS["skipped_blocks"],
                     tooltip="drop: skipped blocks do not count (the paper). pooled: each still counts with one average "
                             "key and value, which helps where few blocks are kept and attention is spread out."),
                 io.Combo.Input(
@@ -91,15 +92,15 @@ class ApplySpargeAttn(io.ComfyNode):
                 io.Boolean.Input(
                     "verbose", default=False, advanced=True,
                     tooltip="Also write the sparsity of every block and step to the log."),
-                io.Combo.Input(  # optional, so that prompts saved without it still run
-                    "hilbert", options=list(HILBERT_CHOICES), default="auto", optional=True,
+                io.Combo.Input(
+                    "hilbert", options=list(HILBERT_CHOICES), default="auto", advanced=True,
                     tooltip="on: tokens are grouped into blocks along a Hilbert curve through the picture or clip, so "
                             "that those of a block are neighbours in space and time and more alike. off: the model's "
                             "own order. auto is off: where it was measured no order is the best at every threshold, "
                             "and Tune SpargeAttn chooses one for each head. Where a model's grid is not certain, the "
                             "order stays as it is."),
-                io.Int.Input(  # optional as well
-                    "refreshes", default=0, min=0, max=50, step=1, optional=True, advanced=True,
+                io.Int.Input(
+                    "refreshes", default=DEFAULTS["refreshes"], min=0, max=50, step=1,
                     tooltip="0 is off. Otherwise so many steps of the sparse part compute dense attention and keep "
                             "what sparse attention lacks of it, and the steps between add that. The picture comes "
                             "much closer to that of dense attention, so that far fewer blocks need to be kept. It "
@@ -118,7 +119,16 @@ class ApplySpargeAttn(io.ComfyNode):
                     tooltip="Tuned parameters of this model. Layers they know use them, each head its own; the "
                             "thresholds, skipped_blocks, pv_precision and hilbert serve the layers they don't know. "
                             "The window of steps, dense_blocks and min_tokens stay in force."),
-            ],
+                io.Combo.Input(  # last, where it leaves the others in their places; the editor shows it first
+                    "preset", options=[*PRESETS, CUSTOM], default=CUSTOM,
+                    extra_dict={"presets": {name: preset.widgets for name, preset in PRESETS.items()},
+                                "of_a_new_node": OF_A_NEW_NODE},
+                    tooltip="Sets selection, its thresholds, start_percent, skipped_blocks and refreshes, as you see. "
+                            "quality is the closest to dense attention, fast skips the most, balanced lies between. "
+                            "Turn one of these widgets, and it becomes custom: the widgets as they are. In a prompt "
+                            "(API) a preset stands for its values and those widgets are not read; without a preset "
+                            "it is custom."),
+            ]),
             outputs=[io.Model.Output(tooltip="The patched model; the input stays as it was.")],
         )
 
@@ -135,15 +145,22 @@ class ApplySpargeAttn(io.ComfyNode):
         return True
 
     @classmethod
-    def execute(cls, model, selection: dict, pv_threshold: float, start_percent: float, end_percent: float,
-                skipped_blocks: str, pv_precision: str, dense_blocks: str, min_tokens: int,
-                verbose: bool, hilbert: str = "auto", refreshes: int = 0,
-                dense_steps: str = DENSE_STEPS[0], params: TunedParams | None = None) -> io.NodeOutput:
+    def execute(cls, model, selection: dict | None = None, pv_threshold: float = PV_THRESHOLD_OFF,
+                start_percent: float | None = None, end_percent: float = 1.0, skipped_blocks: str | None = None,
+                pv_precision: str = "auto", dense_blocks: str = "", min_tokens: int = 2048, verbose: bool = False,
+                hilbert: str = "auto", refreshes: int | None = None, dense_steps: str = DENSE_STEPS[0],
+                params: TunedParams | None = None, preset: str = CUSTOM) -> io.NodeOutput:
+        values, unread = chosen(preset, {"selection": selection, "start_percent": start_percent,
+                                         "skipped_blocks": skipped_blocks, "refreshes": refreshes})
+        if unread:
+            log.info("SpargeAttn: preset %s sets %s; the prompt's own values for these need custom: %s", preset,
+                     ", ".join(unread), unread)
+        start_percent = values["start_percent"]
         if start_percent > end_percent:
             raise ValueError(f"start_percent must be at most end_percent; got {start_percent:g} and {end_percent:g}")
-        settings = NodeSettings(_thresholds(selection, pv_threshold), start_percent, end_percent,
-                                ListedBlocks.parse(dense_blocks), min_tokens, skipped_blocks, pv_precision, verbose,
-                                hilbert, _fitting(params, model), refreshes, dense_steps)
+        settings = NodeSettings(_thresholds(values["selection"], pv_threshold), start_percent, end_percent,
+                                ListedBlocks.parse(dense_blocks), min_tokens, values["skipped_blocks"], pv_precision,
+                                verbose, hilbert, _fitting(params, model), values["refreshes"], dense_steps)
         patched = model.clone()
         options = patched.model_options["transformer_options"]
         previous = options.get(SLOT)
@@ -159,6 +176,13 @@ class ApplySpargeAttn(io.ComfyNode):
         patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, CALLBACK_KEY, expect_tokens)
         patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, CALLBACK_KEY, override.names.count)
         return io.NodeOutput(patched)
+
+
+def _with_optional_widgets(inputs: list[io.Input]) -> list[io.Input]:
+    """For prompts that hold a preset alone, or were saved before a widget was added. All keep their order."""
+    for entry in inputs:
+        entry.optional = entry.id != "model"
+    return inputs
 
 
 def _fitting(tuned: TunedParams | None, model) -> TunedParams | None:

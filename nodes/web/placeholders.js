@@ -9,7 +9,8 @@ app.registerExtension({
     const definition = node.constructor.nodeData
     if (definition?.category !== CATEGORY) return
     for (const widget of node.widgets ?? []) {
-      const placeholder = definition.input.required?.[widget.name]?.[1]?.placeholder
+      const { required, optional } = definition.input
+      const placeholder = (required?.[widget.name] ?? optional?.[widget.name])?.[1]?.placeholder
       if (placeholder) widget.options.placeholder = placeholder
     }
   }

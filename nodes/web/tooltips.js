@@ -9,7 +9,7 @@ app.registerExtension({
   beforeRegisterNodeDef(nodeType, nodeData) {
     if (nodeData.name !== "ApplySpargeAttn" || !TRANSLATED.includes(app.extensionManager.setting.get("Comfy.Locale")))
       return
-    for (const option of nodeData.input.required.selection[1].options)
+    for (const option of nodeData.input.optional.selection[1].options)
       for (const inputs of Object.values(option.inputs))
         for (const input of Object.values(inputs)) delete input[1]?.tooltip
   }
