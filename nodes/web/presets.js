@@ -1,32 +1,31 @@
-// Apply SpargeAttn shows its preset first and what experts turn last. A preset writes its values into other widgets;
+// Apply SpargeAttn shows its preset first and its advanced widgets last. A preset writes its values into other widgets;
 // turning one of these makes it custom.
 //
-// Files keep the widgets in the order of the node's definition, where preset is last. So they mean the same to an
-// editor without this script, and a file from before there were presets, which lacks the last values, loads as custom.
+// Files keep the widgets in the order of the node's definition, where preset is the last one. So they mean the same to
+// an editor without this script, and a file from before there were presets, which lacks the last values, is custom.
 import { app } from "../../scripts/app.js"
 
-const NODE = "ApplySpargeAttn"
-const PRESET = "preset", CUSTOM = "custom"
-let inputs, presets, ofNewNode, names // from the node's definition; names: of the widgets that a preset sets
+const NODE = "ApplySpargeAttn", PRESET = "preset", CUSTOM = "custom"
+// From the node's definition: its inputs, {preset: {widget: value}}, the preset of a new node, what a preset sets.
+let inputs, presets, ofNewNode, names
 
 const find = (node, name) => node.widgets.find(widget => widget.name === name)
 
-// Whether widgets in another, whose names follow a dot, have their place behind it.
-function place(widget) {
-  const index = Object.keys(inputs).indexOf(widget.name.split(".")[0])
-  return index < 0 ? Infinity : index
+// A widget inside another, such as selection.cdf_threshold, has the place of that.
+function placeInFiles(widget) {
+  const place = Object.keys(inputs).indexOf(widget.name.split(".")[0])
+  return place < 0 ? Infinity : place // the editor's own
 }
 
-function shownPlace(widget) {
-  const behind = place(widget) === Infinity ? 2 : widget.options?.advanced ? 1 : 0
-  return widget.name === PRESET ? -1 : behind
+function placeOnNode(widget) {
+  if (widget.name === PRESET) return -1
+  return (widget.options?.advanced ? 100 : 0) + placeInFiles(widget)
 }
 
-const asInFiles = (a, b) => Math.sign(place(a) - place(b)) || 0
-const asShown = (a, b) => shownPlace(a) - shownPlace(b) || asInFiles(a, b)
+const sorted = (widgets, place) => [...widgets].sort((a, b) => place(a) - place(b) || 0)
 
-function sort(node, order) {
-  node.widgets.splice(0, node.widgets.length, ...[...node.widgets].sort(order))
+function sort(node, place) {
+  node.widgets.splice(0, node.widgets.length, ...sorted(node.widgets, place))
 }
 
 function set(node, values) {
@@ -36,59 +35,61 @@ function set(node, values) {
   }
 }
 
-// A choice of selection makes the widgets in it anew.
+function choose(node, preset) {
+  find(node, PRESET).value = preset
+  set(node, presets[preset] ?? {})
+  watch(node)
+  app.canvas?.setDirty(true, true)
+}
+
+function turned(node) {
+  const values = presets[find(node, PRESET).value] ?? {}
+  const kept = Object.entries(values).every(([name, value]) => find(node, name)?.value === value)
+  if (!kept) choose(node, CUSTOM)
+  else watch(node)
+}
+
+// Again after every change of selection, which makes the widgets inside it anew.
 function watch(node) {
   for (const name of [PRESET, ...names]) {
-    const widget = find(node, name), { callback } = widget ?? {}
-    if (!widget || callback?.watched) continue
-    widget.callback = function (...turned) {
-      const result = callback?.apply(this, turned)
-      if (name === PRESET) show(node)
-      else if (Object.entries(presets[find(node, PRESET).value] ?? {}).some(
-        ([name, value]) => find(node, name)?.value !== value)) makeCustom(node)
-      watch(node)
+    const widget = find(node, name)
+    if (!widget || widget.callback?.watched) continue
+    const { callback } = widget
+    widget.callback = function (value, ...rest) {
+      const result = callback?.call(this, value, ...rest)
+      if (name === PRESET) choose(node, value)
+      else turned(node)
       return result
     }
     widget.callback.watched = true
   }
 }
 
-function show(node) {
-  set(node, presets[find(node, PRESET).value] ?? {})
-  watch(node)
-  app.canvas?.setDirty(true, true)
-}
-
-function makeCustom(node) {
-  find(node, PRESET).value = CUSTOM
-  app.canvas?.setDirty(true, true)
-}
-
 // What a file or a prompt lacks has the definition's value, not that of a new node.
-function reset(node, names) {
-  set(node, Object.fromEntries(names.flatMap(name => {
+function reset(node, lacking) {
+  for (const name of lacking) {
     const value = inputs[name]?.[1].default
-    return value === undefined ? [] : [[name, value]]
-  })))
+    if (value !== undefined) set(node, { [name]: value })
+  }
 }
 
 function extend(prototype) {
   const { configure, onSerialize, onConnectionsChange } = prototype
   prototype.configure = function (info) {
     if (info.widgets_values?.length) reset(this, [PRESET, ...names])
-    sort(this, asInFiles)
+    sort(this, placeInFiles)
     configure.call(this, info)
-    sort(this, asShown)
-    show(this)
+    sort(this, placeOnNode)
+    choose(this, find(this, PRESET).value)
   }
   prototype.onSerialize = function (info) {
     onSerialize?.call(this, info)
-    const kept = this.widgets.filter(widget => widget.serialize !== false)
-    info.widgets_values = kept.sort(asInFiles).map(widget => info.widgets_values[this.widgets.indexOf(widget)])
+    const kept = sorted(this.widgets, placeInFiles).filter(widget => widget.serialize !== false)
+    info.widgets_values = kept.map(widget => info.widgets_values[this.widgets.indexOf(widget)])
   }
   prototype.onConnectionsChange = function (side, slot, connected, link, input, ...rest) {
     onConnectionsChange?.call(this, side, slot, connected, link, input, ...rest)
-    if (connected && link && names.includes(input?.name)) makeCustom(this)
+    if (connected && link && names.includes(input?.name)) choose(this, CUSTOM)
   }
 }
 
@@ -103,20 +104,19 @@ app.registerExtension({
   },
   nodeCreated(node) {
     if (node.comfyClass !== NODE) return
-    sort(node, asShown)
-    find(node, PRESET).value = ofNewNode
-    show(node)
+    sort(node, placeOnNode)
+    choose(node, ofNewNode)
   },
-  // The editor opens a prompt as new nodes that it gives the prompt's values.
+  // The editor opens a prompt as new nodes, to which it gives the prompt's values.
   setup() {
     const { loadApiJson } = app
     app.loadApiJson = async function (prompt, ...rest) {
       await loadApiJson.call(this, prompt, ...rest)
-      for (const [id, { class_type, inputs: values }] of Object.entries(prompt)) {
+      for (const [id, { class_type, inputs: given }] of Object.entries(prompt)) {
         const node = class_type === NODE && app.graph.getNodeById(isNaN(id) ? id : Number(id))
         if (!node) continue
-        reset(node, [PRESET, ...names].filter(name => !(name in values)))
-        show(node)
+        reset(node, [PRESET, ...names].filter(name => !(name in given)))
+        choose(node, given[PRESET] ?? CUSTOM)
       }
     }
   }

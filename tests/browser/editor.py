@@ -20,9 +20,12 @@ def browser():
 
 
 class Editor:
-    """The editor at `url` in a page of its own; `errors` collects what its console reports as an error."""
+    """The editor at `url` in a page of its own; `errors` collects what its console reports as an error.
 
-    def __init__(self, browser, url, locale="en", width=1600, height=1000, density=1):
+    blocked: pattern of addresses that it can't load.
+    """
+
+    def __init__(self, browser, url, locale="en", width=1600, height=1000, density=1, blocked=None):
         self.context = browser.new_context(viewport={"width": width, "height": height}, locale=locale,
                                            device_scale_factor=density)
         self.page = self.context.new_page()
@@ -32,6 +35,8 @@ class Editor:
         self.page.on("console", lambda message: message.type == "error" and self.errors.append(
             f"{message.text} {message.location.get('url', '')}"))
         self.page.route("**/*", self._stay_local)
+        if blocked:
+            self.page.route(blocked, lambda route: route.abort())
         self.url = url
         self.page.goto(url)
         self.wait_until_ready()
@@ -57,7 +62,8 @@ class Editor:
         self.run("([name, value]) => app.extensionManager.setting.set(name, value)", [name, value])
 
     def clear(self):
-        self.run("() => app.graph.clear()")
+        """Remove all nodes. New ones would take the values of earlier ones with their ids, unless the graph has an id."""
+        self.run("() => { app.graph.clear(); app.graph.id = crypto.randomUUID() }")
 
     def export(self):
         """(workflow, prompt) of the graph, as the menu's Export and Export (API) give them."""
@@ -110,8 +116,8 @@ class Editor:
 
     def place(self, node):
         """Put one selected node on an empty canvas; returns its title and the (name, label) of its widgets."""
+        self.clear()
         shown = self.run("""type => {
-            app.graph.clear()
             const node = LiteGraph.createNode(type)
             app.graph.add(node)
             node.pos = [0, 0]
