@@ -30,5 +30,5 @@ def similarity_threshold() -> io.Float.Input:
         "similarity_threshold", DEFAULTS["selection"]["similarity_threshold"], -1.0, 1.0, 0.01,
         "Blocks of tokens that are less alike than this (mean cosine similarity) are always computed, because "
         "their average does not describe them. Higher is closer to dense attention; 0 and below switch the "
-        "test off, which is fast and can damage the picture. Called θ in the paper, simthreshd1 in its code. "
+        "test off. Called θ in the paper, simthreshd1 in its code. "
         "It belongs to cdf; topk does not use it and has it for the sake of saved workflows.")

@@ -13,6 +13,7 @@ MAY_IMPORT = {
     "kernels": (),
     "nodes.demo": (),
     "nodes.log": (),
+    "nodes.presets": (),
     "nodes.tuned": ("hilbert", "kernels"),
     "nodes.call": ("hilbert", "kernels", "nodes.tuned"),
     "nodes.run": ("hilbert", "kernels", "nodes.tuned", "nodes.call", "nodes.log"),

@@ -116,7 +116,7 @@ app.registerExtension({
         const node = class_type === NODE && app.graph.getNodeById(isNaN(id) ? id : Number(id))
         if (!node) continue
         reset(node, [PRESET, ...names].filter(name => !(name in given)))
-        choose(node, given[PRESET] ?? CUSTOM)
+        choose(node, presets[given[PRESET]] ? given[PRESET] : CUSTOM)
       }
     }
   }

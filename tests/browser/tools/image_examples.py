@@ -3,7 +3,6 @@ from .example import FLUX_TEXT, GREY, HUB, Example
 
 QWEN = f"{HUB}/Comfy-Org/Qwen-Image_ComfyUI/resolve/main/split_files"
 FLUX_VAE = f"{HUB}/Comfy-Org/Lumina_Image_2.0_Repackaged/resolve/main/split_files/vae/ae.safetensors"
-IMAGE = {"selection.cdf_threshold": 0.98}
 PICTURE = "A wooden boat on a still mountain lake at dawn, mist over the water, detailed photograph"
 
 
@@ -22,7 +21,7 @@ def flux_dev():
     guided = graph.add("guidance", "FluxGuidance", 1, {"conditioning": positive}, guidance=3.5)
     negative = graph.add("negative", "ConditioningZeroOut", 1, {"conditioning": positive})
     latent = graph.add("latent", "EmptySD3LatentImage", 1, width=1024, height=1024)
-    model = graph.sparge(model, **IMAGE, dense_blocks="0")
+    model = graph.sparge(model, dense_blocks="0")
     samples = graph.sample(model, guided, negative, latent, steps=20, cfg=1.0)
     graph.save_image(graph.decode(graph.report(model, samples, "single:19"), vae))
     return graph
@@ -42,7 +41,7 @@ def flux_kontext():
     reference = graph.add("reference", "ReferenceLatent", 1, {"conditioning": positive, "latent": encoded})
     guided = graph.add("guidance", "FluxGuidance", 1, {"conditioning": reference}, guidance=2.5)
     negative = graph.add("negative", "ConditioningZeroOut", 1, {"conditioning": positive})
-    model = graph.sparge(model, **IMAGE, dense_blocks="0")
+    model = graph.sparge(model, dense_blocks="0")
     samples = graph.sample(model, guided, negative, encoded, steps=20, cfg=1.0)
     graph.save_image(graph.decode(graph.report(model, samples, "single:19"), vae))
     return graph
@@ -56,7 +55,7 @@ def sd35():
                                         "sd3.5_large_fp8_scaled.safetensors")
     positive, negative = graph.prompts(clip, PICTURE)
     latent = graph.add("latent", "EmptySD3LatentImage", 1, width=1024, height=1024)
-    model = graph.sparge(model, **IMAGE)
+    model = graph.sparge(model)
     samples = graph.sample(model, positive, negative, latent, steps=20, cfg=4.0, scheduler="sgm_uniform")
     graph.save_image(graph.decode(graph.report(model, samples, "19"), vae))
     return graph
@@ -72,7 +71,7 @@ def qwen_image():
     positive, negative = graph.prompts(clip, 'A small bookshop at night with a neon sign that says "SPARSE"')
     latent = graph.add("latent", "EmptySD3LatentImage", 1, width=1328, height=1328)
     shifted = graph.add("shift", "ModelSamplingAuraFlow", 1, {"model": model}, shift=3.1)
-    model = graph.sparge(shifted, **IMAGE, start_percent=0.3, dense_blocks="0, 1")
+    model = graph.sparge(shifted, start_percent=0.3, dense_blocks="0, 1")
     samples = graph.sample(model, positive, negative, latent, steps=20, cfg=4.0)
     graph.save_image(graph.decode(graph.report(model, samples, "30"), vae))
     return graph
@@ -93,7 +92,7 @@ def sdxl():
                          group=first_pass, **settings)
     larger = graph.add("larger", "LatentUpscaleBy", 1, {"samples": first}, upscale_method="bislerp", scale_by=2.0,
                        group=first_pass)
-    model = graph.sparge(model, **IMAGE, start_percent=0.0)
+    model = graph.sparge(model, start_percent=0.0)
     samples = graph.sample(model, positive, negative, larger, "second", 2, "Second pass, sparse", steps=20,
                            denoise=0.5, **settings)
     graph.save_image(graph.decode(graph.report(model, samples, "output:4"), vae))

@@ -22,7 +22,7 @@ DENSITY = 2  # pixels of a picture in one of the editor
 # (type, {widget: value}) each, from the top down, and (from, output, to, input) by their places in that list.
 PICTURES = {
     "ApplySpargeAttn/apply.png": (
-        [("UNETLoader", {}), ("ApplySpargeAttn", {"selection.cdf_threshold": 0.98})],
+        [("UNETLoader", {}), ("ApplySpargeAttn", {})],
         [(0, 0, 1, "model")]),
     "SpargeAttnTune/tune.png": (
         [("SpargeAttnTune", {"steps": 30, "cfg": 6.0}), ("SpargeAttnSaveParams", {"filename": "wan2.1_1.3b_480p"})],

@@ -21,28 +21,13 @@ from ...nodes.host import comfy_server
 from ..editor import Editor, browser
 from . import thumbnail
 from .example import GROUPS
-from .image_examples import flux_dev, flux_kontext, qwen_image, sd35, sdxl
+from .examples import EXAMPLES
 from .layout import arrange, node_size
-from .video_examples import (
-    compare,
-    demo,
-    hunyuan_video,
-    ltx_video,
-    minimax_h3,
-    mochi,
-    tune_and_save,
-    wan21_text_to_video,
-    wan22_image_to_video,
-    wan22_text_to_video,
-)
 
 WORKFLOWS = comfy_server.REPOSITORY / "workflows"
 PROMPTS = comfy_server.REPOSITORY / "tests/nodes/host/prompts"
 DEMO_PICTURE = comfy_server.REPOSITORY / "nodes/web/docs/LoadSpargeAttnDemoModel/demo.jpg"
 NOTE = "note"  # key of the note among an example's nodes
-EXAMPLES = {graph.name: graph for graph in (make() for make in (
-    minimax_h3, wan21_text_to_video, wan22_text_to_video, wan22_image_to_video, hunyuan_video, mochi, ltx_video,
-    flux_dev, flux_kontext, sd35, qwen_image, sdxl, compare, tune_and_save, demo))}
 
 # Makes the nodes and their links; returns the size that each node asks for.
 BUILD = """async nodes => {

@@ -6,7 +6,6 @@ WAN22 = f"{HUB}/Comfy-Org/Wan_2.2_ComfyUI_Repackaged/resolve/main/split_files"
 HUNYUAN = f"{HUB}/Comfy-Org/HunyuanVideo_1.5_repackaged/resolve/main/split_files"
 MINIMAX = f"{HUB}/Comfy-Org/MiniMax-H3/resolve/main"
 MOCHI = f"{HUB}/Comfy-Org/mochi_preview_repackaged/resolve/main/split_files"
-VIDEO = {"selection.cdf_threshold": 0.98}
 # Where an example has many columns, its report has a smaller size, and all that follows stands below it.
 NARROW, LOW = (480, 800), (280, 0)
 PROMPT = "A red fox trots through fresh snow between tall pines, low winter sun, the camera follows at its side"
@@ -22,7 +21,7 @@ def minimax_h3():
     sound_vae = graph.vae(f"{MINIMAX}/vae/minimax_h3_audio_vae_fp32.safetensors", "sound_vae")
     positive = graph.add("conditioning", "MiniMaxH3ImageToVideo", 1, {"clip": clip, "vae": vae}, width=1344, height=768,
                          length=124, prompt=f"{PROMPT}. Audio: paws in the snow, wind in the trees")
-    model = graph.sparge(model, **VIDEO)
+    model = graph.sparge(model)
     sigmas = graph.add("sigmas", "BasicScheduler", 2, {"model": model}, scheduler="simple", steps=20)
     sampler = graph.add("kind", "KSamplerSelect", 2, sampler_name="res_multistep")
     guider = graph.add("guider", "BasicGuider", 2, {"model": model, "conditioning": positive})
@@ -48,10 +47,10 @@ def _wan21(graph):
 
 def wan21_text_to_video():
     graph = Example("wan2.1_text_to_video", "Wan 2.1 text to video with SpargeAttn",
-                    "832×480, 81 frames: 32760 tokens, where attention takes most of a step. The first fifth of the "
+                    "832×480, 81 frames: 32760 tokens, where attention takes most of a step. The first part of the "
                     "sampling stays dense, because it lays out the clip, and so does the first block.")
     shifted, vae, positive, negative, latent = _wan21(graph)
-    model = graph.sparge(shifted, **VIDEO, dense_blocks="0")
+    model = graph.sparge(shifted, dense_blocks="0")
     samples = graph.sample(model, positive, negative, latent, steps=30, cfg=6.0, sampler_name="uni_pc")
     graph.save_video(graph.decode(graph.report(model, samples, "15"), vae), 16)
     return graph
@@ -66,7 +65,7 @@ def _wan22(graph, kind, positive, negative, latent, vae):
             f"{WAN22}/diffusion_models/wan2.2_{kind}_{key}_noise_14B_fp8_scaled.safetensors", key)
         shifted = graph.add(f"shift_{key}", "ModelSamplingSD3", column, {"model": model}, shift=8.0, group=expert)
         model = graph.sparge(shifted, f"sparge_{key}", column, title=f"Apply SpargeAttn ({key} noise)", group=expert,
-                             **VIDEO, dense_blocks="0")
+                             dense_blocks="0")
         latents = graph.add(f"sampler_{key}", "KSamplerAdvanced", column, {
             "model": model, "positive": positive, "negative": negative, "latent_image": latents}, group=expert,
             title=f"{key.capitalize()} noise", add_noise="disable" if low else "enable", noise_seed=SEED, steps=20,
@@ -115,7 +114,7 @@ def hunyuan_video():
     positive, negative = graph.prompts(clip, PROMPT)
     latent = graph.add("latent", "EmptyHunyuanVideo15Latent", 1, width=1280, height=720, length=121)
     shifted = graph.add("shift", "ModelSamplingSD3", 1, {"model": model}, shift=7.0)
-    model = graph.sparge(shifted, **VIDEO, dense_blocks="0, 1")
+    model = graph.sparge(shifted, dense_blocks="0, 1")
     samples = graph.sample(model, positive, negative, latent, steps=20, cfg=6.0)
     graph.save_video(graph.decode(graph.report(model, samples, "27"), vae), 24)
     return graph
@@ -130,7 +129,7 @@ def mochi():
     vae = graph.vae(f"{MOCHI}/vae/mochi_vae.safetensors")
     positive, negative = graph.prompts(clip, PROMPT)
     latent = graph.add("latent", "EmptyMochiLatentVideo", 1, width=848, height=480, length=163)
-    model = graph.sparge(model, **VIDEO)
+    model = graph.sparge(model)
     samples = graph.sample(model, positive, negative, latent, steps=30, cfg=4.5)
     graph.save_video(graph.decode(graph.report(model, samples, "24"), vae), 24)
     return graph
@@ -145,7 +144,7 @@ def ltx_video():
     positive, negative = graph.prompts(clip, PROMPT, "low quality, distorted, motion smear")
     graph.add("conditioning", "LTXVConditioning", 1, {"positive": positive, "negative": negative}, frame_rate=25.0)
     latent = graph.add("latent", "EmptyLTXVLatentVideo", 1, width=768, height=512, length=97)
-    model = graph.sparge(model, **VIDEO)
+    model = graph.sparge(model)
     sigmas = graph.add("sigmas", "LTXVScheduler", 2, {"latent": latent}, steps=30)
     sampler = graph.add("euler", "KSamplerSelect", 2, sampler_name="euler")
     samples = graph.add("sampler", "SamplerCustom", 2, {
@@ -164,7 +163,7 @@ def compare():
     dense_branch = "Dense attention", GREY
     dense = graph.sample(shifted, positive, negative, latent, "dense", 0, "Dense", group=dense_branch, **settings)
     left = graph.decode(dense, vae, "decode_dense", 1, group=dense_branch)
-    sparse_model = graph.sparge(shifted, **VIDEO, dense_blocks="0")
+    sparse_model = graph.sparge(shifted, dense_blocks="0")
     sparse = graph.sample(sparse_model, positive, negative, latent, "sparse", 2, "Sparse", **settings)
     right = graph.decode(graph.report(sparse_model, sparse, "15"), vae, "decode_sparse")
     both = graph.add("both", "ImageStitch", 5, {"image1": left, "image2": right}, direction="right",
@@ -186,7 +185,7 @@ def tune_and_save():
         scheduler="simple", **settings)
     graph.add("save_params", "SpargeAttnSaveParams", 0, {"params": tuned}, group=found, filename="wan2.1_1.3b_480p")
     graph.add("tuning_report", "PreviewImage", 1, {"images": ("tune", 2)}, group=found)
-    model = graph.add("sparge", "ApplySpargeAttn", 3, {"model": shifted, "params": tuned}, **VIDEO, dense_blocks="0")
+    model = graph.add("sparge", "ApplySpargeAttn", 3, {"model": shifted, "params": tuned}, dense_blocks="0")
     samples = graph.add("sampler", "KSampler", 3, {
         "model": model, "positive": positive, "negative": negative, "latent_image": latent}, seed=SEED + 1,
         scheduler="simple", **settings)
@@ -211,7 +210,7 @@ def demo():
     settings = {"steps": 8, "cfg": 1.0}
     dense = graph.sample(model, positive, negative, latent, "dense", 0, "Dense", group=dense_branch, **settings)
     left = graph.add("decode_dense", "DecodeSpargeAttnDemo", 1, {"samples": dense}, group=dense_branch)
-    model = graph.sparge(model, selection__cdf_threshold=0.95, selection__similarity_threshold=0.3)
+    model = graph.sparge(model)
     sparse = graph.sample(model, positive, negative, latent, "sparse", 2, "Sparse", **settings)
     # A run of eight steps keeps the maps of every second block.
     right = graph.add("decode_sparse", "DecodeSpargeAttnDemo", 5, {"samples": graph.report(model, sparse, "4")})

@@ -1,0 +1,85 @@
+"""The presets: what holds of them and of a prompt, and whether texts and examples say what the table says."""
+import json
+from dataclasses import replace
+
+import pytest
+
+from comfyui_spargeattn.nodes.presets import CUSTOM, DEFAULTS, OF_A_NEW_NODE, PRESETS, chosen
+from comfyui_spargeattn.tests.browser.tools.examples import EXAMPLES
+from comfyui_spargeattn.tests.nodes import preset_texts
+
+NODE = "ApplySpargeAttn"
+OWN = {"selection": {"selection": "topk", "keep_percent": 12.0, "similarity_threshold": 0.4}, "start_percent": 0.11,
+       "skipped_blocks": "drop", "refreshes": 9}
+NOTHING = dict.fromkeys(OWN)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_holds_whatever_a_prompt_gives(preset):
+    expected = PRESETS[preset].inputs
+    assert chosen(preset, NOTHING) == (expected, {})
+    assert chosen(preset, expected) == (expected, {})
+    assert chosen(preset, OWN) == (expected, OWN)
+    assert chosen(preset, NOTHING | {"refreshes": 9, "start_percent": expected["start_percent"]}) == \
+        (expected, {"refreshes": 9})
+
+
+def test_custom_is_what_a_prompt_gives():
+    assert chosen(CUSTOM, OWN) == (OWN, {})
+    assert chosen(CUSTOM, NOTHING) == (DEFAULTS, {})
+    assert chosen(CUSTOM, OWN | {"refreshes": None}) == (OWN | {"refreshes": 0}, {})
+    assert chosen(CUSTOM, OWN | {"start_percent": 0.0})[0]["start_percent"] == 0
+
+
+def test_what_is_no_preset_is_refused():
+    with pytest.raises(ValueError, match=f"preset must be one of .*{CUSTOM}; got 'fastest'"):
+        chosen("fastest", NOTHING)
+
+
+def test_presets_differ():
+    assert list(PRESETS) == ["quality", "balanced", "fast"] and OF_A_NEW_NODE in PRESETS
+    assert len(set(PRESETS.values())) == len(PRESETS)
+
+
+def test_widgets_of_a_preset_have_the_names_of_a_prompt():
+    preset = replace(PRESETS[OF_A_NEW_NODE], cdf_threshold=0.5, similarity_threshold=0.25, refreshes=3)
+    assert {"selection": "cdf", "selection.cdf_threshold": 0.5, "selection.similarity_threshold": 0.25,
+            "refreshes": 3}.items() <= preset.widgets.items()
+    assert preset.widgets.keys() == PRESETS[OF_A_NEW_NODE].widgets.keys()
+
+
+@pytest.mark.parametrize("path", preset_texts.PAGES, ids=lambda path: path.name)
+def test_text_has_the_table_of_today(path):
+    """`python -m tests.nodes.preset_texts` brings the texts up to date."""
+    text = path.read_text(encoding="utf-8")
+    assert text.count(preset_texts.table()) == 1, f"the presets in {path.relative_to(preset_texts.ROOT)} are stale"
+
+
+def test_table_of_a_text_is_replaced():
+    old = f"before\n\n{preset_texts.HEAD}old` |\n|---|---|\n| `quality` | 0.123 |\n| `gone` | 1 |\n\nafter\n"
+    assert preset_texts.with_table(old) == f"before\n\n{preset_texts.table()}\nafter\n"
+    other = "| `preset` | sets other widgets |\n"
+    assert preset_texts.with_table(other) == other
+
+
+def applied(example):
+    """Of each Apply SpargeAttn of an example: the widgets that presets set, and the preset."""
+    for node in example.nodes.values():
+        if node["type"] == NODE:
+            preset = node["widgets"].get("preset", OF_A_NEW_NODE)
+            values = PRESETS[preset].widgets
+            shown = {name: node["widgets"].get(name, value) for name, value in values.items()}
+            yield shown | {"preset": preset if shown == values else CUSTOM}
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_example_has_the_presets_of_today(name):
+    """`python -m tests.browser.tools.make_workflows` makes the examples again."""
+    workflow, prompt = (json.loads((preset_texts.ROOT / folder / f"{name}.json").read_text(encoding="utf-8"))
+                        for folder in ("workflows", "tests/nodes/host/prompts"))
+    expected = list(applied(EXAMPLES[name]))
+    inputs = [node["inputs"] for node in prompt.values() if node["class_type"] == NODE]
+    named = [node["widgets_values_named"] for node in workflow["nodes"] if node["type"] == NODE]
+    for values in (inputs, named):
+        found = [{key: entry.get(key) for key in entry_expected} for entry, entry_expected in zip(values, expected)]
+        assert len(values) == len(expected) > 0 and found == expected, f"the presets in {name}.json are stale"
