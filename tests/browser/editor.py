@@ -62,7 +62,7 @@ class Editor:
         self.run("([name, value]) => app.extensionManager.setting.set(name, value)", [name, value])
 
     def clear(self):
-        """Remove all nodes. New ones would take the values of earlier ones with their ids, unless the graph has an id."""
+        """Remove all nodes. In a graph without an id, new ones would take the values of earlier ones."""
         self.run("() => { app.graph.clear(); app.graph.id = crypto.randomUUID() }")
 
     def export(self):

@@ -1,4 +1,4 @@
-"""The presets of Apply SpargeAttn in ComfyUI's editor, with and without this pack's script, and what files keep of them.
+"""The presets of Apply SpargeAttn in ComfyUI's editor, with and without this pack's script, and in files.
 
 Every stage leaves screenshots in the folder that SPARGEATTN_SCREENSHOTS names.
 """

@@ -3,7 +3,7 @@ import re
 from dataclasses import asdict, fields
 from pathlib import Path
 
-from ...nodes.presets import PRESETS, Preset
+from comfyui_spargeattn.nodes.presets import PRESETS, Preset
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = ROOT / "README.md", *sorted((ROOT / "nodes/web/docs/ApplySpargeAttn").glob("*.md"))

@@ -62,7 +62,8 @@ def test_object_info(server):
     info = server.get("/object_info/ApplySpargeAttn")["ApplySpargeAttn"]
     assert info["display_name"] == "Apply SpargeAttn"
     assert info["output"] == ["MODEL"]
-    assert {"model", "selection", "start_percent"} <= info["input"]["required"].keys()
+    assert info["input_order"]["required"] == ["model"]
+    assert {"selection", "start_percent", "preset"} <= info["input"]["optional"].keys()
 
 
 def test_prompt_with_the_node_finishes(server):

@@ -1,7 +1,7 @@
 """Example workflows on a running server, those of today and those that a release has brought: all are valid and run.
 
-saved/VERSION/ holds the workflows and prompts of a release as they were, 0.2.0.dev those from before there were presets.
-Users have such files: never change them.
+saved/VERSION/ holds the workflows and prompts of a release as they were, and saved/0.2.0.dev/ those of the last version
+without presets. Users have such files: never change them.
 """
 import json
 from pathlib import Path
