@@ -9,6 +9,11 @@ from comfyui_spargeattn.tests.browser.tools.examples import EXAMPLES
 from comfyui_spargeattn.tests.nodes import preset_texts
 
 NODE = "ApplySpargeAttn"
+ROWS = {  # of the README's table of models, with an example of each
+    "MiniMax-H3": "minimax_h3_text_to_video", "Wan 2.1, 2.2": "wan2.1_text_to_video",
+    "HunyuanVideo": "hunyuan_video_1.5_text_to_video", "Mochi, LTX-Video, LTX-2": "ltx_video_text_to_video",
+    "FLUX.1 dev, Kontext": "flux_dev_text_to_image", "Qwen-Image": "qwen_image_text_to_image",
+    "SD3.5, SDXL": "sd3.5_text_to_image"}
 OWN = {"selection": {"selection": "topk", "keep_percent": 12.0, "similarity_threshold": 0.4}, "start_percent": 0.11,
        "skipped_blocks": "drop", "refreshes": 9}
 NOTHING = dict.fromkeys(OWN)
@@ -83,3 +88,11 @@ def test_example_has_the_presets_of_today(name):
     for values in (inputs, named):
         found = [{key: entry.get(key) for key in entry_expected} for entry, entry_expected in zip(values, expected)]
         assert len(values) == len(expected) > 0 and found == expected, f"the presets in {name}.json are stale"
+
+
+@pytest.mark.parametrize("models, name", ROWS.items())
+def test_readme_recommends_what_the_example_has(models, name):
+    [widgets] = [node["widgets"] for node in EXAMPLES[name].nodes.values() if node["type"] == NODE]
+    turned = [f"`{widget}` {value}" for widget, value in widgets.items() if widget != "preset"]
+    start = ", ".join([f"`{widgets.get('preset', OF_A_NEW_NODE)}`", *turned])
+    assert f"| {models} | {start} |" in (preset_texts.ROOT / "README.md").read_text(encoding="utf-8")
