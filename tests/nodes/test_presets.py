@@ -24,9 +24,9 @@ def test_a_preset_holds_whatever_a_prompt_gives(preset):
     expected = PRESETS[preset].inputs
     assert chosen(preset, NOTHING) == (expected, {})
     assert chosen(preset, expected) == (expected, {})
-    assert chosen(preset, OWN) == (expected, OWN)
-    assert chosen(preset, NOTHING | {"refreshes": 9, "start_percent": expected["start_percent"]}) == \
-        (expected, {"refreshes": 9})
+    assert chosen(preset, OWN) == (expected, {name: value for name, value in OWN.items() if value != expected[name]})
+    one = {"refreshes": expected["refreshes"] + 1}
+    assert chosen(preset, expected | one) == chosen(preset, NOTHING | one) == (expected, one)
 
 
 def test_custom_is_what_a_prompt_gives():

@@ -83,7 +83,7 @@ def test_values_that_a_preset_does_not_read_are_told(comfy_nodes, wan, caplog):
     with caplog.at_level(logging.INFO):
         given = settings(comfy_nodes, wan, {"preset": "fast", **OWN, "end_percent": 0.9, "dense_blocks": "3"})
     [line] = [line for line in caplog.messages if "preset" in line]
-    assert "preset fast sets selection, start_percent, skipped_blocks, refreshes" in line and "12.0" in line
+    assert "preset fast sets selection, start_percent" in line and "12.0" in line
     read = {"end_percent": 0.9, "dense_blocks": "3"}
     assert given == settings(comfy_nodes, wan, {"preset": "fast", **read}) != settings(comfy_nodes, wan, read)
 
