@@ -23,6 +23,9 @@ HILBERT_CHOICES = {"auto": None, "on": "hilbert", "off": None}
 # What computes the steps in which attention is dense: these kernels over all blocks, where they are fast, or the
 # model's own attention.
 DENSE_STEPS = "quantised", "model"
+# Least cdf_threshold of a call without a residual in a run with refreshes: few steps, little memory, a call that can't
+# be told apart from others. Clips of the demo's model are at 42 dB then (tests/bench/README.md, "Refreshes").
+ALONE = 0.98
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,17 @@ class SparsePlan:
         The selection is the same, so that the same compiled kernels serve. They search no threshold at an amount of 1.
         """
         return SparsePlan(_ALL_BLOCKS[self.params.selection], self.impl, pv_dtype=self.pv_dtype)
+
+    def without_residual(self) -> SparsePlan:
+        """For a call to which no residual is added although its thresholds count on one: blocks are kept for at least
+        `ALONE` of the predicted attention."""
+        params = self.params
+        if params.selection == "topk":
+            amount = ALONE
+        else:
+            amount = params.amount.clamp(min=ALONE) if isinstance(params.amount, Tensor) else max(params.amount, ALONE)
+        return replace(self, params=SpargeParams(cdf_threshold=amount, pv_threshold=params.pv_threshold,
+                                                 similarity_threshold=params.similarity_threshold))
 
 
 @dataclass(frozen=True)

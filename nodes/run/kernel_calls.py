@@ -11,7 +11,7 @@ from torch import Tensor
 from ...kernels import FastPathError, Residual, attention_residual, block_map, sparge_attention
 from ...kernels.failures import is_of_the_device
 from ..call.arguments import AttentionCall
-from ..call.plan import CallSite, Dense, NodeSettings, SparsePlan
+from ..call.plan import ALONE, CallSite, Dense, NodeSettings, SparsePlan
 from ..call.transformer_blocks import TransformerBlock
 from ..log import log
 from .compile_notice import announced
@@ -32,8 +32,12 @@ class KernelCalls:
     def sparse(self, plan: SparsePlan, call: AttentionCall, site: CallSite) -> Tensor | Dense:
         """The result in the caller's form, or why there is none after all."""
         run, curve = self._run, self._settings.curve
+        residual = self._residual(call, site)
+        if residual is None and self._settings.refreshes:
+            run.say_once("no residual", f"calls without a residual keep at least {ALONE:.0%} of the attention")
+            plan = plan.without_residual()
         watch = Stopwatch(call.q.device)
-        result = self._attend(plan, call, self._residual(call, site), return_stats=True)
+        result = self._attend(plan, call, residual, return_stats=True)
         if isinstance(result, Dense):
             return result
         out, stats = result

@@ -92,6 +92,21 @@ def test_long_sequences_go_sparse_on_a_fast_kernel(monkeypatch):
     assert reason(make_call(tokens=100_000, device="meta")) is None
 
 
+@pytest.mark.parametrize("given, amount", [
+    (SpargeParams(cdf_threshold=0.8, similarity_threshold=0.3, pv_threshold=9.0), 0.98),
+    (SpargeParams(cdf_threshold=0.995, similarity_threshold=0.3, pv_threshold=9.0), 0.995),
+    (SpargeParams(topk=0.1, similarity_threshold=0.3, pv_threshold=9.0), 0.98),
+    (SpargeParams(cdf_threshold=torch.tensor([0.5, 0.99]), similarity_threshold=0.3, pv_threshold=9.0),
+     torch.tensor([0.98, 0.99])),
+])
+def test_without_a_residual_more_is_kept(given, amount):
+    plan = SparsePlan(given, "reference", skipped="pooled", pv_dtype="fp16", curve="hilbert")
+    alone = plan.without_residual()
+    assert torch.equal(torch.as_tensor(alone.params.amount), torch.as_tensor(amount))
+    assert (alone.params.selection, alone.params.similarity_threshold, alone.params.pv_threshold) == ("cdf", 0.3, 9.0)
+    assert (alone.skipped, alone.pv_dtype, alone.curve) == ("pooled", "fp16", "hilbert")
+
+
 def test_dense_blocks():
     settings = NodeSettings(PARAMS, min_tokens=64, dense_blocks=ListedBlocks.parse("1"))
     assert reason(make_call(), settings, TransformerBlock("double", 1)) == "listed in dense_blocks (block double:1)"

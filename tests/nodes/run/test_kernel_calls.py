@@ -1,44 +1,56 @@
-"""What the kernels are given in a run with refreshes."""
-import torch
+"""Thresholds of calls with and without a residual, as they reach the kernels."""
+from dataclasses import replace
 
-from comfyui_spargeattn.kernels import SpargeParams
+import pytest
+
+from comfyui_spargeattn.kernels import SpargeParams, sparge_attention
 from comfyui_spargeattn.nodes.call.plan import NodeSettings
-from comfyui_spargeattn.nodes.override import SLOT, SpargeOverride
+from comfyui_spargeattn.nodes.override import SpargeOverride
 from comfyui_spargeattn.nodes.run import kernel_calls
 from comfyui_spargeattn.nodes.run.host_memory import Memory
-from comfyui_spargeattn.tests.nodes.stand_ins import sample
+from comfyui_spargeattn.tests.nodes.stand_ins import attend, sample
 
-SETTINGS = NodeSettings(SpargeParams(topk=0.3), start_percent=0.0, min_tokens=64, refreshes=4)
+SETTINGS = NodeSettings(SpargeParams(topk=0.25), start_percent=0.0, min_tokens=64, refreshes=2)
 
 
-def test_residuals_are_extrapolated_at_a_refresh(monkeypatch):
-    """From the one in use, as far as the schedule says, and not at the first refresh."""
-    made, leads, added = [], [], []
-    attention, residual = kernel_calls.sparge_attention, kernel_calls.attention_residual
+@pytest.fixture
+def reached(monkeypatch):
+    """(selection, amount, whether there is a residual) of the sparse calls."""
+    calls = []
 
-    def record_made(*args, **how):
-        made.append(residual(*args, **how))
-        leads.append(override.run.refresh.lead)
-        return made[-1]
+    def record(q, k, v, *, params, residual=None, **how):
+        calls.append((params.selection, params.amount, residual is not None))
+        return sparge_attention(q, k, v, params=params, residual=residual, **how)
 
-    def record_added(*args, residual, **how):
-        added.append((len(made), residual))
-        return attention(*args, residual=residual, **how)
+    monkeypatch.setattr(kernel_calls, "sparge_attention", record)
+    return calls
+
+
+def run(settings, recognised=True, steps=10, memory=1 << 30):
+    override = SpargeOverride(settings, memory=Memory(lambda device: memory))
 
     def evaluate(options):
-        q, k, v = torch.randn(3, 1, 128, 16, generator=torch.Generator().manual_seed(override.run.steps))
-        override.names.count(lambda x, t, c_concat, c_crossattn, control, inner: inner[SLOT](
-            lambda q, *args, **kwargs: q, q, k, v, 2, transformer_options=inner), None, None,
-            transformer_options={**options, "uuids": ["positive"]})
+        known = {"uuids": ["a condition"]} if recognised else {}
+        override.names.count(lambda x, t, c_concat, c_crossattn, control, inner, **conditions: attend(inner), None, None,
+                             transformer_options=options | known)
 
-    monkeypatch.setattr(kernel_calls, "attention_residual", record_made)
-    monkeypatch.setattr(kernel_calls, "sparge_attention", record_added)
-    override = SpargeOverride(SETTINGS, memory=Memory(lambda device: 1 << 30))
-    sample(override, evaluate, steps=12)
-    expected = [made[0]]
-    for new, lead in zip(made[1:], leads[1:]):
-        expected.append(new.extrapolated(expected[-1], lead) if lead else new)
-    assert len(made) == 4 and leads[0] == 0 and any(leads)
-    assert len(added) == 8 and {refreshes for refreshes, _ in added} >= {1, 2, 3}
-    for refreshes, used in added:
-        assert torch.equal(used.tensor(), expected[refreshes - 1].tensor())
+    sample(override, evaluate, steps=steps)
+
+
+def test_what_counts_on_a_residual_has_one(reached):
+    run(SETTINGS)
+    assert len(reached) == 8 and set(reached) == {("topk", 0.25, True)}
+
+
+@pytest.mark.parametrize("how", (dict(recognised=False), dict(steps=4), dict(memory=0)),
+                         ids=("not recognised", "few steps", "no memory"))
+def test_without_a_residual_more_is_kept(reached, how, caplog):
+    with caplog.at_level("INFO"):
+        run(SETTINGS, **how)
+    assert len(reached) >= 4 and set(reached) == {("cdf", 0.98, False)}
+    assert caplog.text.count("calls without a residual keep at least 98% of the attention") == 1
+
+
+def test_without_refreshes_thresholds_are_as_chosen(reached):
+    run(replace(SETTINGS, refreshes=0))
+    assert len(reached) == 10 and set(reached) == {("topk", 0.25, False)}
