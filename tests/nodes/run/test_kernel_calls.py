@@ -31,7 +31,7 @@ def run(settings, recognised=True, steps=10, memory=1 << 30):
 
     def evaluate(options):
         known = {"uuids": ["a condition"]} if recognised else {}
-        override.names.count(lambda x, t, c_concat, c_crossattn, control, inner, **conditions: attend(inner), None, None,
+        override.names.count(lambda x, t, concat, crossattn, control, inner, **conditions: attend(inner), None, None,
                              transformer_options=options | known)
 
     sample(override, evaluate, steps=steps)
