@@ -107,8 +107,8 @@ class ApplySpargeAttn(io.ComfyNode):
                             "takes memory: half of q for each layer and condition, of the GPU up to half of what is "
                             "free there, then of the host (with NVIDIA and AMD) up to half of what is free there. "
                             "Needs 6 steps or more; try 4 in 20 steps."),
-                io.Combo.Input(  # optional as well
-                    "dense_steps", options=list(DENSE_STEPS), default=DENSE_STEPS[0], optional=True, advanced=True,
+                io.Combo.Input(
+                    "dense_steps", options=list(DENSE_STEPS), default=DENSE_STEPS[0], advanced=True,
                     tooltip="What computes dense steps: those before start_percent, those after end_percent, and "
                             "refreshes. quantised: the kernels of the sparse steps with nothing skipped, which is "
                             "faster on long sequences; where they can't run, the model's own attention. model: always "
