@@ -34,13 +34,15 @@ WORDS = ("star red plain right", "blue checker left", "ring yellow plain left")
 Call = tuple[Tensor, Tensor, Tensor]
 
 
-def orders(device: str) -> dict[str, Tensor | None]:
-    """Name → order; None is the model's own, row-major."""
+def orders(device: str, grid: tuple[int, int, int] = GRID, before: int = 0) -> dict[str, Tensor | None]:
+    """Name → order of a grid behind `before` other tokens; None is the model's own, row-major."""
+    tokens = torch.arange(before + math.prod(grid), dtype=torch.int32, device=device)
     generator = torch.Generator().manual_seed(0)
-    found = {"random": torch.randperm(math.prod(GRID), generator=generator).int().to(device), "row-major": None}
+    found = {"random": torch.randperm(len(tokens), generator=generator).int().to(device), "row-major": None}
     # Frame by frame, each column from top to bottom.
-    found["column-major"] = torch.arange(math.prod(GRID), dtype=torch.int32, device=device).view(GRID).mT.flatten()
-    return found | {curve: sequence_order(GRID, curve=curve, device=device) for curve in CURVES if curve != "row-major"}
+    found["column-major"] = torch.cat([tokens[before:].view(grid).mT.flatten(), tokens[:before]])
+    return found | {curve: sequence_order(grid, before=before, curve=curve, device=device)
+                    for curve in CURVES if curve != "row-major"}
 
 
 def demo_calls(model, words: Tensor, clip: Tensor, level: float = 0.5) -> list[Call]:

