@@ -9,7 +9,7 @@ from torch import Tensor
 
 from comfyui_spargeattn.kernels import SpargeParams, sparge_attention
 from comfyui_spargeattn.kernels.call import CallSpec, Thresholds
-from comfyui_spargeattn.kernels.reference import BLOCK, in_blocks, predict_map, visibility
+from comfyui_spargeattn.kernels.reference import BLOCK, Visibility, in_blocks, predict_map, visibility
 
 TAILS = "drop", "pooled"
 
@@ -60,12 +60,14 @@ def exactly(call: Call, order: Tensor | None, settings: list[SpargeParams], ever
     """What the reference computes for all settings, in one pass over the scores.
 
     A block of keys contributes the same sums Σ p·v and Σ p to a row under every map that keeps it. They are made once,
-    and each setting adds up those of its map. The maps are the reference's. L1 is of every `every`-th block of queries;
-    the kept share is of all.
+    and each setting adds up those of its map. The maps are the reference's. Every `every`-th block of queries counts.
     """
     specs = [CallSpec(Thresholds.of(params, call.q.device), causal=call.causal, order=order) for params in settings]
     queries, keys, values = in_blocks(call.q, call.k, call.v, specs[0], BLOCK)
     rules = visibility(call.q.shape[2], keys, BLOCK, call.causal)
+    sample = slice(every // 2, None, every)
+    queries = queries.map(lambda x: x[:, :, sample])
+    rules = Visibility(rules.visible[:, :, sample], rules.partial[:, :, sample])
     scale = specs[0].scale_for(call.q.shape[3])
     maps = torch.stack([predict_map(queries, keys, rules, spec.thresholds, scale)[0] for spec in specs], 1)  # [H, S, …]
     visible = rules.visible[0].expand(maps.shape[0], -1, -1)  # [H, q_blocks, k_blocks]
@@ -73,29 +75,38 @@ def exactly(call: Call, order: Tensor | None, settings: list[SpargeParams], ever
     means = values[0].sum(2) / counts[..., None]  # [H, k_blocks, D]
     tokens = torch.arange(valid[0].numel(), device=call.q.device)
     errors, size = 0.0, 0.0
-    for i in range(every // 2, maps.shape[2], every):
-        rows = torch.arange(i * BLOCK.q, min((i + 1) * BLOCK.q, call.q.shape[2]), device=call.q.device)
+    for i in range(maps.shape[2]):
+        start = (every // 2 + i * every) * BLOCK.q
+        rows = tokens[start:min(start + BLOCK.q, call.q.shape[2])]
         q = queries.tokens[0, :, i, :len(rows)] * scale
         scores = (q @ keys.tokens[0].flatten(1, 2).mT).masked_fill_(~valid.flatten(1)[:, None], -torch.inf)
         if call.causal:
             scores.masked_fill_(tokens > rows[:, None], -torch.inf)
         top = scores.amax(-1, keepdim=True)
         p = (scores - top).exp_().unflatten(-1, valid.shape[1:]).transpose(1, 2)  # [H, k_blocks, rows, b_k]
-        whole = torch.cat([p @ values[0], p.sum(-1, keepdim=True)], -1).flatten(2)
-        p = ((q @ keys.mean[0].mT - top).exp() * counts[:, None]).mT[..., None]  # [H, k_blocks, rows, 1]
-        tail = torch.cat([p * means[:, :, None], p], -1).flatten(2)
+        whole, whole_weight = p @ values[0], p.sum(-1)  # [H, k_blocks, rows, D], [H, k_blocks, rows]
+        tail_weight = ((q @ keys.mean[0].mT - top).exp_() * counts[:, None]).mT
+        tail_weight.masked_fill_(~visible[:, i, :, None], 0.0)  # what lies ahead of a causal row may exceed its top
+        tail = tail_weight[..., None] * means[:, :, None]
         seen = visible[:, None, i].to(q.dtype)
-        exact = _quotient(seen @ whole, len(rows))
+        exact = _total(seen, whole) / _total(seen, whole_weight)[..., None]
         chosen = maps[:, :, i].to(q.dtype)  # [H, S, k_blocks]
-        kept = chosen @ whole
-        outs = torch.stack([_quotient(kept, len(rows)), _quotient(kept + (seen - chosen) @ tail, len(rows))], 1)
-        errors += (outs - exact[:, None]).abs().sum((-2, -1))  # [H, 2, S]
+        sums, weights = _total(chosen, whole), _total(chosen, whole_weight)
+        dropped = _distance(sums, weights, exact)
+        sums += _total(seen - chosen, tail)
+        weights += _total(seen - chosen, tail_weight)
+        errors += torch.stack([dropped, _distance(sums, weights, exact)], 1)  # [H, 2, S]
         size += exact.abs().sum((-3, -2, -1))
     share = maps.sum((-2, -1)) / visible.sum((-2, -1))[:, None]
     return Errors(share.T.cpu(), (errors / size[:, None, None]).permute(2, 1, 0).cpu())
 
 
-def _quotient(sums: Tensor, rows: int) -> Tensor:
-    """Σ p·v / Σ p of (H, S, rows · (D + 1)) → (H, S, rows, D); zero where nothing is kept."""
-    sums = sums.unflatten(-1, (rows, -1))
-    return torch.where(sums[..., -1:] == 0, 0.0, sums[..., :-1] / sums[..., -1:])
+def _total(chosen: Tensor, parts: Tensor) -> Tensor:
+    """The sum of the chosen blocks' parts: (H, S, k_blocks), (H, k_blocks, ...) → (H, S, ...)."""
+    return (chosen @ parts.flatten(2)).unflatten(-1, parts.shape[2:])
+
+
+def _distance(sums: Tensor, weights: Tensor, exact: Tensor) -> Tensor:
+    """Σ|sums / weights - exact| of (H, S, rows, D) → (H, S). Rows without weight are zero."""
+    out = sums / weights.clamp(min=torch.finfo(weights.dtype).tiny)[..., None]
+    return torch.linalg.vector_norm(out.sub_(exact), 1, (-2, -1))
