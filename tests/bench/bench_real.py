@@ -71,7 +71,7 @@ def text(path: Path, tokens: int, device: str, dtype: torch.dtype) -> Iterator[l
     for i in SEEDS:
         calls: list[Call] = []
         smollm2.listen(model, ids[None, i * tokens:(i + 1) * tokens],
-                       lambda q, k, v, calls=calls: calls.append(Call(q, k, v, causal=True)))
+                       lambda q, k, v, calls=calls: calls.append(Call(q, k, v, causal=True, before=4)))
         yield calls
 
 
@@ -98,7 +98,7 @@ def structured(heads: int, device: str, dtype: torch.dtype) -> Iterator[list[Cal
 
 def gate(call: Call) -> None:
     """Raise AssertionError unless `exactly` finds what the reference does, on the first tokens of a call."""
-    part = Call(*(x[:, :, :_GATE_TOKENS] for x in (call.q, call.k, call.v)), causal=call.causal)
+    part = Call(*(x[:, :, :_GATE_TOKENS] for x in (call.q, call.k, call.v)), causal=call.causal, before=call.before)
     settings = [SpargeParams(cdf_threshold=0.9, similarity_threshold=-1.0), SpargeParams(cdf_threshold=0.95),
                 SpargeParams(topk=0.3)]
     fast, slow = exactly(part, None, settings), by_kernels(part, None, settings, impl="reference")
@@ -166,8 +166,8 @@ def main() -> None:
     # name → (tokens, calls of each input, of how many blocks of queries one is measured where it is done exactly)
     sources = {
         "DINOv2, 518²": (1370, photographs(518, device, dtype), 2),
-        "DINOv2, 1036²": (5477, photographs(1036, device, dtype), 4),
-        "SmolLM2": (args.tokens, text(args.text, args.tokens, device, dtype), 4),
+        "DINOv2, 1036²": (5477, photographs(1036, device, dtype), 8),
+        "SmolLM2": (args.tokens, text(args.text, args.tokens, device, dtype), 8),
         "demo model": (32760, demo(VIDEO, device, dtype), 32),
         "structured": (32760, structured(12 if gpu else 4, device, dtype), 32),
     }

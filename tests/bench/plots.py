@@ -140,21 +140,46 @@ def residuals(rows: list[dict]):
     return figure
 
 
-DRAW = {"residuals": residuals, "cases": cases, "sparsity": sparsity, "error": errors, "tuning": tuning,
+def real(rows: list[dict]):
+    """Lines: median error of a head against the share kept, in the model's own order, a panel a source."""
+    sources = list(dict.fromkeys(row["source"] for row in rows))
+    figure, axes = panels(len(sources))
+    for ax, source in zip(axes, sources, strict=False):
+        found = [row for row in rows if row["source"] == source and row["order"] == "row-major"]
+        names = list(dict.fromkeys(row["setting"] for row in found))
+        for row in found:
+            pooled, single = row["tail"] == "pooled", len(row["kept"]) == 1
+            if single and pooled:
+                continue
+            label = row["setting"] + (f", τ {row['amounts'][0]:g}" if single else f", {row['tail']}")
+            ax.plot(row["kept"], row["l1_median"], color="black" if single else f"C{names.index(row['setting'])}",
+                    linestyle="--" if pooled else "-", marker="*" if single else ".", markersize=12 if single else 5,
+                    label=label)
+        for bound in (0.05, 0.1):
+            ax.axhline(bound, color="tab:red", linewidth=0.8)
+        ax.set(title=source, xlabel="share of the blocks kept", ylabel="relative L1, median", yscale="log", xlim=(0, 1),
+               ylim=(1e-3, 1))
+        ax.grid(alpha=0.3)
+    axes[0].legend(fontsize=7)
+    return figure
+
+
+DRAW = {"cases": cases, "sparsity": sparsity, "error": errors, "tuning": tuning, "residuals": residuals, "real": real,
         "length": lambda rows: curves(rows, "n", "tokens"),
         "head_dim": lambda rows: curves(rows, "head_dim", "head_dim")}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path, help="folder of JSON files that bench_attention or tuned_quality wrote")
+    parser.add_argument("folder", type=Path, help="folder of the benchmarks' JSON files")
     folder = parser.parse_args().folder
     for path in sorted(folder.glob("*.json")):
         report = json.loads(path.read_text())
         if report.get("mode") not in DRAW:
             continue
         figure = DRAW[report["mode"]](report["rows"])
-        figure.suptitle(f"{report['mode']}: {report['card']}, torch {report['torch']}, Triton {report['triton']}")
+        figure.suptitle(f"{report['mode']}: {report['card']}, torch {report['torch']}"
+                        + (f", Triton {report['triton']}" if "triton" in report else ", exact arithmetic"))
         figure.tight_layout()
         figure.savefig(path.with_suffix(".png"), dpi=110)
         plt.close(figure)

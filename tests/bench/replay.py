@@ -19,7 +19,9 @@ class Call:
     """One attention call of a model.
 
     q: (1, H, N, D); k, v: (1, Hkv, N, D).
-    grid: (T, H, W) of its visual tokens, None where it has none. They come last, after `before` others.
+    grid: (T, H, W) of its visual tokens, None where it has none.
+    before: so many first tokens are no visual ones, and their blocks are always attended: the package's own callers
+        do so with text, and with the first four tokens of a text.
     """
 
     q: Tensor
@@ -28,6 +30,11 @@ class Call:
     causal: bool = False
     grid: tuple[int, int, int] | None = None
     before: int = 0
+
+    @property
+    def sinks(self) -> list[tuple[int, int]]:
+        """Ranges of tokens that are always attended."""
+        return [(0, self.before)] if self.before else []
 
 
 @dataclass(frozen=True)
@@ -50,7 +57,7 @@ def by_kernels(call: Call, order: Tensor | None, settings: list[SpargeParams], i
     for params in settings:
         for tail in TAILS:
             out, stats = sparge_attention(call.q, call.k, call.v, params=params, causal=call.causal, order=order,
-                                          skipped=tail, impl=impl, return_stats=True)
+                                          sink_keys=call.sinks, skipped=tail, impl=impl, return_stats=True)
             l1.append((out.float() - exact).abs().sum((0, 2, 3)) / exact.abs().sum((0, 2, 3)))
         kept.append(stats.kept[0])
     return Errors(torch.stack(kept).cpu(), torch.stack(l1).unflatten(0, (-1, len(TAILS))).cpu())
@@ -62,7 +69,8 @@ def exactly(call: Call, order: Tensor | None, settings: list[SpargeParams], ever
     A block of keys contributes the same sums Σ p·v and Σ p to a row under every map that keeps it. They are made once,
     and each setting adds up those of its map. The maps are the reference's. Every `every`-th block of queries counts.
     """
-    specs = [CallSpec(Thresholds.of(params, call.q.device), causal=call.causal, order=order) for params in settings]
+    specs = [CallSpec(Thresholds.of(params, call.q.device), causal=call.causal, order=order, sink_keys=call.sinks)
+             for params in settings]
     queries, keys, values = in_blocks(call.q, call.k, call.v, specs[0], BLOCK)
     rules = visibility(call.q.shape[2], keys, BLOCK, call.causal)
     sample = slice(every // 2, None, every)
