@@ -15,6 +15,7 @@ import platform
 import time
 from collections.abc import Iterator
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -137,21 +138,30 @@ def _ratio(pooled: Tensor, dropped: Tensor) -> dict[str, float] | None:
                 median=round(ratio.median().item(), 3), worst=round(ratio.max().item(), 3))
 
 
-def least(row: dict, measure: str, bound: float) -> tuple[float, float] | None:
-    """(kept share, amount) of the setting of a row that keeps least among those within an L1; None if none is."""
-    return min(((kept, amount) for kept, amount, l1 in zip(row["kept"], row["amounts"], row[measure], strict=True)
-                if l1 <= bound), default=None)
+def least(row: dict, measure: str, bound: float) -> float | None:
+    """The least kept share of a row within an L1, between two measured amounts; None where none is within."""
+    points = sorted(zip(row["kept"], row[measure], strict=True), reverse=True)
+    if points[0][1] > bound:
+        return None
+    for (more, better), (less, worse) in pairwise(points):
+        if worse > bound:
+            better = max(better, 1e-4)
+            return more + (less - more) * math.log(bound / better) / math.log(worse / better)
+    return points[-1][0]
 
 
 def table(rows: list[dict]) -> str:
-    """Least kept share in percent, and the amount that keeps it, where the median or the worst head is within L1."""
+    """Least kept share in percent, with skipped blocks dropped / pooled, where the median or the worst head is within
+    an L1."""
     columns = [(measure, bound) for bound in BOUNDS for measure in ("l1_median", "l1_worst")]
-    lines = ["| source | order | setting | tail | " + " | ".join(
-        f"{measure[3:]} ≤ {bound:g}" for measure, bound in columns) + " |", "|---" * (4 + len(columns)) + "|"]
-    for row in rows:
-        cells = [least(row, *column) for column in columns]
-        lines.append(f"| {row['source']} | {row['order']} | {row['setting']} | {row['tail']} | " + " | ".join(
-            f"{cell[0]:.0%} ({cell[1]:g})" if cell else "–" for cell in cells) + " |")
+    lines = ["| source | order | setting | " + " | ".join(
+        f"{measure[3:]} ≤ {bound:g}" for measure, bound in columns) + " |", "|---" * (3 + len(columns)) + "|"]
+    for row, pooled in zip(rows[::2], rows[1::2], strict=True):
+        if len(row["amounts"]) == 1:
+            continue
+        cells = [[least(x, *column) for x in (row, pooled)] for column in columns]
+        lines.append(f"| {row['source']} | {row['order']} | {row['setting']} | " + " | ".join(
+            " / ".join("–" if x is None else f"{100 * x:.0f}" for x in cell) for cell in cells) + " |")
     return "\n".join(lines)
 
 
