@@ -14,6 +14,7 @@ from .host import line_on_running_node, running_prompt, shared_memory, unrecorde
 from .log import log
 from .override import CALLBACK_KEY, SLOT, SpargeOverride, describe
 from .presets import CUSTOM, DEFAULTS, OF_A_NEW_NODE, PRESETS, chosen
+from .report.advice import about_refreshes
 from .schema import (
     CATEGORY,
     SPARGE_PARAMS,
@@ -23,7 +24,7 @@ from .schema import (
     similarity_threshold,
     start_percent,
 )
-from .tuned.params import Architecture, TunedParams
+from .tuned.params import MOST_REFRESHES, Architecture, TunedParams
 
 PV_THRESHOLD_OFF = 50.0
 # Words that find this node and none of the others, which the editor would list before it.
@@ -100,13 +101,13 @@ class ApplySpargeAttn(io.ComfyNode):
                             "and Tune SpargeAttn chooses one for each head. Where a model's grid is not certain, the "
                             "order stays as it is."),
                 io.Int.Input(
-                    "refreshes", default=DEFAULTS["refreshes"], min=0, max=50, step=1,
-                    tooltip="0 is off. Otherwise so many steps of the sparse part compute dense attention and keep "
-                            "what sparse attention lacks of it, and the steps between add that. The picture comes "
-                            "much closer to that of dense attention, so that far fewer blocks need to be kept. It "
-                            "takes memory: half of q for each layer and condition, of the GPU up to half of what is "
-                            "free there, then of the host (with NVIDIA and AMD) up to half of what is free there. "
-                            "Needs 6 steps or more; try 4 in 20 steps."),
+                    "refreshes", default=DEFAULTS["refreshes"], min=0, max=MOST_REFRESHES, step=1,
+                    tooltip="0 is off, or as many as params were tuned for. Otherwise so many steps of the sparse part "
+                            "compute dense attention and keep what sparse attention lacks of it, and the steps "
+                            "between add that. The picture comes much closer to that of dense attention, so that far "
+                            "fewer blocks need to be kept. It takes memory: half of q for each layer and condition, of "
+                            "the GPU up to half of what is free there, then of the host (with NVIDIA and AMD) up to "
+                            "half of what is free there. Needs 6 steps or more; try 4 in 20 steps."),
                 io.Combo.Input(
                     "dense_steps", options=list(DENSE_STEPS), default=DENSE_STEPS[0], advanced=True,
                     tooltip="What computes dense steps: those before start_percent, those after end_percent, and "
@@ -158,9 +159,11 @@ class ApplySpargeAttn(io.ComfyNode):
         start_percent = values["start_percent"]
         if start_percent > end_percent:
             raise ValueError(f"start_percent must be at most end_percent; got {start_percent:g} and {end_percent:g}")
+        tuned, refreshes = _fitting(params, model), values["refreshes"]
         settings = NodeSettings(_thresholds(values["selection"], pv_threshold), start_percent, end_percent,
                                 ListedBlocks.parse(dense_blocks), min_tokens, values["skipped_blocks"], pv_precision,
-                                verbose, hilbert, _fitting(params, model), values["refreshes"], dense_steps)
+                                verbose, hilbert, tuned, refreshes or (tuned.refreshes if tuned else 0), dense_steps)
+        _tell_refreshes(settings, refreshes)
         patched = model.clone()
         options = patched.model_options["transformer_options"]
         previous = options.get(SLOT)
@@ -193,6 +196,14 @@ def _fitting(tuned: TunedParams | None, model) -> TunedParams | None:
         raise ValueError(f"params must be tuned for this model: {problem}")
     log.warning("SpargeAttn: the tuned parameters are not used: %s", problem)
     return None
+
+
+def _tell_refreshes(settings: NodeSettings, given: int) -> None:
+    """Log where tuned parameters brought the refreshes, and where they were tuned for others."""
+    if settings.refreshes != given:
+        log.info("SpargeAttn: refreshes %d, which params were tuned for", settings.refreshes)
+    if note := about_refreshes(settings):
+        log.info("SpargeAttn: %s", note)
 
 
 def _thresholds(selection: dict, pv_threshold: float) -> SpargeParams:

@@ -22,7 +22,7 @@ from .report.page import as_image
 from .report.tuned_page import TunedPictures
 from .schema import CATEGORY, SPARGE_PARAMS, end_percent, min_tokens, number, start_percent
 from .tuned import params_file
-from .tuned.params import Architecture, TunedParams
+from .tuned.params import MOST_REFRESHES, Architecture, TunedParams
 from .tuned.search import Bounds
 from .tuner import Tuner
 
@@ -76,10 +76,16 @@ class SpargeAttnTune(io.ComfyNode):
                     "min_gain", default=0.1, min=0.0, max=0.9, step=0.01, advanced=True,
                     tooltip="Heads of which less than this share can be skipped keep every block."),
                 min_tokens("As on Apply SpargeAttn: shorter sequences are not searched."),
+                io.Int.Input(  # optional, so that prompts saved without it still run
+                    "refreshes", default=0, min=0, max=MOST_REFRESHES, step=1, optional=True, advanced=True,
+                    tooltip="As you will use it on Apply SpargeAttn. The error is then measured where it is used, on "
+                            "steps between refreshes with what the refresh found missing, so that far more can be "
+                            "skipped. The parameters hold for runs with refreshes alone. The search takes twice as "
+                            "long and keeps the calls of a refresh in ordinary memory, up to half of what is free."),
                 SPARGE_PARAMS.Input(
                     "params", optional=True,
                     tooltip="Parameters of an earlier search, to go on with on this prompt: what is found then holds "
-                            "for all prompts. l1, l2 and min_gain must be those of the earlier search."),
+                            "for all prompts. l1, l2, min_gain and refreshes must be those of the earlier search."),
                 io.Conditioning.Input("other_positive", optional=True,
                                       tooltip="Another prompt, for the evaluation alone."),
             ],
@@ -104,12 +110,12 @@ class SpargeAttnTune(io.ComfyNode):
     @classmethod
     def execute(cls, model, seed: int, steps: int, cfg: float, sampler_name: str, scheduler: str, positive, negative,
                 latent_image: dict, denoise: float, l1: float, l2: float, sampled_steps: int, start_percent: float,
-                end_percent: float, evaluate: bool, min_gain: float, min_tokens: int,
+                end_percent: float, evaluate: bool, min_gain: float, min_tokens: int, refreshes: int = 0,
                 params: TunedParams | None = None, other_positive=None) -> io.NodeOutput:
         draw = TunedPictures()
         progress = _Progress(2 if evaluate else 1, draw)
-        settings = NodeSettings(SpargeParams(), start_percent, end_percent, min_tokens=min_tokens)
-        tuner = Tuner(_beginning(params, model, Bounds(l1, max(l1, l2), min_gain)), settings, sampled_steps,
+        settings = NodeSettings(SpargeParams(), start_percent, end_percent, min_tokens=min_tokens, refreshes=refreshes)
+        tuner = Tuner(_beginning(params, model, Bounds(l1, max(l1, l2), min_gain), refreshes), settings, sampled_steps,
                       lambda share: progress(tuner, share),
                       comfy.model_management.throw_exception_if_processing_interrupted)
 
@@ -171,12 +177,13 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
 
 
-def _beginning(earlier: TunedParams | None, model, bounds: Bounds) -> TunedParams:
+def _beginning(earlier: TunedParams | None, model, bounds: Bounds, refreshes: int) -> TunedParams:
     """What the search starts from. Raises ValueError where it can't go on from `earlier`."""
     architecture = Architecture.of(model)
     device = model.load_device
     if earlier is None:
-        return TunedParams(architecture, bounds, versions=MappingProxyType(params_file.versions(device)))
+        return TunedParams(architecture, bounds, versions=MappingProxyType(params_file.versions(device)),
+                           refreshes=refreshes)
     problem = earlier.architecture.mismatch(architecture)
     if problem:
         raise ValueError(f"params must be tuned for this model: {problem}")
@@ -185,6 +192,8 @@ def _beginning(earlier: TunedParams | None, model, bounds: Bounds) -> TunedParam
                          "another version, and Apply SpargeAttn alone can use them")
     if earlier.bounds != bounds:
         raise ValueError(f"l1, l2 and min_gain must be those of params, {earlier.bounds}; got {bounds}")
+    if earlier.refreshes != refreshes:
+        raise ValueError(f"refreshes must be those of params, {earlier.refreshes}; got {refreshes}")
     return earlier
 
 

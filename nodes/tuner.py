@@ -4,6 +4,7 @@ The model goes on with the output of dense attention, so that every call is one 
 """
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -18,11 +19,13 @@ from .call.entry import enter
 from .call.layer_names import LayerNames
 from .call.measure import CallMeasure
 from .call.model_rules import expect_tokens
-from .call.plan import Dense, NodeSettings, SparsePlan
+from .call.plan import CallSite, Dense, NodeSettings, SparsePlan
 from .call.tuned_setting import free_device_tensors
-from .host import unrecorded
+from .host import shared_memory, unrecorded
 from .log import log
 from .override import SLOT, SpargeOverride
+from .run.refresh_schedule import RefreshSchedule
+from .run.refreshed_calls import RefreshedCalls
 from .run.sigma_window import sigma_range
 from .tuned.params import TunedLayer, TunedParams
 from .tuned.search import LayerSearch
@@ -33,6 +36,9 @@ _SEARCH_SHARE = 30  # a step that is searched takes about as long as this many o
 
 class Tuner:
     """Samples models on which calls are searched, or only measured with `learn` off. Threads of several GPUs share it.
+
+    Where `settings` ask for refreshes, they come as in a run of Apply SpargeAttn: what that computes densely is not
+    searched, and other calls are measured with the residual that they would get.
 
     tuned: what is known by now.
     searched: number of calls that were searched or measured.
@@ -57,13 +63,18 @@ class Tuner:
         self._progress, self._check = progress, check
         self._previous: Callable | None = None
         self._names = LayerNames()
+        self._refresh = RefreshSchedule(settings.refreshes)
+        self._refreshed = RefreshedCalls(shared_memory().free)
         self._lock = threading.Lock()  # of what changes; not held during a search
         self._reset()
 
     def _reset(self) -> None:
         self._names.begin()
+        self._refresh.reset()
+        self._refreshed.clear()
         self._chosen: Sequence[int] = ()
-        self._active = False
+        self._timestep: Tensor | None = None
+        self._active = self._keeping = False
         self._step = self._steps = self._calls = self._calls_before = 0
 
     def __deepcopy__(self, memo: dict) -> Tuner:
@@ -79,7 +90,7 @@ class Tuner:
         self._previous = options.get(SLOT)
         patched.model_options["transformer_options"][SLOT] = self
         patched.add_callback_with_key(CallbacksMP.ON_PREPARE_STATE, _KEY, self._on_prepare_state)
-        patched.add_callback_with_key(CallbacksMP.ON_CLEANUP, _KEY, lambda patcher: free_device_tensors())
+        patched.add_callback_with_key(CallbacksMP.ON_CLEANUP, _KEY, self._on_cleanup)
         for wrapper in (expect_tokens, self._names.count):
             patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, _KEY, wrapper)
         self._reset()
@@ -90,23 +101,45 @@ class Tuner:
         sigmas = model_options.get("transformer_options", {}).get("sample_sigmas")
         if sigmas is None:
             return
-        levels, now = sigmas.tolist()[:-1], timestep.flatten()[0].item()
+        schedule, now = sigmas.tolist(), timestep.flatten()[0].item()
+        levels = schedule[:-1]
         if not self._chosen:
-            self._chosen = self._spread(levels, patcher.get_model_object("model_sampling").percent_to_sigma)
+            self._chosen = self._spread(schedule, patcher.get_model_object("model_sampling").percent_to_sigma)
             self._steps = len(levels)
         self._step = min(range(len(levels)), key=lambda i: abs(levels[i] - now))
-        self._active = self._step in self._chosen
+        if timestep is not self._timestep:  # otherwise another condition of the same evaluation
+            self._timestep = timestep
+            self._enter_evaluation(levels, now)
         self._calls_before, self._calls = max(self._calls, self._calls_before), 0
         self._say_progress()
 
-    def _spread(self, levels: list[float], percent_to_sigma: Callable[[float], float]) -> list[int]:
-        """Indices of the steps to search."""
+    def _on_cleanup(self, patcher) -> None:
+        """ModelPatcher callback: sampling has ended, perhaps by an error or an interruption."""
+        free_device_tensors()
+        self._refreshed.clear()
+
+    def _enter_evaluation(self, levels: list[float], now: float) -> None:
+        """now: the noise level. levels: of all steps."""
+        self._refresh.advance(lambda: now)
+        self._active = self._step in self._chosen and not self._refresh.due
+        following = max((level for level in self._refresh.levels if level < levels[self._step]), default=-math.inf)
+        self._keeping = self._refresh.due and any(following < levels[step] < now for step in self._chosen)
+        if self._keeping:
+            self._refreshed.begin()
+
+    def _spread(self, schedule: list[float], percent_to_sigma: Callable[[float], float]) -> list[int]:
+        """Indices of the steps to search. schedule: noise levels of the run, with the one that it ends at."""
         start, end = self.settings.start_percent, self.settings.end_percent
         lowest, highest = sigma_range(start, end, percent_to_sigma)
-        inside = [i for i, level in enumerate(levels) if lowest <= level <= highest]
+        self._refresh.begin(schedule, lowest, highest, float(percent_to_sigma(0.0)))
+        if self._refresh.problem:
+            raise ValueError(f"refreshes must be 0 in this sampling, because {self._refresh.problem}; got "
+                             f"{self.settings.refreshes}")
+        inside = [i for i, level in enumerate(schedule[:-1])
+                  if lowest <= level <= highest and level not in self._refresh.levels]
         if not inside:
             raise ValueError("start_percent and end_percent must leave a sampling step between them; got "
-                             f"{start:g} and {end:g} with {len(levels)}")
+                             f"{start:g} and {end:g} with {len(schedule) - 1}")
         number = min(self.samples, len(inside))
         return [inside[(2 * i + 1) * len(inside) // (2 * number)] for i in range(number)]
 
@@ -143,14 +176,20 @@ class Tuner:
         elif site.layer is not None:
             with self._lock:
                 self._calls += 1
+            if self._keeping:
+                self._refreshed.keep(call, site, dense)
             if self._active:
-                self._search(site.layer, call, plan, dense)
+                self._search(site.layer, call, site, plan, dense)
                 self._say_progress()
 
-    def _search(self, layer: str, call: AttentionCall, plan: SparsePlan, dense: Tensor) -> None:
+    def _search(self, layer: str, call: AttentionCall, site: CallSite, plan: SparsePlan, dense: Tensor) -> None:
         """Tune on this call. Where it can't be measured, the sampling goes on with what was found before."""
         try:
-            measure = CallMeasure(call, plan.layout, dense, self._check)
+            refreshed = self._refreshed.get(call, site) if self._refresh.count else None
+            if isinstance(refreshed, str):
+                self._say(refreshed)
+                return
+            measure = CallMeasure(call, plan.layout, dense, self._check, refreshed)
             if measure.finite:
                 self._learn_from(layer, call, plan, measure)
             else:

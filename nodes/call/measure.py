@@ -2,12 +2,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from ...kernels import SpargeStats, select_implementation, sparge_attention
+from ...kernels import SpargeStats, attention_residual, select_implementation, sparge_attention
 from ...kernels.capability import arch_of, supports_fp8
 from ..tuned.candidates import TunedSetting
 from ..tuned.search import Measured
@@ -18,19 +18,37 @@ from .tuned_setting import order_of
 _TOKENS_AT_ONCE = 8192
 
 
+class RefreshedCall(NamedTuple):
+    """The attention call of a layer and its conditions in the evaluation that last refreshed their residual.
+
+    dense: what dense attention gave for it, 4-D in the call's layout.
+    """
+
+    call: AttentionCall
+    dense: Tensor
+
+
 class CallMeasure:
     """Runs one attention call with settings, and compares each result with the dense one.
 
-    A call is measured where it stands: beside its own tensors there are one output and a slice of it in float32 at a
-    time.
+    With a `refreshed` call, a setting is measured as a run with refreshes uses it: the call gets the residual that the
+    same setting leaves of the refreshed one. A run extrapolates residuals besides, from two refreshes, which is left
+    out here: it would take twice the memory.
+
+    A call is measured where it stands: beside its own tensors and those of the refreshed call there are one output and
+    a slice of it in float32 at a time, and the INT8 residual.
 
     finite: whether the dense result is finite; otherwise there is nothing to compare with.
     """
 
     def __init__(self, call: AttentionCall, layout: TokenLayout | str, dense: Tensor,
-                 check: Callable[[], None] = lambda: None):
-        """dense: as ComfyUI's attention returns it. check: raises where the user has stopped the run."""
-        self._call, self._layout, self._check = call, layout, check
+                 check: Callable[[], None] = lambda: None, refreshed: RefreshedCall | None = None):
+        """
+        dense: as ComfyUI's attention returns it.
+        check: raises where the user has stopped the run.
+        refreshed: on the device of `call`.
+        """
+        self._call, self._layout, self._check, self._refreshed = call, layout, check, refreshed
         self._dense = dense if dense.ndim == 4 else dense.unflatten(-1, (call.q.shape[2], -1))
         self._axis = 2 if call.layout == "BHND" else 1
         self._norm = self._sums(None).clamp(min=1e-30)
@@ -46,13 +64,16 @@ class CallMeasure:
         order = order_of(setting.curves, self._layout, call.q.device)
         if isinstance(order, str) or (setting.pv_dtype == "fp8" and not self._fp8):
             return None
-        layout, sink_keys, dense_queries = self._layout, (), ()
-        if not isinstance(layout, str):
-            sink_keys, dense_queries = layout.sink_keys(order is not None), layout.exact
+        how: dict[str, Any] = dict(params=setting.params, layout=call.layout, scale=call.scale, order=order,
+                                   pv_dtype=setting.pv_dtype, skipped=setting.skipped, impl=self._impl)
+        if not isinstance(self._layout, str):
+            how |= dict(sink_keys=self._layout.sink_keys(order is not None), dense_queries=self._layout.exact)
+        residual = None
+        if self._refreshed is not None:
+            before, dense = self._refreshed
+            residual = attention_residual(before.q, before.k, before.v, dense, **how, **before.key_mask or KeyMask())
         out, stats = cast(tuple[Tensor, SpargeStats], sparge_attention(
-            call.q, call.k, call.v, params=setting.params, layout=call.layout, scale=call.scale, order=order,
-            sink_keys=sink_keys, dense_queries=dense_queries, pv_dtype=setting.pv_dtype, skipped=setting.skipped,
-            impl=self._impl, return_stats=True, **call.key_mask or KeyMask()))
+            call.q, call.k, call.v, residual=residual, return_stats=True, **how, **call.key_mask or KeyMask()))
         error = self._sums(out).div_(self._norm).amax(0)  # the worst of the batch
         error, kept = torch.stack([error, stats.kept.mean(0)]).cpu()
         return Measured(error, kept)

@@ -84,6 +84,7 @@ class SparsePlan:
     layout: of the tokens, or why it is not known.
     curve: name of the order.
     untuned: why the tuned parameters have nothing for this call; empty where they have, or where there are none.
+    needs_residual: whether it must not be used without one: its thresholds were tuned for refreshes.
     """
 
     params: SpargeParams
@@ -94,6 +95,7 @@ class SparsePlan:
     pv_dtype: str = "auto"
     curve: str = "row-major"
     untuned: str = ""
+    needs_residual: bool = False
 
     @property
     def sink_keys(self) -> tuple[tuple[int, int], ...]:
@@ -179,7 +181,18 @@ def _tuned_plan(call: AttentionCall, tuned: TunedParams, layer: str | None, layo
     # A card without FP8 is at least as exact with fp16.
     pv_dtype = "auto" if setting.pv_dtype == "fp8" else setting.pv_dtype
     curve = setting.curves[0] if len(set(setting.curves)) == 1 else "mixed"
-    return SparsePlan(params_on(setting, call.q.device), impl, order, layout, setting.skipped, pv_dtype, curve)
+    return SparsePlan(params_on(setting, call.q.device), impl, order, layout, setting.skipped, pv_dtype, curve,
+                      needs_residual=tuned.refreshes > 0)
+
+
+def plan_without_residual(plan: SparsePlan, call: AttentionCall, settings: NodeSettings,
+                          site: CallSite) -> SparsePlan | Dense:
+    """Whose thresholds serve a call that gets no residual: where `plan` needs one, those of the widgets."""
+    if not plan.needs_residual:
+        return plan
+    plain = plan_call(call, replace(settings, tuned=None), site)
+    return plain if isinstance(plain, Dense) else replace(plain, untuned="they were tuned for refreshes, and this call "
+                                                                         "has no residual")
 
 
 def _not_wanted(call: AttentionCall, settings: NodeSettings, site: CallSite) -> Dense | None:

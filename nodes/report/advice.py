@@ -48,6 +48,18 @@ def about_little_skipped(summary: RunSummary, settings: NodeSettings) -> str:
     return f"{amount} of the attention was skipped. {_what_to_change(settings)}"
 
 
+def about_refreshes(settings: NodeSettings) -> str:
+    """What it means that tuned parameters are used with other refreshes than they were tuned for; empty where they
+    are not."""
+    if settings.tuned is None or settings.tuned.refreshes == settings.refreshes:
+        return ""
+    if not settings.tuned.refreshes:
+        return "params were tuned without refreshes; tuned for refreshes, they would skip more"
+    effect = "further from" if settings.refreshes < settings.tuned.refreshes else "closer to"
+    return (f"params were tuned for {settings.tuned.refreshes} refreshes, the node has {settings.refreshes}; the "
+            f"result is {effect} dense attention's than they promise")
+
+
 def _what_to_change(settings: NodeSettings) -> str:
     params = settings.params
     if settings.tuned is not None:

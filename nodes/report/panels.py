@@ -13,9 +13,10 @@ from ..call.plan import NodeSettings
 from ..call.transformer_blocks import ListedBlocks, TransformerBlock
 from ..run.block_maps import MapRequest
 from ..run.summary import RunSummary
-from .advice import about_dense_calls, about_little_skipped
+from .advice import about_dense_calls, about_little_skipped, about_refreshes
 
 SPARSE = "sparse"  # the label of the calls that went sparse
+_REASONS = 3  # that are listed; there may be one for each layer
 QUANTISED = "quantised, over all blocks"  # how the labels begin of those that the kernels computed dense
 
 
@@ -163,10 +164,13 @@ def _settings(settings: NodeSettings, summary: RunSummary) -> list[str]:
              f"{settings.hilbert}, dense_steps {settings.dense_steps}"]
     if settings.tuned is not None:
         lines.insert(0, f"tuned: {settings.tuned}; the other layers use:")
+    lines += [f"{count} calls used the widgets in place of params: {reason}"
+              for reason, count in list(summary.untuned.items())[:_REASONS]]
     if settings.dense_blocks:
         lines.append(f"dense_blocks {settings.dense_blocks}")
     if settings.refreshes:
         lines.append(f"refreshes {settings.refreshes}; residuals {summary.residuals or 'unknown'}")
+    lines += filter(None, [about_refreshes(settings)])
     lines += [f"{count} calls over tokens in {order}" for order, count in summary.tokens.items()]
     if torch.cuda.is_available():
         lines.append(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")

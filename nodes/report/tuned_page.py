@@ -29,7 +29,8 @@ class TunedPictures:
 def draw_tuned(tuned: TunedParams) -> Image.Image:
     """Sparsity, then the errors on the calls tuned on and, where there are any, on others."""
     page = Page(THEMES["dark"])
-    page.text(f"{tuned.sparsity:.1%} of the attention can be skipped", 34, page.theme.text)
+    page.text(f"{tuned.sparsity:.1%} of the attention can be skipped"
+              + (f" between {tuned.refreshes} refreshes" if tuned.refreshes else ""), 34, page.theme.text)
     page.text(str(tuned), 20, page.theme.faint)
     page.title("Attention skipped, by layer (down) and head (across)")
     page.heat_map(_cells(tuned, "sparsity", 1.0), _TALL)

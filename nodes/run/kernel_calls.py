@@ -11,7 +11,7 @@ from torch import Tensor
 from ...kernels import FastPathError, Residual, attention_residual, block_map, sparge_attention
 from ...kernels.failures import is_of_the_device
 from ..call.arguments import AttentionCall
-from ..call.plan import ALONE, CallSite, Dense, NodeSettings, SparsePlan
+from ..call.plan import ALONE, CallSite, Dense, NodeSettings, SparsePlan, plan_without_residual
 from ..call.transformer_blocks import TransformerBlock
 from ..log import log
 from .compile_notice import announced
@@ -35,7 +35,10 @@ class KernelCalls:
         residual = self._residual(call, site)
         if residual is None and self._settings.refreshes:
             run.say_once("no residual", f"calls without a residual keep at least {ALONE:.0%} of the attention")
-            plan = plan.without_residual()
+            of_widgets = plan_without_residual(plan, call, self._settings, site)
+            if isinstance(of_widgets, Dense):
+                return of_widgets
+            plan = of_widgets.without_residual()
         watch = Stopwatch(call.q.device)
         result = self._attend(plan, call, residual, return_stats=True)
         if isinstance(result, Dense):
@@ -49,7 +52,7 @@ class KernelCalls:
             tokens = f"{plan.curve} order of {plan.layout}"
         elif curve is not None:
             run.say_once(plan.layout, f"tokens keep the model's order, no {curve} order: {plan.layout}")
-        wanted = run.add_call(call, site.block, watch, stats, tokens)
+        wanted = run.add_call(call, site.block, watch, stats, tokens, plan.untuned)
         if wanted is not None:
             self._keep_map(wanted, call, _arguments(plan, call))
         return call.give_back(out)

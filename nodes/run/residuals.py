@@ -62,7 +62,8 @@ class ResidualStore:
             self.most_bytes = 0
             self.most_host_bytes = 0
 
-    def keys(self, call: AttentionCall, site: CallSite) -> list[Hashable] | None:
+    @staticmethod
+    def keys(call: AttentionCall, site: CallSite) -> list[Hashable] | None:
         """One key for each condition of a call, None where it can't be recognised in other evaluations."""
         options = call.transformer_options
         conditions, window = options.get("uuids"), options.get("context_window")

@@ -91,18 +91,18 @@ class RunState:
         self._calls_of_step = 0
 
     def add_call(self, call: AttentionCall, block: TransformerBlock | None, watch: Stopwatch,
-                 stats: SpargeStats | None = None, tokens: str = "") -> TransformerBlock | None:
+                 stats: SpargeStats | None = None, tokens: str = "", untuned: str = "") -> TransformerBlock | None:
         """Record a self-attention call of at least min_tokens, dense where it has no `stats`.
 
         block: None where the model does not number its transformer blocks.
-        tokens: as in `CallRecord`.
+        tokens, untuned: as in `CallRecord`.
 
         Returns the block under which to add the call's block map, None where the run does not want the map.
         """
         with self._lock:
             if not self.running:
                 return None
-            block = self._record(call, block, watch, stats, tokens)
+            block = self._record(call, block, watch, stats, tokens, untuned=untuned)
             if stats is None:
                 self._timed_dense[_shape(call)] += 1
             return block if stats is not None and self._maps.wants(self.steps, block) else None
@@ -116,12 +116,14 @@ class RunState:
         self.say_once(f"quantised: {why.reason}", f"quantised attention over all blocks: {why}")
 
     def _record(self, call: AttentionCall, block: TransformerBlock | None, watch: Stopwatch,
-                stats: SpargeStats | None = None, tokens: str = "", quantised: str = "") -> TransformerBlock:
+                stats: SpargeStats | None = None, tokens: str = "", quantised: str = "",
+                untuned: str = "") -> TransformerBlock:
         numbered = block is not None
         block = block or TransformerBlock("call", self._calls_of_step)
         self._calls_of_step += 1
         work = call.batch * call.heads[0] * call.q_tokens * call.k_tokens
-        self._calls.append(CallRecord(self.steps, block, numbered, _shape(call), work, watch, stats, tokens, quantised))
+        self._calls.append(CallRecord(self.steps, block, numbered, _shape(call), work, watch, stats, tokens, quantised,
+                                      untuned))
         return block
 
     def timed_dense(self, call: AttentionCall) -> bool:

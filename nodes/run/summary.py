@@ -30,6 +30,7 @@ class CallRecord:
     stats: None where it was dense.
     tokens: order and grid of its tokens in words, empty where the grid is not known.
     quantised: why this pack's kernels computed it over all blocks, empty where they did not.
+    untuned: why it used the widgets in place of tuned parameters, empty where it did not.
     """
 
     step: int
@@ -41,6 +42,7 @@ class CallRecord:
     stats: SpargeStats | None = None
     tokens: str = ""
     quantised: str = ""
+    untuned: str = ""
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ class RunSummary:
     by_block: mean sparsity of each transformer block; empty where the model does not number them.
     by_step: mean sparsity of each step, counted from 1.
     tokens: number of sparse calls by order and grid of their tokens, where the grid is known.
+    untuned: number of sparse calls that used the widgets in place of tuned parameters, by reason.
     details: an example for each reason in `dense` that has one.
     cells: mean sparsity of each transformer block (as in `CallRecord`) and step, None where all calls were left
         to the model's own attention.
@@ -100,6 +103,7 @@ class RunSummary:
     by_block: dict[TransformerBlock, float] = field(default_factory=dict)
     by_step: dict[int, float] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
+    untuned: dict[str, int] = field(default_factory=dict)
     details: dict[str, str] = field(default_factory=dict)
     cells: dict[tuple[TransformerBlock, int], float | None] = field(default_factory=dict)
     times: tuple[CallTimes, ...] = ()
@@ -117,9 +121,10 @@ class RunSummary:
         """Summarise. Without a reason in `unread` this fetches the statistics, which waits for the device."""
         sparse = [(call, call.stats) for call in calls if call.stats is not None]
         tokens = Counter(call.tokens for call, _ in sparse if call.tokens)
+        untuned = Counter(call.untuned for call, _ in sparse if call.untuned)
         quantised = Counter(call.quantised for call in calls if call.quantised)
         known = cls(steps, len(sparse), dict(dense.most_common()), dict(quantised.most_common()),
-                    tokens=dict(tokens.most_common()), unread=unread,
+                    tokens=dict(tokens.most_common()), untuned=dict(untuned.most_common()), unread=unread,
                     reference=any(call.time.device.type == "cpu" for call, _ in sparse))
         if unread or not sparse:
             return known

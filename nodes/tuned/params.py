@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .search import Bounds, LayerSearch
 
+MOST_REFRESHES = 50  # of a run
 _PLAIN = bool, int, float, str, type(None)
 
 
@@ -67,6 +68,8 @@ class TunedParams:
     continues: False for a file whose search had other candidates than this version's. It can be applied, and can't be
         tuned further.
     lenient: the user prefers the widgets to an error where the parameters don't fit the model.
+    refreshes: of the runs that they were tuned for. With any, errors were measured on calls that get a residual, and a
+        call without one must not use them.
     """
 
     architecture: Architecture
@@ -75,6 +78,7 @@ class TunedParams:
     versions: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     continues: bool = True
     lenient: bool = False
+    refreshes: int = 0
 
     def with_layer(self, name: str, layer: TunedLayer) -> TunedParams:
         return replace(self, layers=MappingProxyType({**self.layers, name: layer}))
@@ -100,8 +104,9 @@ class TunedParams:
 
     def __str__(self) -> str:
         sparse = sum(layer.search.setting is not None for layer in self.layers.values())
-        text = (f"{sparse} of {len(self.layers)} layers sparse, mean sparsity {self.sparsity:.1%}, L1 of a head "
-                "{:.4f} (largest {:.4f})".format(*self.error))
+        between = f" between {self.refreshes} refreshes" if self.refreshes else ""
+        text = (f"{sparse} of {len(self.layers)} layers sparse, mean sparsity {self.sparsity:.1%}{between}, "
+                "L1 of a head {:.4f} (largest {:.4f})".format(*self.error))
         if self.unseen_error is not None:
             text += ", with another seed {:.4f} (largest {:.4f})".format(*self.unseen_error)
         return text

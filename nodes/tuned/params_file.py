@@ -21,10 +21,13 @@ from torch import Tensor
 
 from ...kernels import SpargeParams
 from .candidates import AMOUNTS, CANDIDATES, PV_THRESHOLDS, SEARCHED_CURVES, TunedSetting
-from .params import Architecture, TunedLayer, TunedParams, is_plain, plain
+from .params import MOST_REFRESHES, Architecture, TunedLayer, TunedParams, is_plain, plain
 from .search import Bounds, LayerSearch
 
-FORMAT, VERSION = "comfyui_spargeattn.tuned", "1"
+FORMAT = "comfyui_spargeattn.tuned"
+# Where parameters were tuned for refreshes the version is 2, because software that does not know of refreshes would use
+# thresholds that are far too aggressive without them. Nothing else differs.
+VERSIONS = PLAIN, REFRESHED = "1", "2"
 SUFFIX = ".safetensors"
 _MAX_FILE, _MAX_HEADER = 64 << 20, 8 << 20
 _MAX_LAYERS, _MAX_HEADS, _MAX_HEAD_DIM, _MAX_CANDIDATES = 4096, 1024, 256, 4096
@@ -150,7 +153,10 @@ def _serialise(tuned: TunedParams) -> bytes:
              "bounds": {"l1": bounds.l1, "l2": bounds.l2, "min_gain": bounds.min_gain},
              "rules": plain(CANDIDATES), "versions": dict(tuned.versions), "layers": layers,
              "sparsity": tuned.sparsity, "error": tuned.error, "unseen_error": tuned.unseen_error}
-    return to_bytes(tensors, metadata={"format": FORMAT, "version": VERSION, "tuning": json.dumps(about)})
+    version = PLAIN
+    if tuned.refreshes:
+        version, about["refreshes"] = REFRESHED, tuned.refreshes
+    return to_bytes(tensors, metadata={"format": FORMAT, "version": version, "tuning": json.dumps(about)})
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -167,10 +173,14 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT or metadata.get("version") != VERSION:
-                raise ParamsFileError(f"its metadata must say format {FORMAT}, version {VERSION}; it says "
-                                      f"{metadata.get('format', 'nothing')!r:.80}, {metadata.get('version')!r:.20}")
+            if metadata.get("format") != FORMAT or metadata.get("version") not in VERSIONS:
+                raise ParamsFileError(f"its metadata must say format {FORMAT}, version {' or '.join(VERSIONS)}; it "
+                                      f"says {metadata.get('format', 'nothing')!r:.80}, "
+                                      f"{metadata.get('version')!r:.20}")
             about = json.loads(metadata.get("tuning", ""))
+            if isinstance(about, dict) and (metadata["version"] == REFRESHED) != ("refreshes" in about):
+                raise ParamsFileError(f"its metadata must have refreshes in version {REFRESHED} alone; it is of "
+                                      f"version {metadata['version']}")
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except ParamsFileError:
         raise
@@ -199,7 +209,8 @@ def _deserialise(about: Any, tensors: dict[str, Tensor]) -> TunedParams:
     _expect(all(is_plain(value) for value in (*config.values(), *about_versions.values())),
             "config and versions to hold numbers, text and short lists of them", "something else")
     return TunedParams(Architecture(_get(about, "family", str), config), bounds, MappingProxyType(found),
-                       MappingProxyType({key[:40]: str(value)[:200] for key, value in about_versions.items()}), known)
+                       MappingProxyType({key[:40]: str(value)[:200] for key, value in about_versions.items()}), known,
+                       refreshes=_count(about, "refreshes", MOST_REFRESHES) if "refreshes" in about else 0)
 
 
 def _layer(name: str, about: Any, tensors: dict[str, Tensor], bounds: Bounds, candidates: int,

@@ -4,8 +4,9 @@ The demo's trained model makes a clip of each of its scenes, all in one batch, w
 at several settings, with and without refreshes. For each setting: PSNR of the clips against the dense ones of the same
 noise (mean, median and worst), the share of block pairs computed over the whole run with dense evaluations counted as
 1, and on a GPU the time of all attention of a run as a share of dense attention's (PyTorch's). Dense evaluations of a
-sparse run go through this package's kernel with every block kept. --grid, --steps, --seeds and --only make it fit a
-CPU.
+sparse run go through this package's kernel with every block kept. With --tuned it also searches the thresholds of every
+layer and head, on one clip of another prompt and noise, for runs without and with refreshes. --grid, --steps, --seeds
+and --only make it fit a CPU.
 """
 from __future__ import annotations
 
@@ -23,8 +24,11 @@ import torch
 from torch import Tensor
 
 from comfyui_spargeattn.kernels import Residual, SpargeParams, attention_residual, sparge_attention
+from comfyui_spargeattn.nodes.call.token_layout import TokenLayout
 from comfyui_spargeattn.nodes.demo.words import SCENES, prompt
 from comfyui_spargeattn.nodes.run.refresh_schedule import leads, refresh_steps
+from comfyui_spargeattn.nodes.tuned.candidates import TunedSetting
+from tests.bench.tuned_layers import arguments, searching
 from tests.demo.compare import Attention, dense_share, psnr
 from tests.demo.model import WEIGHTS, load
 from tests.demo.sampling import sample, shifted
@@ -34,12 +38,14 @@ EVERY_BLOCK = SpargeParams(cdf_threshold=1.0)
 
 class Setting(NamedTuple):
     """amount: the threshold of the sparse calls, None for dense attention in PyTorch.
-    start: share of the schedule, by noise, that stays dense. refreshes: as the widget of that name."""
+    start: share of the schedule, by noise, that stays dense. refreshes: as the widget of that name.
+    l1: of a search, whose thresholds take the place of `amount`."""
 
     amount: dict | None
     start: float = 0.2
     refreshes: int = 0
     skipped: str = "pooled"
+    l1: float | None = None
 
 
 SETTINGS = (
@@ -47,6 +53,9 @@ SETTINGS = (
     + [Setting(dict(cdf_threshold=tau), start) for start in (0.0, 0.1, 0.2) for tau in (0.9, 0.95, 0.98, 0.99, 0.995)]
     + [Setting(amount, start, refreshes) for start in (0.1, 0.2) for refreshes in (3, 4, 6, 7)
        for amount in (dict(topk=0.1), dict(topk=0.2), dict(cdf_threshold=0.8), dict(cdf_threshold=0.9))])
+TUNED = [Setting(None, refreshes=refreshes, l1=l1)
+         for refreshes, l1 in ((0, 0.02), (0, 0.05), (4, 0.05), (4, 0.1), (6, 0.05), (6, 0.1))]
+TUNED_ON, TUNED_SEED = ("circle white stripes right", "purple checker up"), 1
 
 
 @dataclass
@@ -55,24 +64,30 @@ class Refreshed(Attention):
 
     refreshes: as of `refreshes_of`.
     layers: how many calls the model makes a step.
+    tuned: the setting of each layer, in place of `params` and `skipped`.
+    layout: of the tokens.
     computed: share of block pairs of each call, on the device.
     """
 
     skipped: str = "pooled"
     refreshes: dict[int, float] = field(default_factory=dict)
     layers: int = 1
+    tuned: list[TunedSetting | None] | None = None
+    layout: TokenLayout = TokenLayout((1, 1, 1))
     computed: list[Tensor] = field(default_factory=list)
     residuals: dict[int, Residual] = field(default_factory=dict)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if self.params is None:
+        if self.params is None and self.tuned is None:
             return super().__call__(q, k, v)
-        layer, how = len(self.computed) % self.layers, dict(params=self.params, skipped=self.skipped)
-        kept = torch.ones((), device=q.device)
+        layer, kept = len(self.computed) % self.layers, torch.ones((), device=q.device)
+        how: dict | None = dict(params=self.params, skipped=self.skipped)
+        if self.tuned is not None:
+            how = arguments(self.tuned[layer], self.layout, q)
         start = self._now(q)
-        if self.step < self.dense_steps or self.step in self.refreshes:
+        if how is None or self.step < self.dense_steps or self.step in self.refreshes:
             out = sparge_attention(q, k, v, params=EVERY_BLOCK)
-            if self.step in self.refreshes:
+            if how is not None and self.step in self.refreshes:
                 made = attention_residual(q, k, v, out, **how)
                 if layer in self.residuals and self.refreshes[self.step]:
                     made = made.extrapolated(self.residuals[layer], self.refreshes[self.step])
@@ -96,12 +111,26 @@ def refreshes_of(setting: Setting, steps: int) -> dict[int, float]:
     return dict(zip(chosen, leads(noise, chosen)))
 
 
-def clips(model, setting: Setting, grid: tuple[int, int, int], steps: int, seed: int) -> tuple[Tensor, float, float]:
+def search(model, setting: Setting, grid: tuple[int, int, int], steps: int) -> list[TunedSetting | None]:
+    """The settings of the layers that a search finds."""
+    began = time.perf_counter()
+    found = model.attention = searching(model, grid, setting.l1, dense_share(steps, setting.start), steps,
+                                        frozenset(refreshes_of(setting, steps)))
+    sample(model, prompt(*TUNED_ON)[None], (grid[0], 2 * grid[1], 2 * grid[2]), steps, TUNED_SEED,
+           before_step=found.enter_step)
+    kept = statistics.fmean(1 - layer.sparsity.mean().item() for layer in found.layers)
+    print(f"l1 {setting.l1:g}, {setting.refreshes} refreshes: searched in {time.perf_counter() - began:.0f} s, "
+          f"{kept:.1%} of the blocks kept", flush=True)
+    return [layer.setting for layer in found.layers]
+
+
+def clips(model, setting: Setting, tuned: list[TunedSetting | None] | None, grid: tuple[int, int, int], steps: int,
+          seed: int) -> tuple[Tensor, float, float]:
     """(a latent for each scene, share computed, seconds of attention) of one run."""
     params = None if setting.amount is None else SpargeParams(**setting.amount, similarity_threshold=-1.0)
     attention = model.attention = Refreshed(
         params, dense_share(steps, setting.start), skipped=setting.skipped, refreshes=refreshes_of(setting, steps),
-        layers=len(model.blocks))
+        layers=len(model.blocks), tuned=tuned, layout=TokenLayout(grid))
     latents = sample(model, torch.stack([prompt(*words) for words in SCENES.values()]),
                      (grid[0], 2 * grid[1], 2 * grid[2]), steps, seed, before_step=attention.enter_step).cpu()
     computed = torch.stack(attention.computed).mean().item() if attention.computed else 1.0
@@ -114,17 +143,23 @@ def main() -> None:
     parser.add_argument("--grid", type=int, nargs=3, default=(21, 30, 52))
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--seeds", type=int, nargs="+", default=(21,))
-    parser.add_argument("--only", type=int, nargs="+", help="numbers of the settings to measure, from 0")
+    parser.add_argument("--only", type=int, nargs="*", help="numbers of the settings to measure, from 0")
+    parser.add_argument("--tuned", type=int, nargs="*", help="also tuned settings: all, or these numbers, from 0")
     args = parser.parse_args()
     gpu = torch.cuda.is_available()
     model = load(WEIGHTS, "cuda" if gpu else "cpu", torch.bfloat16 if gpu else torch.float32)
-    chosen = [SETTINGS[i] for i in args.only] if args.only else SETTINGS
+    args.grid = tuple(args.grid)
+    chosen = SETTINGS if args.only is None else [SETTINGS[i] for i in args.only]
+    if args.tuned is not None:
+        chosen = chosen + [TUNED[i] for i in args.tuned or range(len(TUNED))]
+    tuned = {(s.l1, s.refreshes): search(model, s, args.grid, args.steps) for s in chosen if s.l1 is not None}
 
     def run(setting: Setting, seed: int):
-        return clips(model, setting, args.grid, args.steps, seed)
+        return clips(model, setting, tuned.get((setting.l1, setting.refreshes)), args.grid, args.steps, seed)
 
     if gpu:  # compile outside the timed runs: one of each kind of call
-        for setting in {(*(s.amount or ()), s.refreshes > 0): s for s in (Setting(None), *chosen)}.values():
+        kinds = {(*(s.amount or ()), s.refreshes > 0, s.l1): s for s in (Setting(None), *chosen)}
+        for setting in kinds.values():
             run(setting, args.seeds[0])
     dense = {seed: run(Setting(None), seed) for seed in args.seeds}
     rows = []
@@ -132,9 +167,9 @@ def main() -> None:
         runs = {seed: run(setting, seed) for seed in args.seeds}
         decibels = [psnr(a, b) for seed in args.seeds for a, b in zip(runs[seed][0], dense[seed][0])]
         rows.append(dict(
-            amount=setting.amount, dense_steps=list(range(dense_share(args.steps, setting.start))),
+            amount=setting.amount, l1=setting.l1, dense_steps=list(range(dense_share(args.steps, setting.start))),
             refreshed=list(refreshes_of(setting, args.steps)), extrapolated="once, at the refresh",
-            dense_by="kernel", skipped=setting.skipped, psnr_mean=statistics.fmean(decibels),
+            dense_by="kernel", skipped=None if setting.l1 else setting.skipped, psnr_mean=statistics.fmean(decibels),
             psnr_median=statistics.median(decibels), psnr_worst=min(decibels), psnr=decibels,
             computed=statistics.fmean(r[1] for r in runs.values()),
             attention=statistics.fmean(runs[s][2] / dense[s][2] for s in args.seeds) if gpu else None))

@@ -119,9 +119,13 @@ def residuals(rows: list[dict]):
     figure, axes = panels(1, width=9.0, height=6.0)
     lines = defaultdict(dict)  # of several schedules with as many refreshes, the last
     for row in rows:
+        first, refreshed = len(row["dense_steps"]), row["refreshed"]
+        if row.get("l1"):
+            if row["attention"]:
+                lines[f"tuned, {len(refreshed)} refreshes, {first} dense steps first"][f"l1 {row['l1']:g}"] = row
+            continue
         (name, value), = row["amount"].items()
         amount = f"τ {value:g}" if name == "cdf_threshold" else f"top {100 * value:g}%"
-        first, refreshed = len(row["dense_steps"]), row["refreshed"]
         if not row["attention"] or row["skipped"] != "pooled" or row["dense_by"] != "kernel" and first:
             continue
         if not refreshed and name == "cdf_threshold" and value < 1:

@@ -1,12 +1,24 @@
 """Which calls go sparse, when, and what is said about it: the node's decisions, without ComfyUI."""
+from dataclasses import replace
+
 import pytest
 import torch
 
 from comfyui_spargeattn.kernels import SpargeParams, capability
 from comfyui_spargeattn.nodes.call import plan as policy
 from comfyui_spargeattn.nodes.call.arguments import AttentionCall
-from comfyui_spargeattn.nodes.call.plan import CallSite, Dense, NodeSettings, SparsePlan, plan_call
+from comfyui_spargeattn.nodes.call.plan import (
+    CallSite,
+    Dense,
+    NodeSettings,
+    SparsePlan,
+    plan_call,
+    plan_without_residual,
+)
 from comfyui_spargeattn.nodes.call.transformer_blocks import ListedBlocks, TransformerBlock
+from comfyui_spargeattn.nodes.tuned.candidates import TunedSetting
+from comfyui_spargeattn.nodes.tuned.params import Architecture, TunedLayer, TunedParams
+from comfyui_spargeattn.nodes.tuned.search import Bounds, LayerSearch
 
 PARAMS = SpargeParams(topk=0.5, similarity_threshold=-1.0)
 SETTINGS = NodeSettings(PARAMS, start_percent=0.0, min_tokens=64)
@@ -112,3 +124,26 @@ def test_dense_blocks():
     assert reason(make_call(), settings, TransformerBlock("double", 1)) == "listed in dense_blocks (block double:1)"
     assert reason(make_call(), settings, TransformerBlock("double", 0)) is None
     assert reason(make_call(), settings, None) is None
+
+
+def tuned(refreshes):
+    """The settings with parameters of one layer."""
+    params = SpargeParams(topk=torch.full((2,), 0.1), similarity_threshold=torch.full((2,), -1.0))
+    search = replace(LayerSearch.start(2, 2), setting=TunedSetting(params, ("row-major",) * 2, "pooled", "fp16"))
+    return replace(SETTINGS, tuned=TunedParams(Architecture("Model", {}), Bounds(), {"#1": TunedLayer(search, 8)},
+                                               refreshes=refreshes))
+
+
+@pytest.mark.parametrize("refreshes", (0, 3))
+def test_what_was_tuned_for_refreshes_needs_a_residual(refreshes):
+    settings, call, site = tuned(refreshes), make_call(), CallSite(layer="#1")
+    plan = plan_call(call, settings, site)
+    assert plan.skipped == "pooled" and plan.needs_residual == (refreshes > 0)
+    without = plan_without_residual(plan, call, settings, site)
+    if refreshes:
+        assert without == SparsePlan(PARAMS, "reference", untuned="they were tuned for refreshes, and this call has no "
+                                                                  "residual")
+    else:
+        assert without is plan
+    other = plan_call(call, settings, CallSite(layer="#2"))
+    assert not other.needs_residual and plan_without_residual(other, call, settings, CallSite(layer="#2")) is other

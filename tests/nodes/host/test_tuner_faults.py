@@ -191,7 +191,7 @@ def search(pack, tuner, layer, measure):
     call = pack.arguments.AttentionCall(q, q, q, "BHND")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pack.tuner, "CallMeasure", lambda *_: measure)
-        tuner._search(layer, call, SimpleNamespace(layout="no grid"), q)
+        tuner._search(layer, call, pack.plan.CallSite(layer=layer), SimpleNamespace(layout="no grid"), q)
 
 
 def test_threads_build_on_each_others_results(pack):

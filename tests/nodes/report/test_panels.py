@@ -11,6 +11,8 @@ from comfyui_spargeattn.nodes.override import SpargeOverride
 from comfyui_spargeattn.nodes.report.panels import SPARSE, run_report
 from comfyui_spargeattn.nodes.run.block_maps import BlockPictures, MapRequest
 from comfyui_spargeattn.nodes.run.summary import CallTimes
+from comfyui_spargeattn.nodes.tuned.params import Architecture, TunedParams
+from comfyui_spargeattn.nodes.tuned.search import Bounds
 from comfyui_spargeattn.tests.nodes.report.reported import SETTINGS, STEPS, dense_attention, panels_of, run
 from comfyui_spargeattn.tests.nodes.stand_ins import Patcher
 
@@ -182,3 +184,21 @@ def test_report_of_an_earlier_prompt_says_so():
     assert second.notes[0] == ("This model was not sampled in this prompt. What follows is its last run, which ended "
                                f"on {ended}.")
     assert second.notes[1:] == first.notes and not any("prompt" in note for note in first.notes)
+
+
+def test_calls_without_tuned_parameters_are_listed(finished):
+    untuned = {f"nothing was tuned for layer double:{i}": 9 - i for i in range(5)}
+    text = run_report(replace(finished.run.summary, untuned=untuned), SETTINGS).text()
+    lines = [line for line in text.splitlines() if "in place of params" in line]
+    assert lines[0] == "9 calls used the widgets in place of params: nothing was tuned for layer double:0"
+    assert len(lines) == 3
+
+
+@pytest.mark.parametrize("tuned_for, chosen, says", (
+    (0, 3, "params were tuned without refreshes"), (4, 2, "tuned for 4 refreshes, the node has 2"),
+    (4, 2, "further from dense"), (2, 4, "closer to dense"), (4, 4, ""), (0, 0, "")))
+def test_other_refreshes_than_tuned_for_are_said(finished, tuned_for, chosen, says):
+    tuned = TunedParams(Architecture("WanModel", {}), Bounds(), refreshes=tuned_for)
+    text = run_report(finished.run.summary, replace(SETTINGS, tuned=tuned, refreshes=chosen)).text()
+    assert (says in text) if says else ("were tuned" not in text)
+    assert (f"between {tuned_for} refreshes" in text) == (tuned_for > 0)

@@ -30,6 +30,10 @@ def test_sparsity_is_that_of_all_heads(params):
     assert "1 of 2 layers sparse, mean sparsity 40.0%" in str(params)
 
 
+def test_sparsity_between_refreshes_is_called_so(params):
+    assert "mean sparsity 40.0% between 3 refreshes, L1" in str(replace(params, refreshes=3))
+
+
 def test_without_an_evaluation_there_is_no_error_of_it(params):
     layers = {name: replace(layer, search=replace(layer.search, unseen_calls=0))
               for name, layer in params.layers.items()}

@@ -2,6 +2,7 @@
 import json
 import math
 import struct
+from dataclasses import replace
 
 import pytest
 import torch
@@ -42,6 +43,30 @@ def test_a_search_goes_on_from_the_file(params, saved):
     one = params_file.load(saved).layers["double:0"].search.learn(learnt)
     two = params.layers["double:0"].search.learn(learnt)
     assert same(one, two) and torch.equal(one.kept, two.kept) and one.calls == 2
+
+
+@pytest.mark.parametrize("refreshes", (1, 50))
+def test_refreshes_come_back(params, tmp_path, refreshes):
+    """Under a version that software without refreshes refuses, because it would use far too aggressive thresholds."""
+    path = params_file.save(replace(params, refreshes=refreshes), tmp_path, "refreshed")
+    assert parts(path)[0]["__metadata__"]["version"] == "2"
+    loaded = params_file.load(path)
+    assert loaded.refreshes == refreshes and str(loaded) == str(replace(params, refreshes=refreshes))
+
+
+def test_without_refreshes_a_file_is_as_it_has_always_been(saved):
+    header = parts(saved)[0]["__metadata__"]
+    assert header["version"] == "1" and "refreshes" not in json.loads(header["tuning"])
+    assert params_file.load(saved).refreshes == 0
+
+
+@pytest.mark.parametrize("version, value", (("1", 3), ("2", None), ("2", 0), ("2", 51), ("2", 2.0), ("2", "3"),
+                                            ("2", True), ("2", -1), ("2", [])))
+def test_refreshes_that_are_refused(saved, version, value):
+    rewrite(saved, metadata=lambda m: m.update(version=version),
+            about=lambda a: a.update({} if value is None else {"refreshes": value}))
+    with pytest.raises(ParamsFileError, match="refreshes"):
+        params_file.load(saved)
 
 
 def test_the_metadata_can_be_read_without_this_package(saved):
@@ -122,7 +147,7 @@ NESTED = "[" * 100_000
 
 
 @pytest.mark.parametrize("change, reason", (
-    (lambda m: m.update(format="pt"), "format"), (lambda m: m.update(version="2"), "version"),
+    (lambda m: m.update(format="pt"), "format"), (lambda m: m.update(version="3"), "version"),
     (lambda m: m.pop("tuning"), "JSON"), (lambda m: m.update(tuning="{"), "JSON"),
     (lambda m: m.update(tuning=NESTED), "JSON"), (lambda m: m.update(tuning="[]"), "layers"),
     (lambda m: m.update(tuning="null"), "layers"), (lambda m: m.update(tuning="9" * 10_000), "JSON"),
