@@ -52,6 +52,7 @@ def searching(model, grid: tuple[int, int, int], l1: float, first: int, steps: i
     """A search of `samples` steps, spread evenly over those from `first` on that are no refreshes."""
     heads = model.config.num_heads
     inside = [step for step in range(first, steps) if step not in refreshes]
+    samples = min(samples, len(inside))
     searched = frozenset(inside[(2 * i + 1) * len(inside) // (2 * samples)] for i in range(samples))
     layers = [LayerSearch.start(heads, heads, Bounds(l1, l1)) for _ in model.blocks]
     return Searching(layers, TokenLayout(grid), refreshes, searched)
