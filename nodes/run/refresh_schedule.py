@@ -12,7 +12,9 @@ FEWEST = 6  # evaluations that may go sparse; with fewer, every second one would
 # the square of what separates them grows in proportion.
 _UNRELATED = 4.0
 # Residuals move on along a line for a while: of the way to the middle of the steps that one serves, so much is gone.
+# Over a larger difference of that logarithm a line only adds noise.
 _LEAD = 0.7
+_LINE = 0.6
 _ALIKE = 1e-4  # relative; schedulers and samplers round the same noise level differently
 _TRIED = 4  # evaluations after which a sampler that took one for each step so far is taken to go on so
 
@@ -28,8 +30,7 @@ def refresh_steps(noise: Sequence[float], count: int, first: int = 0) -> list[in
     """
     # Pure noise is infinitely far from any other level; what the first step covers is not.
     noise = [level if level < 1 else (1 + following) / 2 for level, following in pairwise(noise)]
-    level = torch.tensor(noise[first:], dtype=torch.float64, device="cpu").clamp(1e-9, 1 - 1e-9)
-    snr = (1 - level).log() - level.log()
+    snr = torch.tensor([_log_snr(level) for level in noise[first:]], dtype=torch.float64, device="cpu")
     apart = ((snr[:, None] - snr).abs() / _UNRELATED).clamp(max=1)
     # serves[s, e]: cost of steps s to e - 1 with the residual of step s
     steps = len(snr)
@@ -49,7 +50,8 @@ def refresh_steps(noise: Sequence[float], count: int, first: int = 0) -> list[in
 
 def leads(noise: Sequence[float], refreshed: Sequence[int]) -> list[float]:
     """How far beyond each refresh its residual is to be extrapolated, as a share of the distance from the refresh
-    before: to the middle of the steps that it serves, less what such a line is known to overshoot. Zero for the first.
+    before: to the middle of the steps that it serves, less what such a line is known to overshoot. Zero for the first,
+    and where that middle is too far away.
 
     noise: as of `refresh_steps`. refreshed: the steps that refresh.
     """
@@ -57,8 +59,15 @@ def leads(noise: Sequence[float], refreshed: Sequence[int]) -> list[float]:
     for before, step, following in zip(refreshed, refreshed[1:], [*refreshed[2:], len(noise) - 1]):
         served = noise[step + 1:following]
         middle = sum(served) / len(served) if served else noise[step]
-        found.append(_LEAD * (middle - noise[step]) / (noise[step] - noise[before]))
+        near = _log_snr(middle) - _log_snr(noise[step]) <= _LINE
+        found.append(_LEAD * (middle - noise[step]) / (noise[step] - noise[before]) if near else 0.0)
     return found
+
+
+def _log_snr(level: float) -> float:
+    """The logarithm of signal over noise at a share of noise."""
+    level = min(max(level, 1e-9), 1 - 1e-9)
+    return math.log((1 - level) / level)
 
 
 class RefreshSchedule:
