@@ -7,7 +7,8 @@ from itertools import pairwise
 
 import torch
 
-FEWEST = 6  # evaluations that may go sparse; with fewer, every second one would be dense
+FEWEST = 6  # steps that may go sparse; with fewer, every second one would be dense
+CLOSE = 16  # steps that may go sparse, from which on they lie close to each other
 # Difference of the logarithm of signal over noise at which two residuals have nothing in common any more. Below it,
 # the square of what separates them grows in proportion.
 _UNRELATED = 4.0
@@ -80,6 +81,7 @@ class RefreshSchedule:
     due: whether this evaluation refreshes.
     lead: how far the residuals that this evaluation makes are to be extrapolated, see `leads`.
     levels: noise levels of the refreshes of this run; none where there are none.
+    far_apart: whether there are refreshes and the steps lie far apart.
     problem: why there are none although `count` asks for some.
     """
 
@@ -94,6 +96,7 @@ class RefreshSchedule:
         self.due = False
         self.lead = 0.0
         self.levels: tuple[float, ...] = ()
+        self.far_apart = False
         self.problem = ""
         self._pending: list[tuple[float, float]] = []  # (level, lead)
         self._schedule: Sequence[float] = ()
@@ -122,6 +125,7 @@ class RefreshSchedule:
         chosen = refresh_steps(noise, min(self.count, len(inside) // 2) + before, inside[0] - before)
         self._schedule = schedule
         self.levels = tuple(schedule[step] for step in chosen)
+        self.far_apart = len(inside) < CLOSE
         self._pending = list(zip(self.levels, leads(noise, chosen)))
 
     def advance(self, read_sigma: Callable[[], float]) -> None:

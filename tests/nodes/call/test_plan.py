@@ -113,7 +113,7 @@ def test_long_sequences_go_sparse_on_a_fast_kernel(monkeypatch):
 ])
 def test_without_a_residual_more_is_kept(given, amount):
     plan = SparsePlan(given, "reference", skipped="pooled", pv_dtype="fp16", curve="hilbert")
-    alone = plan.without_residual()
+    alone = plan.keeping(policy.ALONE)
     assert torch.equal(torch.as_tensor(alone.params.amount), torch.as_tensor(amount))
     assert (alone.params.selection, alone.params.similarity_threshold, alone.params.pv_threshold) == ("cdf", 0.3, 9.0)
     assert (alone.skipped, alone.pv_dtype, alone.curve) == ("pooled", "fp16", "hilbert")

@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 
-from comfyui_spargeattn.kernels import SpargeParams, sparge_attention
+from comfyui_spargeattn.kernels import SpargeParams, attention_residual, sparge_attention
 from comfyui_spargeattn.nodes.call.plan import NodeSettings
 from comfyui_spargeattn.nodes.override import SpargeOverride
 from comfyui_spargeattn.nodes.run import kernel_calls
@@ -26,6 +26,15 @@ def reached(monkeypatch):
     return calls
 
 
+@pytest.fixture
+def made(monkeypatch):
+    """The amounts that residuals were made with."""
+    amounts = []
+    monkeypatch.setattr(kernel_calls, "attention_residual", lambda *args, params, **how: (
+        amounts.append(params.amount), attention_residual(*args, params=params, **how))[1])
+    return amounts
+
+
 def run(settings, recognised=True, steps=10, memory=1 << 30):
     override = SpargeOverride(settings, memory=Memory(lambda device: memory))
 
@@ -40,6 +49,14 @@ def run(settings, recognised=True, steps=10, memory=1 << 30):
 def test_what_counts_on_a_residual_has_one(reached):
     run(SETTINGS)
     assert len(reached) == 8 and set(reached) == {("topk", 0.25, True)}
+
+
+@pytest.mark.parametrize("steps, amount", ((10, 0.9), (16, 0.5)))
+def test_in_few_steps_more_is_kept(reached, made, steps, amount):
+    """By the refreshes too: a residual fits the thresholds that it was made with."""
+    run(replace(SETTINGS, params=SpargeParams(cdf_threshold=0.5)), steps=steps)
+    assert len(reached) == steps - 2 and set(reached) == {("cdf", amount, True)}
+    assert made == 2 * [amount]
 
 
 @pytest.mark.parametrize("how", (dict(recognised=False), dict(steps=4), dict(memory=0)),

@@ -121,6 +121,13 @@ def test_noise_levels_beyond_one():
     assert run.refreshed == refresh_steps([level / (1 + level) for level in schedule], 3)
 
 
+@pytest.mark.parametrize("steps, far_apart", ((15, True), (16, False)))
+def test_few_steps_lie_far_apart(steps, far_apart):
+    schedule = shifted(steps)
+    assert Followed(schedule, schedule[:-1], 3).refresh.far_apart is far_apart
+    assert not Followed(schedule, schedule[:-1], 0).refresh.far_apart
+
+
 def test_no_more_than_every_second():
     schedule = shifted(8)
     assert len(Followed(schedule, schedule[:-1], 50).refreshed) == 4
