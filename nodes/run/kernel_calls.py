@@ -83,6 +83,9 @@ class KernelCalls:
                 store.put(keys, made if earlier is None else made.extrapolated(earlier, lead), evaluation)
         except (FastPathError, torch.OutOfMemoryError):  # sparse calls will meet it too, and say why
             store.drop(keys)
+        except Exception as error:
+            self._lost(error)
+            store.drop(keys)
         if store.refused:
             self._run.say_once("no memory for residuals", f"some layers get no residual: {NO_MEMORY}")
 
@@ -116,6 +119,15 @@ class KernelCalls:
             return store.get(store.keys(call, site), call.q.device) if self._run.refresh.levels else None
         except torch.OutOfMemoryError:  # those of several conditions are put together in new memory
             return None
+        except Exception as error:  # pinned memory and streams may fail in ways of their own, and a call can do without
+            self._lost(error)
+            return None
+
+    def _lost(self, error: Exception) -> None:
+        """Say that a residual could not be kept or fetched, unless that is an error of the device."""
+        if is_of_the_device(error):
+            raise error
+        self._run.say_once("residual lost", f"a residual was lost: {type(error).__name__}: {error}")
 
     def _keep_map(self, block: TransformerBlock, call: AttentionCall, how: dict[str, Any]) -> None:
         """Keep the block map of the first sample of the batch for a report."""

@@ -130,6 +130,24 @@ def test_other_widgets_leave_the_preset(editor):
     assert shows(editor, OF_A_NEW_NODE) and values(editor)["hilbert"] == "off"
 
 
+@pytest.mark.parametrize("type_of_node", (NODE, "SpargeAttnTune"))
+def test_start_and_end_push_each_other(editor, kind, type_of_node):
+    def window():
+        return editor.run("() => app.graph._nodes[0].widgets.filter(({name}) => ['start_percent', 'end_percent', "
+                          "'preset'].includes(name)).map(widget => widget.value)")
+
+    editor.place(type_of_node)
+    *preset, start, _ = window()
+    type_number(editor, kind, "end_percent", 0.9)
+    assert window() == [*preset, start, 0.9]
+    type_number(editor, kind, "end_percent", 0.01)
+    assert window()[-2:] == [0.01, 0.01]
+    type_number(editor, kind, "start_percent", 0.6)
+    assert window()[-2:] == [0.6, 0.6]
+    if preset:
+        assert window()[0] == CUSTOM
+
+
 def test_a_linked_widget_makes_it_custom(editor):
     editor.place(NODE)
     editor.run(f"""() => {{ {FIND}

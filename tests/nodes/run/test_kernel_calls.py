@@ -8,6 +8,7 @@ from comfyui_spargeattn.nodes.call.plan import NodeSettings
 from comfyui_spargeattn.nodes.override import SpargeOverride
 from comfyui_spargeattn.nodes.run import kernel_calls
 from comfyui_spargeattn.nodes.run.host_memory import Memory
+from comfyui_spargeattn.nodes.run.residuals import ResidualStore
 from comfyui_spargeattn.tests.nodes.stand_ins import attend, sample
 
 SETTINGS = NodeSettings(SpargeParams(topk=0.25), start_percent=0.0, min_tokens=64, refreshes=2)
@@ -66,6 +67,27 @@ def test_without_a_residual_more_is_kept(reached, how, caplog):
         run(SETTINGS, **how)
     assert len(reached) >= 4 and set(reached) == {("cdf", 0.98, False)}
     assert caplog.text.count("calls without a residual keep at least 98% of the attention") == 1
+
+
+@pytest.mark.parametrize("stage", ("get", "admits", "put"))
+def test_a_lost_residual_ends_no_run(reached, monkeypatch, caplog, stage):
+    def fails(*args):
+        raise RuntimeError("no more pages to pin")
+
+    monkeypatch.setattr(ResidualStore, stage, fails)
+    with caplog.at_level("INFO"):
+        run(SETTINGS)
+    assert set(reached) == {("cdf", 0.98, False)}
+    assert caplog.text.count("a residual was lost: RuntimeError: no more pages to pin") == 1
+
+
+def test_an_error_of_the_device_is_not_hidden(monkeypatch):
+    def fails(*args):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(ResidualStore, "get", fails)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        run(SETTINGS)
 
 
 def test_without_refreshes_thresholds_are_as_chosen(reached):
