@@ -83,12 +83,14 @@ class RefreshSchedule:
     levels: noise levels of the refreshes of this run; none where there are none.
     far_apart: whether there are refreshes and the steps lie far apart.
     problem: why there are none although `count` asks for some.
+    steady: whether the sampler of this run adds no noise between steps; set before `begin`.
     """
 
     def __init__(self, count: int):
         """count: refreshes among the evaluations that may go sparse. The last evaluation before them is one too, at no
         cost, because it is dense in any case."""
         self.count = count
+        self.steady = True
         self.reset()
 
     def reset(self) -> None:
@@ -112,6 +114,9 @@ class RefreshSchedule:
         """
         self.reset()
         if not self.count:
+            return
+        if not self.steady:
+            self.problem = "the sampler adds noise between steps"
             return
         if len(schedule) < 2 or any(a <= b for a, b in pairwise(schedule)):
             self.problem = "the sampler gave no falling noise levels"

@@ -139,7 +139,7 @@ def test_what_can_not_be_told_apart_gets_none(comfy_nodes, wan):
     assert len(run.dense) == 2 * 3 * FAMILY.calls and run.sparse and run.without == len(run.sparse)
 
 
-@pytest.mark.parametrize("sampler", ("heun", "dpmpp_2s_ancestral", "res_multistep", "dpmpp_2m", "uni_pc"))
+@pytest.mark.parametrize("sampler", ("heun", "res_multistep", "dpmpp_2m", "uni_pc", "ddim"))
 def test_samplers(comfy_nodes, wan, sampler):
     run = Run(comfy_nodes, wan, sampling={"sampler": sampler})
     assert run.latent.isfinite().all() and run.without == 0
@@ -147,6 +147,26 @@ def test_samplers(comfy_nodes, wan, sampler):
     assert len(run.dense) == 3 * FAMILY.calls
     for due in run.dense[::FAMILY.calls]:
         assert any(due <= level * 1.0001 for level in schedule(wan))
+
+
+@pytest.mark.parametrize("sampler", ("euler_ancestral", "dpmpp_2s_ancestral", "dpmpp_2m_sde", "lcm", "er_sde"))
+def test_samplers_that_add_noise_have_no_refreshes(comfy_nodes, wan, sampler, caplog):
+    """What they add changes attention more than a step does."""
+    with caplog.at_level(logging.INFO):
+        run = Run(comfy_nodes, wan, sampling={"sampler": sampler})
+    assert run.latent.isfinite().all() and run.dense == [] and run.without == len(run.sparse) > 0
+    assert "residuals none: the sampler adds noise between steps" in caplog.text
+
+
+def test_noise_of_the_samplers_of_comfyui(comfy_nodes):
+    import comfy.samplers
+
+    adds_noise = comfy_host.pack_module(comfy_nodes, "nodes.run.sampler_noise").adds_noise
+    found = {name for name in comfy.samplers.SAMPLER_NAMES if adds_noise(comfy.samplers.sampler_object(name))}
+    named = {name for name in comfy.samplers.SAMPLER_NAMES if "ancestral" in name or "sde" in name}
+    assert named | {"lcm", "ddpm", "sa_solver", "seeds_2", "seeds_3"} <= found
+    assert not found & {"euler", "euler_cfg_pp", "heun", "dpm_2", "lms", "dpmpp_2m", "ddim", "uni_pc", "uni_pc_bh2",
+                        "deis", "ipndm", "res_multistep", "gradient_estimation", "dpm_fast", "dpm_adaptive"}
 
 
 def test_part_of_a_schedule(comfy_nodes, wan):

@@ -143,6 +143,18 @@ def test_off_where_it_can_not_help(schedule, says):
     assert says in run.refresh.problem and run.refresh.levels == () and run.refreshed == [] and run.read == []
 
 
+def test_off_where_the_sampler_adds_noise():
+    refresh = RefreshSchedule(3)
+    refresh.steady = False
+    for _ in range(2):
+        refresh.begin(shifted(20), -math.inf, math.inf, 1.0)
+        assert refresh.problem == "the sampler adds noise between steps" and refresh.levels == ()
+        refresh.reset()
+    refresh.steady = True
+    refresh.begin(shifted(20), -math.inf, math.inf, 1.0)
+    assert len(refresh.levels) == 3 and not refresh.problem
+
+
 def test_off_by_choice():
     run = Followed(shifted(20), shifted(20)[:-1], 0)
     assert (run.refresh.problem, run.refresh.levels, run.refreshed, run.read) == ("", (), [], [])
