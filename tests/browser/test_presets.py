@@ -7,6 +7,7 @@ import os
 
 import pytest
 
+from comfyui_spargeattn.nodes.call.plan import DENSE_STEPS
 from comfyui_spargeattn.nodes.presets import CUSTOM, DEFAULTS, OF_A_NEW_NODE, PRESETS
 from comfyui_spargeattn.tests.nodes.host import comfy_server
 
@@ -24,6 +25,7 @@ HOST = comfy_server.REPOSITORY / "tests/nodes/host/saved"
 SAVED = sorted(path.relative_to(HOST) for path in HOST.glob("*/workflows/*.json"))
 NODE = "ApplySpargeAttn"
 FIND = f"const node = app.graph._nodes.find(node => node.type === '{NODE}')"
+NEWER = {"refreshes": 0, "dense_steps": DENSE_STEPS[0]}  # than some of the files here, with what they mean there
 OTHER = next(name for name in PRESETS if name != OF_A_NEW_NODE)
 
 
@@ -237,7 +239,7 @@ def test_a_file_without_a_preset_is_custom(editor, bare_editor, path, way, scree
     applied = {key: node["inputs"] for key, node in expected.items() if node["class_type"] == NODE}
     assert applied
     for key, inputs in applied.items():
-        assert prompt[key]["inputs"] == {"refreshes": 0, **inputs, "preset": CUSTOM}
+        assert prompt[key]["inputs"] == {**NEWER, **inputs, "preset": CUSTOM}
 
 
 def test_values_that_a_file_has_are_kept(editor):
@@ -272,7 +274,7 @@ def test_a_prompt_opens_as_it_runs(editor, change, expected):
     prompt[key]["inputs"] |= change
     editor.run("prompt => app.loadApiJson(prompt, 'prompt')", prompt)
     _, opened = editor.export()
-    assert opened[key]["inputs"] == {"refreshes": 0, **prompt[key]["inputs"], **expected}
+    assert opened[key]["inputs"] == {**NEWER, **prompt[key]["inputs"], **expected}
     editor.clear()
 
 
