@@ -178,7 +178,7 @@ class ApplySpargeAttn(io.ComfyNode):
             patched.add_callback_with_key(event, CALLBACK_KEY, callback)
         patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, CALLBACK_KEY, expect_tokens)
         patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, CALLBACK_KEY, override.names.count)
-        patched.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, CALLBACK_KEY, override.on_sampler)
+        patched.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, CALLBACK_KEY, override.run.refresh.on_sampler)
         return io.NodeOutput(patched)
 
 

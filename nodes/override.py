@@ -23,7 +23,6 @@ from .report.advice import about_little_skipped
 from .report.line import NodeLine, after_run, while_sampling
 from .run.host_memory import Memory
 from .run.kernel_calls import KernelCalls
-from .run.sampler_noise import adds_noise
 from .run.sigma_window import SigmaWindow
 from .run.state import RunState
 from .run.stopwatch import Stopwatch
@@ -159,11 +158,6 @@ class SpargeOverride:
         self._slot = self
         self.names.begin()
         self.run.begin()
-
-    def on_sampler(self, executor: Callable, *args, **kwargs) -> Any:
-        """Wrapper of ComfyUI's SAMPLER_SAMPLE: which sampler evaluates the model."""
-        self.run.refresh.steady = not adds_noise(getattr(executor, "class_obj", None))
-        return executor(*args, **kwargs)
 
     def on_prepare_state(self, patcher, timestep: Tensor, model_options: dict, *_) -> None:
         """ModelPatcher callback: the sampler is about to evaluate the model, perhaps once for each condition."""

@@ -8,7 +8,6 @@ import math
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from comfy.patcher_extension import CallbacksMP, WrappersMP
@@ -27,7 +26,6 @@ from .log import log
 from .override import SLOT, SpargeOverride
 from .run.refresh_schedule import RefreshSchedule
 from .run.refreshed_calls import RefreshedCalls
-from .run.sampler_noise import adds_noise
 from .run.sigma_window import sigma_range
 from .tuned.params import TunedLayer, TunedParams
 from .tuned.search import LayerSearch
@@ -95,14 +93,9 @@ class Tuner:
         patched.add_callback_with_key(CallbacksMP.ON_CLEANUP, _KEY, self._on_cleanup)
         for wrapper in (expect_tokens, self._names.count):
             patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, _KEY, wrapper)
-        patched.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, _KEY, self._on_sampler)
+        patched.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, _KEY, self._refresh.on_sampler)
         self._reset()
         return patched
-
-    def _on_sampler(self, executor: Callable, *args, **kwargs) -> Any:
-        """Wrapper of ComfyUI's SAMPLER_SAMPLE: which sampler evaluates the model."""
-        self._refresh.steady = not adds_noise(getattr(executor, "class_obj", None))
-        return executor(*args, **kwargs)
 
     def _on_prepare_state(self, patcher, timestep: Tensor, model_options: dict, *_) -> None:
         """ModelPatcher callback: the sampler is about to evaluate the model."""

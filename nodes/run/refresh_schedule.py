@@ -4,8 +4,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
+
+from .sampler_noise import adds_noise
 
 FEWEST = 6  # steps that may go sparse; with fewer, every second one would be dense
 CLOSE = 16  # steps that may go sparse, from which on they lie close to each other
@@ -104,6 +107,11 @@ class RefreshSchedule:
         self._schedule: Sequence[float] = ()
         self._evaluations = 0
         self._one_a_step = True
+
+    def on_sampler(self, executor: Callable, *args, **kwargs) -> Any:
+        """Wrapper of ComfyUI's SAMPLER_SAMPLE: which sampler evaluates the model in this run."""
+        self.steady = not adds_noise(getattr(executor, "class_obj", None))
+        return executor(*args, **kwargs)
 
     def begin(self, schedule: Sequence[float], lowest: float, highest: float, largest: float) -> None:
         """Start a run.

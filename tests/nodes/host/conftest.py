@@ -1,11 +1,14 @@
 import json
 import os
+import sys
 
 # Before torch: threads that spin while they wait would make a busy machine several times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import comfy_host
 import pytest
+
+TESTS = comfy_host.REPOSITORY / "tests"
 
 
 def pytest_runtest_logreport(report):
@@ -23,3 +26,21 @@ def comfy_nodes(tmp_path_factory):
     base = tmp_path_factory.mktemp("comfyui")
     comfy_host.prepare_base_directory(base)
     return comfy_host.start(base)
+
+
+@pytest.fixture(scope="module")
+def demo(comfy_nodes):
+    """The demo's modules, as a package."""
+    sys.path.insert(0, str(TESTS))
+    import demo.clips
+    import demo.model
+    import demo.sampling
+
+    yield demo
+    sys.path.remove(str(TESTS))
+
+
+@pytest.fixture(scope="module")
+def clips(demo):
+    """How the demo's clips are drawn and shown."""
+    return demo.clips

@@ -1,6 +1,5 @@
 """The demo's trained video model in ComfyUI: attention with structure, where skipping blocks does little harm."""
 import re
-import sys
 from dataclasses import replace
 
 import comfy_host
@@ -8,22 +7,9 @@ import pytest
 import torch
 from sampling import apply, relative_l1
 
-TESTS = comfy_host.REPOSITORY / "tests"
 CHECKPOINT = comfy_host.REPOSITORY / "nodes/demo/wan_shapes.safetensors"
 GRID = 4, 16, 24  # tokens: 1536
 STEPS = 4
-
-
-@pytest.fixture(scope="module")
-def demo(comfy_nodes):
-    """The demo's modules, as a package."""
-    sys.path.insert(0, str(TESTS))
-    import demo.clips
-    import demo.model
-    import demo.sampling
-
-    yield demo
-    sys.path.remove(str(TESTS))
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """Tune, save, load and apply in a real ComfyUI: on the demo's trained model, and on random models of other families."""
 import re
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,20 +9,10 @@ import pytest
 import torch
 from sampling import MIN_TOKENS, apply, condition, interrupted_at, widget_defaults
 
-TESTS = comfy_host.REPOSITORY / "tests"
 CHECKPOINT = comfy_host.REPOSITORY / "nodes/demo/wan_shapes.safetensors"
 GRID = 4, 8, 16  # tokens: 512, in 4 × 8 blocks
 LAYERS, HEADS = [f"double:{i}" for i in range(6)], 2
 BOUNDS = {"l1": 0.1, "l2": 0.12}
-
-
-@pytest.fixture(scope="module")
-def clips(comfy_nodes):
-    sys.path.insert(0, str(TESTS))
-    import demo.clips
-
-    yield demo.clips
-    sys.path.remove(str(TESTS))
 
 
 def node(comfy_nodes, name):

@@ -1,5 +1,4 @@
 """Tuning for runs with refreshes in a real ComfyUI, and what Apply SpargeAttn makes of such parameters."""
-import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -7,7 +6,7 @@ import comfy_host
 import pytest
 import torch
 from sampling import MIN_TOKENS, apply, widget_defaults
-from test_tuning import CHECKPOINT, GRID, LAYERS, SHAPE, TESTS, load, node, sample, save
+from test_tuning import CHECKPOINT, GRID, LAYERS, SHAPE, load, node, sample, save
 
 STEPS, REFRESHES, BOUND = 16, 4, 0.1
 TUNED, OTHER = ("star red stripes right", "blue checker left"), ("ring yellow plain left", "green plain up")
@@ -31,15 +30,6 @@ def model(comfy_nodes):
     import comfy.sd
 
     return comfy.sd.load_diffusion_model(str(CHECKPOINT))
-
-
-@pytest.fixture(scope="module")
-def clips(comfy_nodes):
-    sys.path.insert(0, str(TESTS))
-    import demo.clips
-
-    yield demo.clips
-    sys.path.remove(str(TESTS))
 
 
 def condition(comfy_nodes, prompt):
