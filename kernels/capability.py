@@ -13,11 +13,9 @@ from .failures import remembered
 from .triton_package import OLDEST, has_triton, install_command, triton_version
 
 MAX_HEAD_DIM = 256
-_FP8_NEEDS = "hardware for float8_e4m3fn: an NVIDIA GPU from sm90 on, or sm89 and sm120 with Triton 3.5 or newer"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MIN_SM = 80
 _BLACKWELL = (3, 3)  # the first Triton for sm100 and sm120
-_FP8_ON_GEFORCE = (3, 5)  # older ones fail on sm89, and on sm120 turn float8 into float16
 # CDNA3 (gfx94x, gfx95x) and RDNA3 and newer (gfx11xx, gfx12xx).
 _AMD_FAMILIES = ("gfx94", "gfx95", "gfx11", "gfx12")
 _log = logging.getLogger(__name__)
@@ -63,20 +61,14 @@ def triton_declines(facts: Facts) -> str | None:
     return None
 
 
-def supports_fp8(arch: str | None) -> bool:
-    """Whether the kernels can multiply float8_e4m3fn on an architecture: NVIDIA Ada (sm89) and newer, where the Triton
-    that is installed compiles it to the hardware's own products."""
-    if arch is None or not arch.startswith("sm") or int(arch[2:]) < 89:
-        return False
-    return arch in ("sm90", "sm100", "sm103") or (triton_version() or OLDEST) >= _FP8_ON_GEFORCE
+def pv_format(pv_dtype: str, arch: str | None) -> str:
+    """The format that P·V is multiplied in on an architecture, "int8" or "fp16", for a choice out of `PV_DTYPES`.
 
-
-def uses_fp8(pv_dtype: str, arch: str | None) -> bool:
-    """Whether P·V is multiplied in float8 on an architecture. Raises RuntimeError where "fp8" is not supported."""
-    supported = supports_fp8(arch)
-    if pv_dtype == "fp8" and not supported:
-        raise RuntimeError(f"pv_dtype='fp8' needs {_FP8_NEEDS}; got {arch}")
-    return supported and pv_dtype != "fp16"
+    "fp8" is what releases up to 0.1 had in the place of INT8, which has half the error and takes no longer.
+    """
+    if pv_dtype == "auto":
+        return "fp16" if arch is None or arch.startswith("gfx") or arch == "xpu" else "int8"
+    return "int8" if pv_dtype == "fp8" else pv_dtype
 
 
 @functools.lru_cache

@@ -14,7 +14,7 @@ from .call import CallSpec
 from .types import Residual, SpargeParams, TokenRanges
 
 LAYOUTS = ("BHND", "BNHD")
-PV_DTYPES = ("auto", "fp16", "fp8")
+PV_DTYPES = ("auto", "int8", "fp16", "fp8")
 SKIPPED = ("drop", "pooled")
 IMPLEMENTATIONS = ("auto", "triton", "reference")
 

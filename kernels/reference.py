@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .call import CallSpec, Thresholds
-from .formats import FP8_MAX, INT8_MAX, LEAST_SPREAD, LOG2E, ROW_GROUP
+from .capability import pv_format
+from .formats import INT8_LIMIT, INT8_MAX, LEAST_SPREAD, LOG2E, ROW_GROUP
 from .types import BlockMap, BlockShape, Residual, SpargeStats, Threshold, TokenRanges
 
 BLOCK = BlockShape(128, 64)
@@ -59,7 +60,7 @@ def with_lse(q: Tensor, k: Tensor, v: Tensor, call: CallSpec,
              block: BlockShape = BLOCK) -> tuple[Tensor, Tensor, BlockMap, SpargeStats]:
     """`sparge_attention` with the log-sum-exp (B, H, Nq) of the scores behind the output.
 
-    With pv_dtype "auto" it computes exactly; "fp16" and "fp8" emulate the number formats of the fast kernels: Q and K
+    With pv_dtype "auto" it computes exactly; "int8" and "fp16" emulate the number formats of the fast kernels: Q and K
     are rounded to INT8, P and V to that format.
     """
     call.check_blocks(block, q.shape[2], k.shape[2])
@@ -231,8 +232,7 @@ def attend(queries: Compressed, keys: Compressed, values: Tensor, mask: Tensor, 
     block_k = values.shape[3]
     q, k, v, v_scale, v_centre = queries.tokens * (call.scale_for(dim) * LOG2E), keys.tokens, values, 1.0, 0.0
     emulated = call.pv_dtype != "auto"
-    # P, which is at most 1, and V are stretched over the range of their format.
-    rounded, largest = (_to_fp8, FP8_MAX) if call.pv_dtype == "fp8" else (_to_fp16, 1.0)
+    in_int8 = emulated and pv_format(call.pv_dtype, None) == "int8"
     if emulated:
         q, k = _int8(q, dims=(-1,)), _int8(k, dims=(-2, -1))
         # What is subtracted from every value comes back at the end, because the weights of a row sum to one.
@@ -241,8 +241,13 @@ def attend(queries: Compressed, keys: Compressed, values: Tensor, mask: Tensor, 
         values = (v - v_centre) * valid
         spread = values.abs().amax((2, 3), keepdim=True)
         spread = spread.maximum(spread.amax(-1, keepdim=True) * LEAST_SPREAD)
-        v_scale = spread.clamp(min=1e-12) / largest
-        v = rounded(values / v_scale)
+        v_scale = spread.clamp(min=1e-12)
+        v = values / v_scale
+        if in_int8:
+            far = v.abs().amax((-2, -1), keepdim=True) > INT8_LIMIT
+            v = torch.where(far, _int8(v, dims=(-2,)), _int8(v, dims=(-2, -1)))
+        else:
+            v = _to_fp16(v)
         v_centre, v_scale = v_centre[:, :, 0], v_scale[:, :, 0]
     k, v, valid = k.flatten(2, 3), v.flatten(2, 3), keys.valid.flatten(2, 3)
     pv_limit = _per_head(call.thresholds.pv_threshold, q, 4)
@@ -264,9 +269,13 @@ def attend(queries: Compressed, keys: Compressed, values: Tensor, mask: Tensor, 
             top = torch.maximum(top, tail.amax(-1, keepdim=True))
         p = (scores - top).exp2()
         total = p.sum(-1, keepdim=True)
-        if emulated:  # rounded against the running maximum, as an online softmax meets it
-            shift = running.repeat_interleave(block_k, -1)
-            p = rounded((scores - shift).exp2() * largest) / largest * (shift - top).exp2()
+        if emulated:  # rounded against the maximum of its block, or the running one, as the kernels meet it
+            shift = (local.clamp(min=torch.finfo(scores.dtype).min) if in_int8 else running)
+            shift = shift.repeat_interleave(block_k, -1)
+            p = (scores - shift).exp2()
+            p = ((p * INT8_MAX).round() / INT8_MAX if in_int8 else _to_fp16(p)) * (shift - top).exp2()
+            if in_int8:
+                total = p.sum(-1, keepdim=True)
         skip = _skipped_groups(local, running, pv_limit)
         skips += (skip & mask[:, :, i][:, :, None]).sum((-2, -1))
         p = p.unflatten(-1, (-1, block_k)) * ~skip.repeat_interleave(ROW_GROUP, 2)[..., None]
@@ -298,10 +307,6 @@ def _int8(x: Tensor, dims: tuple[int, ...]) -> Tensor:
     """Symmetric INT8 rounding with one scale over `dims`."""
     scale = x.abs().amax(dims, keepdim=True).clamp(min=1e-12) / INT8_MAX
     return (x / scale + 0.5).floor() * scale
-
-
-def _to_fp8(x: Tensor) -> Tensor:
-    return x.float().to(torch.float8_e4m3fn).to(x.dtype)
 
 
 def _to_fp16(x: Tensor) -> Tensor:

@@ -80,9 +80,9 @@ class ApplySpargeAttn(io.ComfyNode):
                     tooltip="drop: skipped blocks do not count (the paper). pooled: each still counts with one average "
                             "key and value, which helps where few blocks are kept and attention is spread out."),
                 io.Combo.Input(
-                    "pv_precision", options=["auto", "fp8", "fp16"], default="auto", advanced=True,
-                    tooltip="Number format of the product with V. auto is fp8 where the GPU has it (RTX 40, H100 and "
-                            "newer) and fp16 elsewhere. The product of Q and K is INT8."),
+                    "pv_precision", options=["auto", "int8", "fp16", "fp8"], default="auto", advanced=True,
+                    tooltip="Number format of the product with V. auto is int8 on NVIDIA GPUs and fp16 elsewhere. fp8 is "
+                            "int8 now; it stands here for older workflows. The product of Q and K is INT8."),
                 io.String.Input(
                     "dense_blocks", default="", placeholder="0, 1, 47-49", advanced=True,
                     tooltip="Transformer blocks that keep dense attention, such as 0, 1, 47-49. Where a model has "

@@ -13,7 +13,7 @@ import folder_paths
 import torch
 from comfy_execution.utils import get_executing_context
 
-from ..kernels.capability import Facts, arch_of, has_triton, supports_fp8, triton_declines, triton_version
+from ..kernels.capability import Facts, arch_of, has_triton, pv_format, triton_declines, triton_version
 from .log import log
 from .run.host_memory import Memory
 
@@ -80,7 +80,7 @@ def _fast_kernels(device: torch.device) -> str:
         return f"no fast kernels here: {declined}"
     version = "Triton {}.{}".format(*triton) if triton else "Triton"
     name = getattr(torch, device.type).get_device_name(device) if device.type in ("cuda", "xpu") else device.type
-    return f"fast kernels: {version}, {name} ({arch}), INT8 + {'FP8' if supports_fp8(arch) else 'FP16'}"
+    return f"fast kernels: {version}, {name} ({arch}), P·V in {pv_format('auto', arch).upper()}"
 
 
 def keep_compiled_kernels() -> None:

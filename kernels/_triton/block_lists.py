@@ -48,15 +48,16 @@ def causal_limits(q_block, end, q_tokens, BLOCK_Q: tl.constexpr, BLOCK_K: tl.con
 
 
 @triton.jit
-def needs_care(k_block, count, diagonal, v_block_scale, biased_ptr, kv_offset, inside, BLOCK_K: tl.constexpr):
-    """Which blocks the attention kernel can't take in its plain loop: not full of keys, cut by the diagonal, with a
-    scale of V or a bias of their own.
+def needs_care(k_block, count, diagonal, v_block_scale, v_plain_scale, biased_ptr, kv_offset, inside,
+               BLOCK_K: tl.constexpr):
+    """Which blocks the attention kernel can't take in its plain loop: not full of keys, cut by the diagonal, with
+    values that are not finite or have a scale above v_plain_scale, or with a bias.
 
     k_block: of those `inside` the row; count, v_block_scale (or None): theirs; kv_offset: the first block of the head.
     """
     special = (count < BLOCK_K) | (k_block >= diagonal)
     if v_block_scale is not None:
-        special = special | (v_block_scale != 1.0)
+        special = special | ((v_block_scale <= v_plain_scale) == 0)  # NaN too
     if biased_ptr is not None:
         special = special | (tl.load(biased_ptr + kv_offset + k_block, mask=inside, other=0) != 0)
     return special

@@ -57,7 +57,8 @@ def predict_scores(
 @triton.jit
 def write_list(
         # inputs
-        scores_ptr, k_count_ptr, k_mean_bias_ptr, k_biased_ptr, v_block_scale_ptr, threshold, highest, keep_all,
+        scores_ptr, k_count_ptr, k_mean_bias_ptr, k_biased_ptr, v_block_scale_ptr, v_plain_scale, threshold, highest,
+        keep_all,
         # outputs
         indices_ptr, tail_ptr,
         # sizes
@@ -84,7 +85,8 @@ def write_list(
             v_block_scale = tl.load(v_block_scale_ptr + kv_offset + k_block, mask=inside, other=1.0)
             kept = kept | (v_block_scale != v_block_scale)  # values that are not finite
         special = needs_care(k_block=k_block, count=count, diagonal=by_row(diagonal), v_block_scale=v_block_scale,
-                             biased_ptr=k_biased_ptr, kv_offset=kv_offset, inside=inside, BLOCK_K=BLOCK_K)
+                             v_plain_scale=v_plain_scale, biased_ptr=k_biased_ptr, kv_offset=kv_offset, inside=inside,
+                             BLOCK_K=BLOCK_K)
         kept = kept & visible
         taken = kept.to(tl.int32)
         n_piece = tl.sum(taken, 2)  # [ROWS, CHUNK // 32]
@@ -113,7 +115,7 @@ def clear_tail(tail_ptr, offset, exists, end, k_blocks, CHUNK: tl.constexpr):
 def _select_kernel(
         # inputs
         q_mean_ptr, k_mean_ptr, q_similarity_ptr, k_similarity_ptr, k_count_ptr, k_mean_bias_ptr, k_biased_ptr,
-        v_block_scale_ptr, per_head_ptr, amount, similarity_threshold, factor,
+        v_block_scale_ptr, v_plain_scale, per_head_ptr, amount, similarity_threshold, factor,
         # outputs
         scores_ptr, indices_ptr, counts_ptr, tail_ptr,
         # sizes
@@ -134,7 +136,7 @@ def _select_kernel(
     q_similarity_ptr, k_similarity_ptr: float32 (B, H, q_blocks) and (B, Hkv, k_blocks), `FORCED` and NaN among them.
     k_count_ptr: int32 (B, Hkv, k_blocks), keys that exist.
     k_mean_bias_ptr: float32 (B, Hkv, k_blocks), log2; k_biased_ptr: int8 of that shape, 0 or 1; or None.
-    v_block_scale_ptr: float32 (B, Hkv, k_blocks), powers of two or NaN; or None.
+    v_block_scale_ptr: float32 (B, Hkv, k_blocks), or None; v_plain_scale: see `PreparedValues`.
     per_head_ptr: float32 (3, H), amount, similarity and pv threshold of each head, in place of the plain numbers.
     factor: softmax scale · log2 e.
     Outputs:
@@ -180,8 +182,8 @@ def _select_kernel(
         TOPK=TOPK, ROWS=ROWS, RESIDENT=RESIDENT, CHUNK=CHUNK)
     n_plain, n_kept = write_list(
         scores_ptr=scores_ptr, k_count_ptr=k_count_ptr, k_mean_bias_ptr=k_mean_bias_ptr, k_biased_ptr=k_biased_ptr,
-        v_block_scale_ptr=v_block_scale_ptr, threshold=threshold, highest=highest, keep_all=keep_all,
-        indices_ptr=indices_ptr, tail_ptr=tail_ptr,
+        v_block_scale_ptr=v_block_scale_ptr, v_plain_scale=v_plain_scale, threshold=threshold, highest=highest,
+        keep_all=keep_all, indices_ptr=indices_ptr, tail_ptr=tail_ptr,
         offset=offset, kv_offset=kv_offset, diagonal=diagonal, end=end, last=last, k_blocks=k_blocks,
         TOPK=TOPK, BLOCK_K=BLOCK_K, ROWS=ROWS, CHUNK=CHUNK)
     if tail_ptr is not None:
@@ -206,7 +208,8 @@ def select_blocks(queries: PreparedQueries, keys: PreparedKeys, values: Prepared
         _select_kernel, (batch * heads * -(-q_blocks // _ROWS),), device,
         inputs=dict(q_mean_ptr=queries.mean, k_mean_ptr=keys.mean, q_similarity_ptr=queries.similarity,
                     k_similarity_ptr=keys.similarity, k_count_ptr=keys.count, k_mean_bias_ptr=keys.mean_bias,
-                    k_biased_ptr=keys.biased, v_block_scale_ptr=values and values.block_scale, per_head_ptr=per_head,
+                    k_biased_ptr=keys.biased, v_block_scale_ptr=values and values.block_scale,
+                    v_plain_scale=values.plain_scale if values else 1.0, per_head_ptr=per_head,
                     amount=thresholds[0], similarity_threshold=thresholds[1], factor=scale * LOG2E),
         outputs=dict(scores_ptr=lists.indices.view(float32), indices_ptr=lists.indices, counts_ptr=lists.counts,
                      tail_ptr=lists.tail),

@@ -4,8 +4,9 @@ Measured: sm90 (H100). All others are chosen by compile-only register and shared
 """
 from __future__ import annotations
 
+import functools
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..types import BlockShape
 
@@ -16,7 +17,7 @@ class AttendConfig:
 
     block: block shape of the map, in tokens. warps: of a program. stages: of the pipeline that loads K and V ahead.
     maxnreg: most registers of a thread, None for the compiler's choice. tma: whether K and V come by the tensor memory
-    accelerator, where Triton has descriptors.
+    accelerator, where Triton has descriptors. ptx: whether P is packed by NVIDIA's instructions.
     """
 
     block: BlockShape
@@ -24,6 +25,7 @@ class AttendConfig:
     stages: int
     maxnreg: int | None = None
     tma: bool = False
+    ptx: bool = False
 
     @property
     def tail_tile(self) -> int:
@@ -36,8 +38,8 @@ class AttendConfig:
         return options if self.maxnreg is None else options | dict(maxnreg=self.maxnreg)
 
 
-# family -> head_dim padded to a power of two -> configurations: fp16 P·V, then fp8 P·V where the hardware has it
-_TABLE: dict[str, dict[int, tuple[AttendConfig, ...]]] = {
+# family -> head_dim padded to a power of two -> configurations: 16-bit P·V, then INT8 P·V
+_TABLE: dict[str, dict[int, tuple[AttendConfig, AttendConfig]]] = {
     "sm90": {
         64: (AttendConfig(BlockShape(64, 128), 4, 3, 168, tma=True),
              AttendConfig(BlockShape(64, 128), 4, 3, 168, tma=True)),
@@ -53,9 +55,9 @@ _TABLE: dict[str, dict[int, tuple[AttendConfig, ...]]] = {
     },
     # A100: 163 KB of shared memory.
     "sm80": {
-        64: (AttendConfig(BlockShape(128, 64), 8, 3),),
-        128: (AttendConfig(BlockShape(128, 64), 8, 3),),
-        256: (AttendConfig(BlockShape(64, 64), 8, 2),),
+        64: (AttendConfig(BlockShape(128, 64), 8, 3), AttendConfig(BlockShape(128, 64), 8, 3)),
+        128: (AttendConfig(BlockShape(128, 64), 8, 3), AttendConfig(BlockShape(128, 64), 8, 3)),
+        256: (AttendConfig(BlockShape(64, 64), 8, 2), AttendConfig(BlockShape(64, 64), 8, 2)),
     },
     # RTX 30, 40 and 50: 99 KB of shared memory.
     "consumer": {
@@ -65,27 +67,26 @@ _TABLE: dict[str, dict[int, tuple[AttendConfig, ...]]] = {
     },
     # AMD: 64 KB of LDS a work group.
     "amd": {
-        64: (AttendConfig(BlockShape(128, 64), 8, 2),),
-        128: (AttendConfig(BlockShape(128, 64), 8, 1),),
-        256: (AttendConfig(BlockShape(64, 32), 8, 1),),
+        64: (AttendConfig(BlockShape(128, 64), 8, 2), AttendConfig(BlockShape(128, 64), 8, 2)),
+        128: (AttendConfig(BlockShape(128, 64), 8, 1), AttendConfig(BlockShape(128, 64), 8, 1)),
+        256: (AttendConfig(BlockShape(64, 32), 8, 1), AttendConfig(BlockShape(64, 32), 8, 1)),
     },
     # Intel, and Triton's interpreter.
     "other": {
-        64: (AttendConfig(BlockShape(128, 64), 4, 2),),
-        128: (AttendConfig(BlockShape(128, 64), 8, 2),),
-        256: (AttendConfig(BlockShape(64, 64), 8, 2),),
+        64: (AttendConfig(BlockShape(128, 64), 4, 2), AttendConfig(BlockShape(128, 64), 4, 2)),
+        128: (AttendConfig(BlockShape(128, 64), 8, 2), AttendConfig(BlockShape(128, 64), 8, 2)),
+        256: (AttendConfig(BlockShape(64, 64), 8, 2), AttendConfig(BlockShape(64, 64), 8, 2)),
     },
 }
 _FAMILIES = {"sm80": "sm80", "sm90": "sm90", "sm100": "sm100", "sm103": "sm100"}
 
 
-def attend_config(arch: str, padded_dim: int, fp8: bool) -> AttendConfig:
-    """The configuration for an architecture ("sm90", "gfx942", …), a power-of-two head_dim and a P·V format.
-
-    fp8: what `capability.uses_fp8` says of the architecture.
-    """
+@functools.lru_cache
+def attend_config(arch: str, padded_dim: int, pv_format: str) -> AttendConfig:
+    """The configuration for an architecture ("sm90", "gfx942", …), a power-of-two head_dim and a format of P·V, "int8" or
+    "fp16"."""
     family = _FAMILIES.get(arch) or {"sm": "consumer", "gf": "amd"}.get(arch[:2], "other")
-    return _TABLE[family][max(64, padded_dim)][fp8]
+    return replace(_TABLE[family][max(64, padded_dim)][pv_format == "int8"], ptx=arch.startswith("sm"))
 
 
 # (warps, stages) that SPARGEATTN_AUTOTUNE=1 tries for the attention kernel, once a process and kind of kernel. The

@@ -17,7 +17,7 @@ _CHUNK = 1024  # entries of a row that a program looks at together
                                "heads", "group"])
 def _given_kernel(
         # inputs
-        mask_ptr, k_count_ptr, k_mean_bias_ptr, k_biased_ptr, v_block_scale_ptr,
+        mask_ptr, k_count_ptr, k_mean_bias_ptr, k_biased_ptr, v_block_scale_ptr, v_plain_scale,
         # outputs
         indices_ptr, counts_ptr, tail_ptr,
         # sizes
@@ -28,8 +28,8 @@ def _given_kernel(
     """One row of the map a program: the blocks that the mask keeps and that have anything to attend.
 
     mask_ptr: bool (B, H, q_blocks, k_blocks) with strides in elements, 0 where it is broadcast.
-    k_count_ptr, k_mean_bias_ptr, k_biased_ptr: count, mean_bias and biased of `PreparedKeys`; v_block_scale_ptr: of
-    `PreparedValues`. Outputs: `BlockLists`.
+    k_count_ptr, k_mean_bias_ptr, k_biased_ptr: count, mean_bias and biased of `PreparedKeys`; v_block_scale_ptr and
+    v_plain_scale: of `PreparedValues`. Outputs: `BlockLists`.
     """
     map_row = tl.program_id(0).to(tl.int64)
     q_block = (map_row % q_blocks).to(tl.int32)
@@ -57,7 +57,8 @@ def _given_kernel(
         place = n_kept + tl.cumsum(kept.to(tl.int32), 0) - 1
         v_block_scale = tl.load(v_block_scale_ptr + kv_offset + k_block, mask=inside, other=1.0)
         special = kept & needs_care(k_block=k_block, count=count, diagonal=diagonal, v_block_scale=v_block_scale,
-                                    biased_ptr=k_biased_ptr, kv_offset=kv_offset, inside=inside, BLOCK_K=BLOCK_K)
+                                    v_plain_scale=v_plain_scale, biased_ptr=k_biased_ptr, kv_offset=kv_offset,
+                                    inside=inside, BLOCK_K=BLOCK_K)
         n_plain = tl.minimum(n_plain, tl.min(tl.where(special, place, k_blocks), 0))
         tl.store(indices_ptr + place, k_block, mask=kept)
         if tail_ptr is not None:
@@ -81,7 +82,7 @@ def lists_from_mask(mask: Tensor, keys: PreparedKeys, values: PreparedValues, *,
     launch(
         _given_kernel, (rows.numel(),), mask.device,
         inputs=dict(mask_ptr=mask, k_count_ptr=keys.count, k_mean_bias_ptr=keys.mean_bias, k_biased_ptr=keys.biased,
-                    v_block_scale_ptr=values.block_scale),
+                    v_block_scale_ptr=values.block_scale, v_plain_scale=values.plain_scale),
         outputs=dict(indices_ptr=lists.indices, counts_ptr=lists.counts, tail_ptr=lists.tail),
         sizes=dict(stride_b=strides[0], stride_h=strides[1], stride_q=strides[2], stride_k=strides[3],
                    q_blocks=rows[2], k_blocks=k_blocks, q_tokens=q_tokens, heads=heads, group=heads // kv_heads),

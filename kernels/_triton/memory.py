@@ -13,14 +13,14 @@ _SMALL = 256 << 20
 SHARE = 0.25
 
 
-def copied_bytes(q: Tensor, k: Tensor, fp8: bool, block: BlockShape, pooled: bool) -> int:
+def copied_bytes(q: Tensor, k: Tensor, pv_int8: bool, block: BlockShape, pooled: bool) -> int:
     """About the memory that a call takes beyond its inputs and its output, for q (B, H, Nq, D) and k (B, Hkv, Nk, D):
     INT8 copies of q and k, V in its format, means of blocks and the lists of the block map."""
     (batch, heads, q_tokens, dim), (_, kv_heads, k_tokens, _) = q.shape, k.shape
     q_blocks, k_blocks = block.counts(q_tokens, k_tokens)
     pitch = round_up(dim, 16)
     by_head = q_blocks * (block.q * (pitch + 4) + 4 * dim) + q_blocks * k_blocks * (6 if pooled else 4)
-    by_kv_head = k_blocks * (block.k * pitch * (2 if fp8 else 3) + 4 * dim + (3 * pitch if pooled else 0))
+    by_kv_head = k_blocks * (block.k * pitch * (2 if pv_int8 else 3) + (8 if pv_int8 else 4) * dim + (3 * pitch if pooled else 0))
     return batch * (heads * by_head + kv_heads * by_kv_head)
 
 
@@ -35,17 +35,17 @@ def free_bytes(device: torch.device) -> int:
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
-def is_short(q: Tensor, k: Tensor, fp8: bool, block: BlockShape, pooled: bool) -> bool:
+def is_short(q: Tensor, k: Tensor, pv_int8: bool, block: BlockShape, pooled: bool) -> bool:
     """Whether the copies of a whole call would take more than half of what is free."""
     if input_bytes(q, k) <= _SMALL or q.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         return False
-    return copied_bytes(q, k, fp8, block, pooled) > free_bytes(q.device) // 2
+    return copied_bytes(q, k, pv_int8, block, pooled) > free_bytes(q.device) // 2
 
 
-def groups_of_heads(q: Tensor, k: Tensor, fp8: bool, block: BlockShape, pooled: bool) -> list[tuple[int, int]]:
+def groups_of_heads(q: Tensor, k: Tensor, pv_int8: bool, block: BlockShape, pooled: bool) -> list[tuple[int, int]]:
     """Ranges of the heads of K whose copies take at most `SHARE` of the inputs; single heads where one takes more."""
     kv_heads = k.shape[1]
-    most = int(SHARE * input_bytes(q, k) * kv_heads // copied_bytes(q, k, fp8, block, pooled))
+    most = int(SHARE * input_bytes(q, k) * kv_heads // copied_bytes(q, k, pv_int8, block, pooled))
     count = -(-kv_heads // max(1, most))
     bounds = [kv_heads * i // count for i in range(count + 1)]
     return list(zip(bounds, bounds[1:]))

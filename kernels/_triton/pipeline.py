@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from ..call import CallSpec
-from ..capability import arch_of, uses_fp8
+from ..capability import arch_of, pv_format
 from ..formats import LOG2E, ROW_GROUP
 from ..types import BlockMap, BlockShape, Residual, SpargeStats, TokenRanges
 from .attend import attend
@@ -39,13 +39,13 @@ def residual(q: Tensor, k: Tensor, v: Tensor, dense: Tensor, call: CallSpec) -> 
 
 def _in_memory(q: Tensor, k: Tensor, v: Tensor, target: Target, call: CallSpec) -> SpargeStats | None:
     """`_attention` of all heads, together or in groups, as memory allows."""
-    config, fp8 = _configure(q, call.pv_dtype)
+    config, pv_int8 = _configure(q, call.pv_dtype)
     call.check_blocks(config.block, q.shape[2], k.shape[2])
-    size = q, k, fp8, config.block, call.pooled
+    size = q, k, pv_int8, config.block, call.pooled
     with torch.cuda.device_of(q):  # Triton launches on the current GPU
         if not is_short(*size):
             try:
-                return _attention(q, k, v, target, call, config, fp8)
+                return _attention(q, k, v, target, call, config, pv_int8)
             except torch.OutOfMemoryError:
                 pass  # what the attempt held is free once this handler is left
         group = q.shape[1] // k.shape[1]
@@ -53,7 +53,7 @@ def _in_memory(q: Tensor, k: Tensor, v: Tensor, target: Target, call: CallSpec) 
         for first, last in groups_of_heads(*size):
             of_queries, of_keys = slice(first * group, last * group), slice(first, last)
             stats.append(_attention(q[:, of_queries], k[:, of_keys], v[:, of_keys], target.heads(of_queries),
-                                    call.heads(first, last, group), config, fp8))
+                                    call.heads(first, last, group), config, pv_int8))
     if not call.return_stats:
         return None
     return SpargeStats(torch.cat([x.kept for x in stats], 1), torch.cat([x.pv_skipped for x in stats], 1))
@@ -63,7 +63,7 @@ def predict(q: Tensor, k: Tensor, call: CallSpec) -> BlockMap:
     """The block map alone."""
     config, _ = _configure(q, call.pv_dtype)
     with torch.cuda.device_of(q):
-        *_, lists = _prepare(q, k, None, call, config, fp8=False, order=_contiguous(call.order))
+        *_, lists = _prepare(q, k, None, call, config, pv_int8=False, order=_contiguous(call.order))
         return lists.public(config.block)
 
 
@@ -73,17 +73,17 @@ def block_of(q: Tensor, pv_dtype: str) -> BlockShape:
 
 
 def _configure(q: Tensor, pv_dtype: str) -> tuple[AttendConfig, bool]:
-    """The launch configuration, and whether P·V is multiplied in float8."""
+    """The launch configuration, and whether P·V is multiplied in INT8."""
     arch = arch_of(q.device)
-    fp8 = uses_fp8(pv_dtype, arch)
-    return attend_config(arch, padded_dim(q.shape[-1]), fp8), fp8
+    chosen = pv_format(pv_dtype, arch)
+    return attend_config(arch, padded_dim(q.shape[-1]), chosen), chosen == "int8"
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, target: Target, call: CallSpec, config: AttendConfig,
-               fp8: bool) -> SpargeStats | None:
+               pv_int8: bool) -> SpargeStats | None:
     """Attention of all heads together, into its target."""
     order = _contiguous(call.order)
-    queries, statistics, keys, values, lists = _prepare(q, k, v, call, config, fp8, order)
+    queries, statistics, keys, values, lists = _prepare(q, k, v, call, config, pv_int8, order)
     skips = attend(queries, keys, values, lists, target, residual=call.residual, k_tokens=k.shape[2], order=order,
                    per_head=call.thresholds.per_head, pv_threshold=call.thresholds.numbers[2], causal=call.causal,
                    config=config, count_skips=call.return_stats)
@@ -93,7 +93,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, target: Target, call: CallSpec, 
     return _statistics(lists, skips, config.block) if call.return_stats else None
 
 
-def _prepare(q: Tensor, k: Tensor, v: Tensor | None, call: CallSpec, config: AttendConfig, fp8: bool,
+def _prepare(q: Tensor, k: Tensor, v: Tensor | None, call: CallSpec, config: AttendConfig, pv_int8: bool,
              order: Tensor | None) -> tuple[PreparedQueries, SampledStatistics, PreparedKeys, PreparedValues | None,
                                             BlockLists]:
     """All that attention reads: prepared tensors and the lists of kept blocks. Without v, what the map needs alone."""
@@ -103,7 +103,7 @@ def _prepare(q: Tensor, k: Tensor, v: Tensor | None, call: CallSpec, config: Att
     queries, statistics = prepare_queries(q, k, v, factor=scale * LOG2E, order=order,
                                           flags=_flags(call.dense_queries, q), padding=padding, block=block)
     keys, values = prepare_keys(k, v, statistics, order=order, flags=_flags(call.sink_keys, k), padding=padding,
-                                block=block, fp8=fp8, pooled=pooled, bias=bias)
+                                block=block, pv_int8=pv_int8, pooled=pooled, bias=bias)
     if call.block_mask is not None:
         lists = lists_from_mask(call.block_mask, keys, values, heads=q.shape[1], q_tokens=q.shape[2],
                                 causal=call.causal, block=block, pooled=pooled)

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..formats import FP8_MAX
+from ..formats import INT8_LIMIT, INT8_MAX
 from ..types import BlockShape
 from . import sample
 from .config import prepare_warps, store_bytes
@@ -26,11 +26,12 @@ from .primitives import (
 )
 from .sample import centre_and_scale_of_values, centre_of_keys
 
-# The largest sampled value of a channel becomes 1 in float16 and an eighth of the range in float8: others may be
-# larger. Rounding stays as fine as it is, because neither format comes near its smallest normal number.
-_V_REACH = {True: FP8_MAX / 8, False: 1.0}
-# A block with values beyond this is divided by a power of two of its own.
-_V_LIMIT = {True: FP8_MAX, False: 2.0 ** 14}
+# The largest sampled value of a channel becomes 1. In float16 a block with values beyond this limit is divided by a power
+# of two of its own. Rounding stays as fine as it is, because float16 comes nowhere near its smallest normal number.
+_FLOAT16_LIMIT = tl.constexpr(2.0 ** 14)
+# In INT8 a block with values beyond this limit has a scale for each channel, or its other channels would lose precision.
+_INT8_LIMIT = tl.constexpr(INT8_LIMIT)
+_INT8_MAX = tl.constexpr(INT8_MAX)
 
 
 @triton.jit
@@ -90,32 +91,35 @@ def quantise_keys(
 
 
 @triton.jit
-def block_scale_of(values, limit):
-    """The power of two that brings values [BLOCK, PADDED_D] within `limit`, at least 1, and its exponent; NaN where
-    one is not finite."""
+def block_scale_of(values, PV_INT8: tl.constexpr):
+    """What values [BLOCK, PADDED_D] are divided by to fit their format: the largest becomes 127 in INT8; in float16 a power
+    of two, at least 1. NaN where one is not finite."""
     # As integers, the bits of floats order as the floats do, with NaN on top; a maximum of floats leaves NaN out.
-    excess = tl.max(tl.abs(values).to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True) / limit
-    exponent = tl.where(excess < float("inf"), tl.ceil(tl.log2(tl.maximum(excess, 1.0))), float("nan"))
-    return tl.exp2(exponent), exponent
+    largest = tl.max(tl.abs(values).to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+    if PV_INT8:
+        scale = tl.maximum(largest, 1e-12) / _INT8_MAX
+    else:
+        scale = tl.exp2(tl.ceil(tl.log2(tl.maximum(largest / _FLOAT16_LIMIT, 1.0))))
+    return tl.where(largest < float("inf"), scale, float("nan"))
 
 
 @triton.jit
 def convert_values(
         # inputs
-        v_ptr, order_ptr, padding_ptr, partial_ptr, sampled_ptr, reach, limit,
+        v_ptr, order_ptr, padding_ptr, partial_ptr, sampled_ptr,
         # outputs
-        centre_ptr, scale_ptr, values_ptr, block_scale_ptr, pooled_ptr,
+        centre_ptr, scale_ptr, values_ptr, block_scale_ptr, channel_scale_ptr, pooled_ptr,
         # sizes
         k_block, kv_batch_head, batch, kv_head, order_row, stride_b, stride_h, stride_n, k_tokens, k_blocks,
         # constants
         D: tl.constexpr, PADDED_D: tl.constexpr, PITCH: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr,
-        FP8: tl.constexpr, SPLITS: tl.constexpr):
+        PV_INT8: tl.constexpr, SPLITS: tl.constexpr):
     """Centre, scale and convert one block of values."""
     channels = tl.arange(0, PADDED_D)
     lane = tl.arange(0, BLOCK)
     block = kv_batch_head.to(tl.int64) * k_blocks + k_block
-    if FP8:
-        # The registers of P hold keys (half, lane, pair) of each 16 where the FP8 operand wants (lane, half, pair):
+    if PV_INT8:
+        # The registers of P hold keys (half, lane, pair) of each 16 where an 8-bit operand wants (lane, half, pair):
         # storing V in that order makes the conversion of P free.
         lane = (lane // 16) * 16 + (lane // 2 % 2) * 8 + (lane // 4 % 4) * 2 + lane % 2
     places = k_block * BLOCK + lane
@@ -123,7 +127,7 @@ def convert_values(
     exists = without_padding(exists=places < k_tokens, tokens=tokens, padding_ptr=padding_ptr, batch=batch,
                              n_tokens=k_tokens)
     centre, scale = centre_and_scale_of_values(
-        partial_ptr=partial_ptr, sampled_ptr=sampled_ptr, kv_batch_head=kv_batch_head, channels=channels, reach=reach,
+        partial_ptr=partial_ptr, sampled_ptr=sampled_ptr, kv_batch_head=kv_batch_head, channels=channels,
         PADDED_D=PADDED_D, SPLITS=SPLITS)
     if k_block == 0:
         tl.store(centre_ptr + kv_batch_head * D + channels, centre, mask=channels < D)
@@ -137,15 +141,19 @@ def convert_values(
         mean = tl.sum(v, 0) / tl.maximum(tl.sum(exists.to(tl.int32), 0), 1).to(tl.float32)  # [PADDED_D]
         mean = tl.clamp(mean, -65504.0, 65504.0)
         tl.store(pooled_ptr + block * PITCH + channels, mean.to(tl.float16), mask=channels < PITCH)
-    block_scale, exponent = block_scale_of(values=v, limit=limit)
+    block_scale = block_scale_of(values=v, PV_INT8=PV_INT8)
     tl.store(block_scale_ptr + block, block_scale)
-    if exponent > 0:
-        v *= tl.exp2(-exponent)
+    inverse = 1.0 / block_scale
+    if PV_INT8 and block_scale > _INT8_LIMIT / _INT8_MAX:
+        largest = tl.maximum(tl.max(tl.abs(v), 0), 1e-12) / _INT8_MAX  # [PADDED_D]
+        tl.store(channel_scale_ptr + block * D + channels, largest, mask=channels < D)
+        v *= (block_scale / largest)[None, :]
+    v *= inverse
     lane = tl.arange(0, BLOCK)
-    if FP8:
+    if PV_INT8:
         rows = kv_batch_head.to(tl.int64) * D + channels
         pointers = values_ptr + rows[:, None] * k_blocks * BLOCK + k_block * BLOCK + lane  # [PADDED_D, BLOCK]
-        tl.store(pointers, tl.trans(v.to(values_ptr.dtype.element_ty)), mask=(channels < D)[:, None])
+        tl.store(pointers, tl.trans(to_int8(v)), mask=(channels < D)[:, None])
     else:
         pointers = values_ptr + (block * BLOCK + lane)[:, None] * PITCH + channels  # [BLOCK, PADDED_D]
         tl.store(pointers, v.to(tl.float16), mask=(channels < PITCH)[None, :])
@@ -155,22 +163,22 @@ def convert_values(
                                "k_tokens", "k_blocks", "kv_heads", "row_stores", "order_rows", "key_programs"])
 def _keys_kernel(
         # inputs
-        k_ptr, v_ptr, order_ptr, flags_ptr, padding_ptr, bias_ptr, partial_ptr, sampled_ptr, v_reach, v_limit,
+        k_ptr, v_ptr, order_ptr, flags_ptr, padding_ptr, bias_ptr, partial_ptr, sampled_ptr,
         # outputs
         quantised_ptr, scale_ptr, mean_ptr, similarity_ptr, count_ptr, valid_ptr, pooled_ptr, pooled_scale_ptr,
         stored_bias_ptr, mean_bias_ptr, biased_ptr, v_centre_ptr, v_scale_ptr, values_ptr, v_block_scale_ptr,
-        v_pooled_ptr,
+        v_channel_scale_ptr, v_pooled_ptr,
         # sizes
         k_stride_b: tl.int64, k_stride_h: tl.int64, k_stride_n: tl.int64,
         v_stride_b: tl.int64, v_stride_h: tl.int64, v_stride_n: tl.int64,
         k_tokens, k_blocks, kv_heads, row_stores, order_rows, key_programs,
         # constants
         D: tl.constexpr, PADDED_D: tl.constexpr, PITCH: tl.constexpr, BLOCK: tl.constexpr, STORE: tl.constexpr,
-        K_ALIGN: tl.constexpr, V_ALIGN: tl.constexpr, FP8: tl.constexpr, SPLITS: tl.constexpr):
+        K_ALIGN: tl.constexpr, V_ALIGN: tl.constexpr, PV_INT8: tl.constexpr, SPLITS: tl.constexpr):
     """Each of the first `key_programs` programs takes a block of keys, each of the others, if any, a block of values.
 
     Keys: x = k - centre; quantised = round(x / scale), scale = max |x| / 127 over the block, mean = Σ x / count.
-    Values: x = (v - v_centre) / v_scale; values = x / v_block_scale in float16 or float8.
+    Values: x = (v - v_centre) / v_scale; values = x / v_block_scale in float16 or int8.
 
     k_ptr, v_ptr: (B, Hkv, k_tokens, D), in one 16- or 32-bit floating format.
     order_ptr: int32 (order_rows, k_tokens), the token at each place of the blocking order, or None.
@@ -178,7 +186,6 @@ def _keys_kernel(
     padding_ptr: bool (B, k_tokens), True for keys to ignore, or None.
     bias_ptr: float32 (B, k_tokens), added to the scores of a key in log2 units, or None.
     partial_ptr, sampled_ptr: `SampledStatistics`.
-    v_reach: what the largest sampled value of a channel becomes. v_limit: the largest number that is stored.
     Outputs: `PreparedKeys` (stored_bias_ptr is `bias` there) and `PreparedValues`; values_ptr is None without V.
     Strides are in units of ALIGN elements, `row_stores` is the pitch in units of STORE.
     """
@@ -200,16 +207,16 @@ def _keys_kernel(
     elif values_ptr is not None:
         convert_values(
             v_ptr=v_ptr, order_ptr=order_ptr, padding_ptr=padding_ptr, partial_ptr=partial_ptr,
-            sampled_ptr=sampled_ptr, reach=v_reach, limit=v_limit,
+            sampled_ptr=sampled_ptr,
             centre_ptr=v_centre_ptr, scale_ptr=v_scale_ptr, values_ptr=values_ptr, block_scale_ptr=v_block_scale_ptr,
-            pooled_ptr=v_pooled_ptr,
+            channel_scale_ptr=v_channel_scale_ptr, pooled_ptr=v_pooled_ptr,
             k_block=k_block, kv_batch_head=kv_batch_head, batch=batch, kv_head=kv_head, order_row=order_row,
             stride_b=v_stride_b, stride_h=v_stride_h, stride_n=v_stride_n, k_tokens=k_tokens, k_blocks=k_blocks,
-            D=D, PADDED_D=PADDED_D, PITCH=PITCH, BLOCK=BLOCK, ALIGN=V_ALIGN, FP8=FP8, SPLITS=SPLITS)
+            D=D, PADDED_D=PADDED_D, PITCH=PITCH, BLOCK=BLOCK, ALIGN=V_ALIGN, PV_INT8=PV_INT8, SPLITS=SPLITS)
 
 
 def prepare_keys(k: Tensor, v: Tensor | None, statistics: SampledStatistics, *, order: Tensor | None,
-                 flags: Tensor | None, padding: Tensor | None, block: BlockShape, fp8: bool, pooled: bool,
+                 flags: Tensor | None, padding: Tensor | None, block: BlockShape, pv_int8: bool, pooled: bool,
                  bias: Tensor | None = None) -> tuple[PreparedKeys, PreparedValues | None]:
     """Centre, pool and quantise k (B, Hkv, Nk, D) and, unless it is None, centre, scale and convert v of its shape.
 
@@ -230,10 +237,11 @@ def prepare_keys(k: Tensor, v: Tensor | None, statistics: SampledStatistics, *, 
         pooled_scale=(each_block, torch.bfloat16) if pooled else None,
         bias=None if bias is None else (places, f32), mean_bias=None if bias is None else (each_block, f32),
         biased=None if bias is None else (each_block, int8))
-    converted = ((*head, dim, places[2]), torch.float8_e4m3fn) if fp8 else ((*places, pitch), f16)
+    converted = ((*head, dim, places[2]), int8) if pv_int8 else ((*places, pitch), f16)
     of_values = dict(
         values=None if v is None else converted, scale=((*head, dim), f32), centre=((*head, dim), f32),
-        block_scale=(each_block, f32), pooled=((*each_block, pitch), f16) if pooled and v is not None else None)
+        block_scale=(each_block, f32), channel_scale=((*each_block, dim), f32) if pv_int8 else None,
+        pooled=((*each_block, pitch), f16) if pooled and v is not None else None)
     regions = allocate(k.device, *of_keys.values(), *of_values.values())
     keys = PreparedKeys(**dict(zip(of_keys, regions)))
     values = PreparedValues(**dict(zip(of_values, regions[len(of_keys):])))
@@ -241,19 +249,18 @@ def prepare_keys(k: Tensor, v: Tensor | None, statistics: SampledStatistics, *, 
     launch(
         _keys_kernel, (programs if v is None else 2 * programs,), k.device,
         inputs=dict(k_ptr=k, v_ptr=v, order_ptr=order, flags_ptr=flags, padding_ptr=padding, bias_ptr=bias,
-                    partial_ptr=statistics.partial, sampled_ptr=statistics.sampled, v_reach=_V_REACH[fp8],
-                    v_limit=_V_LIMIT[fp8]),
+                    partial_ptr=statistics.partial, sampled_ptr=statistics.sampled),
         outputs=dict(quantised_ptr=keys.quantised, scale_ptr=keys.scale, mean_ptr=keys.mean,
                      similarity_ptr=keys.similarity, count_ptr=keys.count, valid_ptr=keys.valid,
                      pooled_ptr=keys.pooled, pooled_scale_ptr=keys.pooled_scale, stored_bias_ptr=keys.bias,
                      mean_bias_ptr=keys.mean_bias, biased_ptr=keys.biased, v_centre_ptr=values.centre,
                      v_scale_ptr=values.scale, values_ptr=values.values, v_block_scale_ptr=values.block_scale,
-                     v_pooled_ptr=values.pooled),
+                     v_channel_scale_ptr=values.channel_scale, v_pooled_ptr=values.pooled),
         sizes=dict(k_stride_b=k_strides[0], k_stride_h=k_strides[1], k_stride_n=k_strides[2],
                    v_stride_b=v_strides[0], v_stride_h=v_strides[1], v_stride_n=v_strides[2],
                    k_tokens=k_tokens, k_blocks=k_blocks, kv_heads=kv_heads, row_stores=pitch // store,
                    order_rows=order_rows(order), key_programs=programs),
         constants=dict(D=dim, PADDED_D=padded, PITCH=pitch, BLOCK=block.k, STORE=store, K_ALIGN=k_align,
-                       V_ALIGN=v_align, FP8=fp8, SPLITS=sample.SPLITS),
+                       V_ALIGN=v_align, PV_INT8=pv_int8, SPLITS=sample.SPLITS),
         options=dict(num_warps=prepare_warps(block.k, padded)))
     return keys, None if v is None else values

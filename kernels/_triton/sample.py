@@ -100,9 +100,9 @@ def centre_of_keys(partial_ptr, sampled_ptr, kv_batch_head, channels, PADDED_D: 
 
 
 @triton.jit
-def centre_and_scale_of_values(partial_ptr, sampled_ptr, kv_batch_head, channels, reach, PADDED_D: tl.constexpr,
+def centre_and_scale_of_values(partial_ptr, sampled_ptr, kv_batch_head, channels, PADDED_D: tl.constexpr,
                                SPLITS: tl.constexpr):
-    """What is subtracted from the values of a head, and the scale that makes the largest sampled one `reach`; both
+    """What is subtracted from the values of a head, and the scale that makes the largest sampled one 1; both
     [PADDED_D].
 
     Where nothing was sampled, or the same value everywhere, the scale is tiny, and each block has a scale of its own.
@@ -112,4 +112,4 @@ def centre_and_scale_of_values(partial_ptr, sampled_ptr, kv_batch_head, channels
     v_max = _over_splits(partial_ptr, kv_batch_head, _V_MAX, channels, PADDED_D, SPLITS)
     v_min = _over_splits(partial_ptr, kv_batch_head, _V_MIN, channels, PADDED_D, SPLITS)
     spread = tl.maximum(v_max - centre, centre - v_min)
-    return centre, tl.maximum(tl.maximum(spread, tl.max(spread, 0) * _LEAST_SPREAD), 1e-12) / reach
+    return centre, tl.maximum(tl.maximum(spread, tl.max(spread, 0) * _LEAST_SPREAD), 1e-12)

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from .. import FastPathError, SpargeParams, select_implementation, sparge_attention
-from ..capability import DTYPES, MAX_HEAD_DIM, arch_of, supports_fp8
+from ..capability import DTYPES, MAX_HEAD_DIM
 from ..inputs import IMPLEMENTATIONS, PV_DTYPES, SKIPPED, check_choice
 
 _log = logging.getLogger(__name__)
 EVERY_BLOCK = SpargeParams(topk=1.0)
 SPARSE = "sparse"  # the key of the calls that went sparse in their counts; the other keys are reasons
 # Reasons that a user can do something about; the others belong to how a model works.
-_PROBLEMS = "no fast kernels here", "pv_dtype fp8 is not supported here", "the fast kernels failed", "out of memory"
+_PROBLEMS = "no fast kernels here", "the fast kernels failed", "out of memory"
 
 
 class Dense(NamedTuple):
@@ -81,8 +81,6 @@ class SparseCalls:
             chosen, reason = select_implementation(q)
             if chosen == "reference":
                 return Dense("no fast kernels here", reason or "")
-        if self.pv_dtype == "fp8" and self.impl != "reference" and not supports_fp8(arch_of(q.device)):
-            return Dense("pv_dtype fp8 is not supported here", "choose auto or fp16")
         return None
 
     def attempt(self, q: Tensor, k: Tensor, v: Tensor, **call: Any) -> Any:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...kernels import SpargeStats, attention_residual, select_implementation, sparge_attention
-from ...kernels.capability import arch_of, supports_fp8
+from ...kernels.capability import arch_of, pv_format
 from ..tuned.candidates import TunedSetting
 from ..tuned.search import Measured
 from .arguments import AttentionCall, KeyMask
@@ -54,15 +54,14 @@ class CallMeasure:
         self._norm = self._sums(None).clamp(min=1e-30)
         self.finite = bool(self._norm.isfinite().all())
         self._impl = select_implementation(call.q)[0]
-        arch = arch_of(call.q.device)
-        self._fp8 = self._impl == "triton" and arch is not None and supports_fp8(arch)
+        self._int8 = self._impl == "triton" and pv_format("auto", arch_of(call.q.device)) == "int8"
 
     def __call__(self, setting: TunedSetting) -> Measured | None:
         """None where the call can't run with this setting, for want of a grid or of hardware."""
         self._check()
         call = self._call
         order = order_of(setting.curves, self._layout, call.q.device)
-        if isinstance(order, str) or (setting.pv_dtype == "fp8" and not self._fp8):
+        if isinstance(order, str) or (setting.pv_dtype == "int8" and not self._int8):
             return None
         how: dict[str, Any] = dict(params=setting.params, layout=call.layout, scale=call.scale, order=order,
                                    pv_dtype=setting.pv_dtype, skipped=setting.skipped, impl=self._impl)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...kernels import SpargeParams, select_implementation
-from ...kernels.capability import DTYPES, MAX_HEAD_DIM, arch_of, supports_fp8
+from ...kernels.capability import DTYPES, MAX_HEAD_DIM
 from ..tuned.params import TunedParams
 from .arguments import AttentionCall
 from .token_layout import UNSEEN, TokenLayout, token_layout
@@ -180,8 +180,8 @@ def _tuned_plan(call: AttentionCall, tuned: TunedParams, layer: str | None, layo
     order = order_of(setting.curves, layout, call.q.device)
     if isinstance(order, str):
         return f"an order was tuned that needs the grid of the tokens: {order}"
-    # A card without FP8 is at least as exact with fp16.
-    pv_dtype = "auto" if setting.pv_dtype == "fp8" else setting.pv_dtype
+    # A card on which INT8 does not pay is at least as exact with fp16.
+    pv_dtype = "auto" if setting.pv_dtype == "int8" else setting.pv_dtype
     curve = setting.curves[0] if len(set(setting.curves)) == 1 else "mixed"
     return SparsePlan(params_on(setting, call.q.device), impl, order, layout, setting.skipped, pv_dtype, curve,
                       needs_residual=tuned.refreshes > 0)
@@ -239,9 +239,6 @@ def _implementation_here(call: AttentionCall, settings: NodeSettings) -> str | D
     device = call.q.device
     name, reason = select_implementation(call.q)
     if name != "reference":
-        arch = arch_of(device)
-        if settings.pv_dtype == "fp8" and not (arch and supports_fp8(arch)):
-            return Dense("pv_precision fp8 is not supported here", f"{arch}; choose auto or fp16")
         return name
     if device.type != "cpu":
         return Dense("no fast kernel", reason or "")

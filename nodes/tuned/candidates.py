@@ -22,7 +22,7 @@ SEARCHED_CURVES = ("row-major", "hilbert", "blocked", "time-major")  # an earlie
 JUDGE_OFF = -1.0  # the similarity threshold that switches the judge off
 _SIMILARITIES = {"cdf": (JUDGE_OFF, 0.3, 0.5), "topk": (JUDGE_OFF,)}
 # Work of a block pair by P·V format, and of the pooled tail, in units of dense fp16 attention; of an H100.
-_PV_WORK = {"fp16": 1.0, "fp8": 0.7}
+_PV_WORK = {"fp16": 1.0, "int8": 0.7}
 _TAIL_WORK = 0.025
 
 

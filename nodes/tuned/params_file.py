@@ -251,7 +251,7 @@ def _setting(name: str, about: Any, tensors: dict[str, Tensor], heads: int, kv_h
     _expect(len(curves) == kv_heads and all(isinstance(c, str) and c in SEARCHED_CURVES for c in curves),
             f"{name}: {kv_heads} curves among {', '.join(SEARCHED_CURVES)}", curves)
     choices = {}
-    for key, allowed in (("selection", tuple(AMOUNTS)), ("skipped", ("drop", "pooled")), ("pv_dtype", ("fp16", "fp8"))):
+    for key, allowed in (("selection", tuple(AMOUNTS)), ("skipped", ("drop", "pooled")), ("pv_dtype", ("fp16", "int8", "fp8"))):
         choices[key] = _get(about, key, str)
         _expect(choices[key] in allowed, f"{name}: {key} to be one of {', '.join(allowed)}", choices[key])
     amount, similarity, pv = (_take(tensors, f"{name}.{key}", torch.float32, (heads,)) for key in _THRESHOLDS)
@@ -262,7 +262,9 @@ def _setting(name: str, about: Any, tensors: dict[str, Tensor], heads: int, kv_h
                               similarity_threshold=similarity, pv_threshold=pv)
     except ValueError as problem:
         raise ParamsFileError(f"{name}: {problem}") from problem
-    return TunedSetting(params, tuple(curves), choices["skipped"], choices["pv_dtype"])
+    # Releases up to 0.1 had FP8 in the place of INT8, with twice the error.
+    pv_dtype = "int8" if choices["pv_dtype"] == "fp8" else choices["pv_dtype"]
+    return TunedSetting(params, tuple(curves), choices["skipped"], pv_dtype)
 
 
 def _take(tensors: dict[str, Tensor], name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:

@@ -10,7 +10,7 @@ from comfyui_spargeattn.tests.kernels._triton.harness import PV_FORMATS, check_c
 
 pytestmark = needs_gpu
 # Relative L1 of INT8 Q·Kᵀ and of the format of P·V alone, against float64 with the same block map.
-BOUNDS = {"fp16": 0.02, "fp8": 0.045}
+BOUNDS = {"fp16": 0.02, "int8": 0.025}
 
 
 def exact_rows(q, k, v, found: BlockMap, rows: slice):

@@ -146,7 +146,7 @@ def test_peak_memory(dim, pv_dtype):
     pitch, padded = round_up(dim, 16), max(16, 1 << (dim - 1).bit_length())
     q_copy = heads * q_blocks * (block.q * (pitch + 4) + 4 * dim + 4)
     k_copy = kv_heads * k_blocks * (block.k * pitch + 4 * dim + 16)
-    v_copy = kv_heads * k_blocks * block.k * (dim if pv_dtype == "fp8" else 2 * pitch)
+    v_copy = kv_heads * k_blocks * block.k * (dim if pv_dtype == "int8" else 2 * pitch)
     sample = kv_heads * 32 * (16 * padded + 4)
     lists = heads * q_blocks * (4 * k_blocks + 12)
     output = 2 * heads * n * dim

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from comfyui_spargeattn.kernels import capability, select_implementation
-from comfyui_spargeattn.kernels.capability import Facts, arch_of, supports_fp8, triton_declines
+from comfyui_spargeattn.kernels.capability import Facts, arch_of, pv_format, triton_declines
 
 HALF, BF16 = torch.float16, torch.bfloat16
 TAKEN = [("cuda", "sm80", HALF, 128), ("cuda", "sm86", BF16, 64), ("cuda", "sm120", torch.float32, 256),
@@ -48,12 +48,12 @@ def test_names_the_package_to_install(platform, package, monkeypatch):
     assert re.search(rf"pip install {package}[)~]", reason), reason
 
 
-@pytest.mark.parametrize("arch, expected", [("sm80", False), ("sm86", False), ("sm89", True), ("sm90", True),
-                                            ("sm120", True), ("gfx942", False), ("xpu", False),
-                                            ("interpreter", False)])
-def test_fp8(arch, expected, monkeypatch):
-    monkeypatch.setattr(capability, "triton_version", lambda: (3, 5))
-    assert supports_fp8(arch) is expected
+@pytest.mark.parametrize("arch, expected", [("sm80", "int8"), ("sm86", "int8"), ("sm89", "int8"), ("sm90", "int8"),
+                                            ("sm120", "int8"), ("gfx942", "fp16"), ("gfx1100", "fp16"), ("xpu", "fp16"),
+                                            (None, "fp16")])
+def test_format_of_p_times_v(arch, expected):
+    assert pv_format("auto", arch) == expected
+    assert [pv_format(name, arch) for name in ("int8", "fp16", "fp8")] == ["int8", "fp16", "int8"]
 
 
 def test_cpu_takes_the_reference():

@@ -65,7 +65,7 @@ REFUSED = {
     "impl": (dict(impl="cuda"), ValueError, ["impl", "triton", "reference", "cuda"]),
 }
 ATTENTION_ONLY = {
-    "pv_dtype": (dict(pv_dtype="bf16"), ValueError, ["pv_dtype", "fp8", "bf16"]),
+    "pv_dtype": (dict(pv_dtype="bf16"), ValueError, ["pv_dtype", "int8", "bf16"]),
     "skipped": (dict(skipped="mean"), ValueError, ["skipped", "drop", "pooled", "mean"]),
 }
 

@@ -129,11 +129,9 @@ def test_tuned_setting(launched):
     assert torch.equal(given["order"], torch.stack(rows)) and given["sink_keys"] == ((0, TEXT),)
 
 
-@pytest.mark.parametrize("arch", ("sm86", "sm90"))
-def test_tuned_fp8_is_left_to_the_card(launched, monkeypatch, arch):
+def test_tuned_int8_is_left_to_the_card(launched, monkeypatch):
     monkeypatch.setattr(policy, "select_implementation", lambda q: ("triton", None))
-    monkeypatch.setattr(policy, "arch_of", lambda device: arch)
-    assert go(launched, tuned(pv_dtype="fp8")[0], in_evaluation())["pv_dtype"] == "auto"
+    assert go(launched, tuned(pv_dtype="int8")[0], in_evaluation())["pv_dtype"] == "auto"
 
 
 def test_cross_attention_is_no_layer(launched):

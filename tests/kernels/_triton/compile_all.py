@@ -60,7 +60,7 @@ def compile_calls(arch: str, dims, dtypes, thin: bool = False):
 
     JITFunction.run = compile_instead
     pipeline.arch_of = lambda device: arch
-    formats = ("fp16", "fp8") if capability.supports_fp8(arch) else ("fp16",)
+    formats = "fp16", "int8"
     cdf, topk, skipping = (Thresholds(selection, (0.9, 0.5, pv_threshold)) for selection, pv_threshold in
                            (("cdf", float("inf")), ("topk", float("inf")), ("cdf", 10.0)))
     switches = [CallSpec(cdf), CallSpec(topk, skipped="pooled", key_bias=torch.zeros(1, 256)),

@@ -8,7 +8,7 @@ from comfyui_spargeattn.tests.cases import drifting_qkv
 from comfyui_spargeattn.tests.kernels._triton.harness import DEVICE, PV_FORMATS
 
 N, SAMPLE, OUTLIER = 400, 64, 301
-LIMITS = {"fp16": 0.02, "fp8": 0.06}
+LIMITS = {"fp16": 0.02, "int8": 0.03}
 ALL = SpargeParams(topk=1.0)
 
 
@@ -43,7 +43,7 @@ def test_only_unsampled_keys_are_left(size, pv_dtype, small_blocks):
 @pytest.mark.parametrize("constant", (0.0, 0.5), ids=str)
 def test_a_constant_channel_with_one_outlier(constant, large, pv_dtype, small_blocks):
     """The channel is right, and so are the others in the outlier's block."""
-    outlier = {"fp16": 300.0, "fp8": 10.0}[pv_dtype] if large else 1.0  # float8 has less range to spare
+    outlier = {"fp16": 300.0, "int8": 10.0}[pv_dtype] if large else 1.0
     assert OUTLIER not in sampled().tolist()
     q, k, v = drifting_qkv(1, 1, N, 64, dtype=torch.float16, device=DEVICE)
     v[..., 7] = constant

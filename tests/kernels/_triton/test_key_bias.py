@@ -12,7 +12,7 @@ from comfyui_spargeattn.tests.kernels._triton.harness import DEVICE, PV_FORMATS,
 
 N = 300
 ALL = SpargeParams(topk=1.0)
-LIMITS = {"fp16": 0.02, "fp8": 0.05}  # of the relative L1 with every block: what rounding alone gives on these inputs
+LIMITS = {"fp16": 0.02, "int8": 0.03}  # of the relative L1 with every block: what rounding alone gives on these inputs
 
 
 def hidden(value=torch.finfo(torch.float32).min):

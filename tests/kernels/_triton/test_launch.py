@@ -38,20 +38,3 @@ def test_what_is_raised_as_it_is(error):
     with pytest.raises(type(error)) as raised:
         launch(error)
     assert raised.value is error
-
-
-@pytest.mark.parametrize("arch", ("sm80", "sm86", "gfx1100"))
-def test_float8_where_there_is_none(arch, monkeypatch):
-    from comfyui_spargeattn.kernels._triton import pipeline
-    monkeypatch.setattr(pipeline, "arch_of", lambda device: arch)
-    q, k, v = drifting_qkv(1, 1, 40, 16, dtype=torch.float16, device=DEVICE)
-    with pytest.raises(RuntimeError, match=f"pv_dtype='fp8' needs .*got {arch}"):
-        sparge_attention(q, k, v, pv_dtype="fp8", impl="triton")
-
-
-@pytest.mark.parametrize("version, expected", [((3, 2), {"sm90"}), ((3, 4), {"sm90"}),
-                                               ((3, 5), {"sm89", "sm90", "sm120"}),
-                                               ((3, 9), {"sm89", "sm90", "sm120"})])
-def test_float8_by_version(version, expected, monkeypatch):
-    monkeypatch.setattr(capability, "triton_version", lambda: version)
-    assert {arch for arch in ("sm80", "sm86", "sm89", "sm90", "sm120") if capability.supports_fp8(arch)} == expected

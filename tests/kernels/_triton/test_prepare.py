@@ -3,7 +3,6 @@ import pytest
 import torch
 
 from comfyui_spargeattn.kernels import BlockShape, reference
-from comfyui_spargeattn.kernels.formats import FP8_MAX
 from comfyui_spargeattn.tests.assertions import assert_near
 from comfyui_spargeattn.tests.cases import drifting_qkv
 from comfyui_spargeattn.tests.kernels._triton.harness import DEVICE, DTYPES, PV_FORMATS, tensors
@@ -85,12 +84,12 @@ def test_queries(dtype, dim, case):
     assert bool((found.quantised.abs().amax(-1) == 127)[:, :, :N].all()), "the range is not used"
 
 
-def prepared_keys(k, v, *, fp8, pooled, flags=None, **arguments):
+def prepared_keys(k, v, *, pv_int8, pooled, flags=None, **arguments):
     """Keys, values and what the queries' launch sampled of them, as tensors."""
     from comfyui_spargeattn.kernels._triton.prepare_keys import prepare_keys
     from comfyui_spargeattn.kernels._triton.prepare_queries import prepare_queries
     _, statistics = prepare_queries(k, k, v, factor=FACTOR, block=BLOCK, flags=None, **arguments)
-    keys, values = prepare_keys(k, v, statistics, block=BLOCK, fp8=fp8, pooled=pooled, flags=flags, **arguments)
+    keys, values = prepare_keys(k, v, statistics, block=BLOCK, pv_int8=pv_int8, pooled=pooled, flags=flags, **arguments)
     return tensors(keys), values and tensors(values), tensors(statistics)
 
 
@@ -98,12 +97,12 @@ def prepared_keys(k, v, *, fp8, pooled, flags=None, **arguments):
 @formats
 @pytest.mark.parametrize("pv_dtype", PV_FORMATS)
 def test_keys_and_values(pv_dtype, dtype, dim, case):
-    fp8 = pv_dtype == "fp8"
+    pv_int8 = pv_dtype == "int8"
     _, k, v = drifting_qkv(2, 2, N, dim, dtype=dtype, device=DEVICE)
     k, v = k + 3, v * torch.linspace(0.1, 30.0, dim, device=DEVICE).to(dtype)
     if case.get("padding") is not None:  # NaN there must reach nothing
         k, v = (x.masked_fill(case["padding"].to(DEVICE)[:, None, :, None], torch.nan) for x in (k, v))
-    keys, values, _ = prepared_keys(k, v, fp8=fp8, pooled=True, **kernel_arguments(**case))
+    keys, values, _ = prepared_keys(k, v, pv_int8=pv_int8, pooled=True, **kernel_arguments(**case))
 
     expected, order = expected_tokens(k, BLOCK.k, **case, centre=True)
     assert torch.equal(keys.count, expected.valid.sum(-1).expand_as(keys.count))
@@ -123,32 +122,29 @@ def test_keys_and_values(pv_dtype, dtype, dim, case):
 
     padding = None if case.get("padding") is None else case["padding"].to(DEVICE)[:, None, :, None]
     v = v.double() if padding is None else v.double().masked_fill(padding, 0.0)
-    limit = FP8_MAX / 8 if fp8 else 1.0  # room for values that a sample of a longer sequence misses
-    assert bool((values.block_scale == 1).all())
     exists = torch.ones_like(v, dtype=torch.bool) if padding is None else (~padding).expand_as(v)
     centre = v.sum(2) / exists.sum(2).clamp(min=1)
     assert_near(values.centre, centre, atol=v.abs().amax(2) * 1e-6, what="centre of V")
     v = (v - values.centre.double()[:, :, None]) * exists
     largest = v.abs().amax(2)
-    assert_near(values.scale, largest.clamp(min=1e-12) / limit, atol=largest * 1e-5 / limit + 1e-18, what="scale of V")
+    assert_near(values.scale, largest.clamp(min=1e-12), atol=largest * 1e-5 + 1e-18, what="scale of V")
     blocks = reference._blocks(reference._reorder(v, order), BLOCK.k) / values.scale.double()[:, :, None, None]
     count = keys.count.clamp(min=1)[..., None].double()
     means = blocks.sum(3) / count
-    assert_near(values.pooled[..., :dim], means, atol=means.abs() * 2 ** -10 + limit * 2 ** -20, what="pooled V")
+    assert_near(values.pooled[..., :dim], means, atol=means.abs() * 2 ** -10 + 2 ** -20, what="pooled V")
     assert not bool(values.pooled[..., dim:].any())
-    if fp8:
+    if pv_int8:
         # Inside each 16 keys, place p holds key (p // 2 % 2) * 8 + (p // 4) * 2 + p % 2.
         place = torch.arange(16, device=DEVICE)
         permutation = place // 2 % 2 * 8 + place // 4 * 2 + place % 2
         assert permutation.sort().values.tolist() == list(range(16))
-        stored = values.values.float().mT.unflatten(2, (-1, 16))  # [B, H, n, 16, D]
+        stored = values.values.mT.unflatten(2, (-1, 16))  # [B, H, n, 16, D]
         plain = torch.empty_like(stored)
         plain[:, :, :, permutation] = stored
-        rounded = blocks.float().to(torch.float8_e4m3fn).double()
-        plain = plain.flatten(2, 3).unflatten(2, (-1, BLOCK.k)).double()
-        assert_near(plain, blocks, atol=blocks.abs() * 2 ** -4 * (1 + 1e-4) + 2 ** -10, what="V in float8")
-        assert (plain == rounded).double().mean() > 0.999, "not rounded to the nearest"
+        check_step(values.block_scale, blocks, (-2, -1))
+        check_int8(plain.flatten(2, 3).unflatten(2, (-1, BLOCK.k)), values.block_scale[..., None, None], blocks, "v")
     else:
+        assert bool((values.block_scale == 1).all())
         stored = values.values.unflatten(2, (-1, BLOCK.k))
         assert not bool(stored[..., dim:].any())
         assert_near(stored[..., :dim], blocks, atol=blocks.abs() * 2 ** -11 * 1.001 + 2 ** -24, what="V in float16")
@@ -156,7 +152,7 @@ def test_keys_and_values(pv_dtype, dtype, dim, case):
 
 def test_keys_without_values():
     _, k, v = drifting_qkv(1, 2, N, 64, device=DEVICE)
-    arguments = dict(order=None, padding=None, fp8=False, pooled=False)
+    arguments = dict(order=None, padding=None, pv_int8=False, pooled=False)
     alone, nothing, _ = prepared_keys(k, None, **arguments)
     both, _, _ = prepared_keys(k, v, **arguments)
     assert nothing is None and alone.pooled is None and alone.pooled_scale is None
@@ -173,7 +169,7 @@ def test_long_sequences_are_sampled(monkeypatch):
     v += 1.0
     padding = torch.arange(n, device=DEVICE)[None] >= n // 2
     for mask in (None, padding):
-        keys, values, sampled = prepared_keys(k, v, fp8=False, pooled=False, order=None, padding=mask)
+        keys, values, sampled = prepared_keys(k, v, pv_int8=False, pooled=False, order=None, padding=mask)
         valid = n if mask is None else n // 2
         assert abs(int(sampled.sampled.sum()) - sample.SAMPLE * valid / n) <= 3
         centre = v[:, :, :valid].mean(2)
@@ -194,13 +190,16 @@ def test_values_beyond_the_sample_keep_their_size(pv_dtype, monkeypatch):
     taken = set((((place * 2654435769) & 0xFFFFFFFF) * n >> 32).tolist())
     outlier = next(token for token in range(n // 2, n) if token not in taken)
     v[:, :, outlier] *= 1e6
-    _, values, _ = prepared_keys(k, v, fp8=pv_dtype == "fp8", pooled=True, order=None, padding=None)
+    _, values, _ = prepared_keys(k, v, pv_int8=pv_dtype == "int8", pooled=True, order=None, padding=None)
     block = outlier // BLOCK.k
-    assert values.block_scale[0, 0, block] > 1 and (values.block_scale != 1).sum() == 1
+    scale = values.block_scale[0, 0, block]
+    assert scale > 1 and (values.block_scale > 1).sum() == 1
+    if pv_dtype == "int8":
+        scale = values.channel_scale[0, 0, block]
     assert bool(values.values.float().isfinite().all()) and bool(values.pooled.isfinite().all())
-    stored = values.values.float()[0, 0]  # (n, D) in float16, (D, n) in float8
+    stored = values.values.float()[0, 0]  # (n, D) in float16, (D, n) in int8
     rows = (stored if pv_dtype == "fp16" else stored.mT)[block * BLOCK.k:(block + 1) * BLOCK.k]
     row = rows.abs().amax(0)
-    assert_near(row * values.block_scale[0, 0, block] * values.scale[0, 0],
+    assert_near(row * scale * values.scale[0, 0],
                 (v[0, 0, outlier] - values.centre[0, 0]).abs(),
                 atol=v[0, 0, outlier].abs() * 2 ** -4 + 1, what="the outlier")

@@ -89,16 +89,6 @@ def test_calls_that_need_gradients_stay_dense():
         assert reason(call) is None
 
 
-def test_fp8_stays_dense_where_the_hardware_has_none(monkeypatch):
-    monkeypatch.setattr(capability, "triton_version", lambda: (3, 5))
-    monkeypatch.setattr(policy, "select_implementation", lambda q: ("triton", None))
-    settings = NodeSettings(PARAMS, min_tokens=64, pv_dtype="fp8")
-    for arch, expected in (("sm80", True), ("sm89", False), ("gfx1100", True)):
-        monkeypatch.setattr(policy, "arch_of", lambda device, arch=arch: arch)
-        assert (reason(make_call(), settings) is not None) == expected, arch
-        assert reason(make_call(), SETTINGS) is None
-
-
 def test_long_sequences_go_sparse_on_a_fast_kernel(monkeypatch):
     monkeypatch.setattr(policy, "select_implementation", lambda q: ("triton", None))
     assert reason(make_call(tokens=100_000, device="meta")) is None

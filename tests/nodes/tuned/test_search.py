@@ -64,12 +64,12 @@ def test_a_layer_that_is_far_from_dense_with_every_block_stays_dense():
 
 
 def test_the_format_that_holds_the_bound_is_chosen_and_the_cheaper_one_where_both_do():
-    assert LayerSearch.start(1, 1, BOUNDS).learn(planted([0.4], pv_dtype="fp8")).setting.pv_dtype == "fp8"
+    assert LayerSearch.start(1, 1, BOUNDS).learn(planted([0.4], pv_dtype="int8")).setting.pv_dtype == "int8"
     assert LayerSearch.start(1, 1, BOUNDS).learn(planted([0.4], pv_dtype="fp16")).setting.pv_dtype == "fp16"
 
     def either(setting):
         return Measured((setting.params.amount < 0.5).float(), setting.params.amount)
-    assert LayerSearch.start(1, 1, BOUNDS).learn(either).setting.pv_dtype == "fp8"
+    assert LayerSearch.start(1, 1, BOUNDS).learn(either).setting.pv_dtype == "int8"
 
 
 def test_pv_threshold_is_the_least_that_holds_l2():

@@ -1,0 +1,78 @@
+"""Pieces of the attention kernel's loop: masking of scores, the online softmax, and P as an operand of P·V."""
+import triton
+import triton.language as tl
+
+from .primitives import to_int8
+
+# log2 of the unit in which P is packed by PTX: float16's smallest number, see `to_int8_operand`.
+INT8_UNIT = -24
+
+
+@triton.jit
+def mask_scores(scores, scale, k_bias_ptr, k_valid_ptr, kv_offset, k_places, q_places, k_tokens,
+                BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, CAUSAL: tl.constexpr):
+    """Scores [BLOCK_Q, BLOCK_K] with the bias of the keys and -inf where a query sees no key, and the `scale` [BLOCK_Q]
+    that they are still to be multiplied by; kv_offset: the first block of the head."""
+    if k_bias_ptr is not None:  # -inf where there is no key
+        scores = scores * scale[:, None] + tl.load(k_bias_ptr + kv_offset * BLOCK_K + k_places)[None, :]
+        scale = tl.full([BLOCK_Q], 1.0, tl.float32)
+    elif k_valid_ptr is not None:
+        exists = tl.load(k_valid_ptr + kv_offset * BLOCK_K + k_places) != 0
+        scores = tl.where(exists[None, :], scores, float("-inf"))
+    else:
+        scores = tl.where((k_places < k_tokens)[None, :], scores, float("-inf"))
+    if CAUSAL:
+        scores = tl.where(k_places[None, :] <= q_places[:, None], scores, float("-inf"))
+    return scores, scale
+
+
+@triton.jit
+def online_softmax_update(total, running_max, scores, scores_max, scale, P_SHIFT: tl.constexpr):
+    """One step of the online softmax over scores [M, N] times `scale` [M], in log2 units; scores_max [M] is their
+    maximum by rows before the scale.
+
+    Returns P [M, N] times 2^P_SHIFT, and of rows [M] the factor that the sums so far shrink by, the denominator, the
+    running maximum, and the maximum of this step.
+    """
+    local_max = scores_max * scale
+    new_max = tl.maximum(running_max, local_max)
+    p = tl.exp2(scores * scale[:, None] - (new_max - P_SHIFT)[:, None])
+    decay = tl.exp2(running_max - new_max)
+    return p, decay, total * decay + tl.sum(p, 1), new_max, local_max
+
+
+@triton.jit
+def rows_below(local_max, highest, limit, BLOCK_Q: tl.constexpr, ROW_GROUP: tl.constexpr):
+    """The λ test: bool [BLOCK_Q], the rows of groups whose probabilities in this block are all below 2^-limit of their
+    largest so far, and the number of these groups; from the maxima of the rows in this block and so far."""
+    below = tl.max(tl.reshape(local_max - highest, [BLOCK_Q // ROW_GROUP, ROW_GROUP]), 1) < -limit
+    n_below = tl.sum(below.to(tl.int32), 0)
+    return tl.reshape(tl.broadcast_to(below[:, None], [BLOCK_Q // ROW_GROUP, ROW_GROUP]), [BLOCK_Q]), n_below
+
+
+@triton.jit
+def to_int8_operand(p, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, P_UNIT: tl.constexpr):
+    """P [BLOCK_Q, BLOCK_K], from 0 to 127 times 2^P_UNIT, as int8, its columns permuted inside each 16 as the keys of V
+    are stored, and its sums by rows, int32 [BLOCK_Q]. P_UNIT: INT8_UNIT on NVIDIA's GPUs, 0 elsewhere."""
+    p = tl.reshape(p, [BLOCK_Q, BLOCK_K // 16, 2, 4, 2])
+    p = tl.reshape(tl.permute(p, [0, 1, 3, 2, 4]), [BLOCK_Q, BLOCK_K])
+    if P_UNIT != 0:
+        # Multiples of 2^-24 are float16's subnormal numbers, whose bits are the integer: one instruction rounds two of
+        # them, one packs four, one sums four.
+        p = tl.reshape(p, [BLOCK_Q, BLOCK_K // 4, 2, 2])
+        even, odd = tl.split(p)
+        p0, p2 = tl.split(even)
+        p1, p3 = tl.split(odd)
+        packed, sums = tl.inline_asm_elementwise("""{
+            .reg .b32 low, high;
+            cvt.rn.f16x2.f32 low, $3, $2;
+            cvt.rn.f16x2.f32 high, $5, $4;
+            prmt.b32 $0, low, high, 0x6420;
+            dp4a.u32.u32 $1, $0, 0x01010101, 0;
+            }""", "=&r,=r,f,f,f,f", [p0, p1, p2, p3], dtype=(tl.int32, tl.int32), is_pure=True, pack=1)
+        even = tl.join(packed.to(tl.int8), (packed >> 16).to(tl.int8))  # the compiler sees that this is `packed`
+        odd = tl.join((packed >> 8).to(tl.int8), (packed >> 24).to(tl.int8))
+        return tl.reshape(tl.join(even, odd), [BLOCK_Q, BLOCK_K]), tl.sum(sums, 1)
+    else:
+        rounded = to_int8(p)
+        return rounded, tl.sum(rounded.to(tl.int32), 1)
