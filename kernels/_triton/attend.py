@@ -147,9 +147,10 @@ def _attend_kernel(
                 scores_max = tl.max(products, 1).to(tl.float32)  # of integers: three in one instruction on sm90
             if PV_INT8:
                 local_max = scores_max * scale
-                local_max += tl.abs(local_max) * 2.0 ** -22  # so that rounding takes no P above 127
                 if CARE:
                     local_max = tl.where(local_max < -1e30, -1e30, local_max)  # not a maximum, which would lose NaN
+                local_max += tl.abs(local_max) * 2.0 ** -22  # so that rounding takes no P above 127
+                if CARE:
                     before = running_max
                     running_max = tl.maximum(before, local_max)
                     decay = tl.exp2(before - running_max)
@@ -165,13 +166,8 @@ def _attend_kernel(
                     total += tl.sum(p, 1) * (factor * 2.0 ** -P_UNIT)
                 else:
                     total += sums.to(tl.float32) * factor
-                if CARE:
-                    by_channel = v_scale > v_plain_scale
-                    channel_scale = tl.load(v_channel_scale_ptr + (kv_offset + k_block) * D + channels,
-                                            mask=channels < tl.where(by_channel, D, 0), other=1.0)  # [PADDED_D]
-                    factor *= tl.where(by_channel, 1.0, v_scale)
-                else:
-                    factor *= v_scale
+                by_channel = v_scale > v_plain_scale  # in the careful loop alone
+                factor *= tl.where(by_channel, 1.0, v_scale) if CARE else v_scale
             else:
                 p, decay, total, running_max, local_max = online_softmax_update(
                     total=total, running_max=running_max, scores=scores, scores_max=scores_max, scale=scale,
@@ -198,6 +194,8 @@ def _attend_kernel(
                                       TMA=TMA)  # [PADDED_D, BLOCK_K] int8
                     product = tl.dot(p_int8, tl.trans(v)).to(tl.float32)
                     if CARE:
+                        channel_scale = tl.load(v_channel_scale_ptr + (kv_offset + k_block) * D + channels,
+                                                mask=channels < tl.where(by_channel, D, 0), other=1.0)  # [PADDED_D]
                         product *= channel_scale[None, :]
                     acc = tl.fma(product, tl.broadcast_to(factor[:, None], [BLOCK_Q, PADDED_D]), acc)
                 else:
