@@ -10,8 +10,8 @@ Needs diffusers and yunchang on PYTHONPATH; xfuser 0.4.5 is measured too where i
   what they keep, which is the worst one for Ulysses; `balanced` spreads them over the GPUs.
 
 Prints a table and one JSON object, and fails where an error is above its bound. The time is the slower GPU's, the
-median of calls that both begin together. `--device cpu --tiny` runs the same code on a CPU, with gloo, the reference and
-a small shape.
+median of calls that both begin together. `--device cpu --tiny` runs the same code on a CPU, with gloo, the reference
+and a small shape.
 """
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ HEADS, TOKENS, LAYERS, STEPS = 16, 1024, 2, 3
 
 
 def layers(rank, kv_heads):
-    """q, k, v (1, TOKENS / 2, heads, 32) of this process, of each layer. The second's heads stand the other way round."""
+    """q, k, v (1, TOKENS / 2, heads, 32) of this process and of each layer. The second's heads are turned round."""
     made = drifting_qkv(1, HEADS, TOKENS, 32, kv_heads=kv_heads, device=DEVICE)
     q, k, v = (x.transpose(1, 2).chunk(2, 1)[rank].contiguous() for x in made)
     return [(q, k, v), tuple(x.flip(2) for x in (q, k, v))]
