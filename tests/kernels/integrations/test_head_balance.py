@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from comfyui_spargeattn.kernels.integrations.head_balance import HeadBalance, _Layer, busiest, spread
-from comfyui_spargeattn.tests.kernels.integrations.libraries import long_context_attention
+from comfyui_spargeattn.tests.kernels.integrations.libraries import needs
 from comfyui_spargeattn.tests.kernels.integrations.pair import found_by_two
 
 CUDA = torch.cuda.is_available()
@@ -52,11 +52,13 @@ def test_heads_move_where_it_is_worth_it(costs, moves):
     layer.gathering = Arrived(costs)
     layer.arrange(4, 2)
     assert (layer.order != (0, 1, 2, 3)) is moves
-    x = torch.arange(8.0).view(1, 8, 1)
-    moved = layer.move(x, 1, back=False)
-    assert torch.equal(layer.move(moved, 1, back=True), x) and torch.equal(moved, x) is not moves
-    if moves:  # query heads go with their head of K
-        assert moved.flatten().tolist() == [2 * head + i for head in layer.order for i in range(2)]
+    for dtype, dim in ((torch.bfloat16, 8), (torch.float16, 3), (torch.float32, 1)):
+        x = torch.arange(2 * 5 * 8 * dim).view(2, 5, 8, dim).to(dtype)
+        moved = layer.move(x, 2, back=False)
+        assert torch.equal(layer.move(moved, 2, back=True), x) and torch.equal(moved, x) is not moves
+        if moves:  # query heads go with their head of K
+            assert torch.equal(moved, x[:, :, [2 * head + i for head in layer.order for i in range(2)]])
+            assert torch.equal(layer.move(x.transpose(1, 2), 1, back=False), moved.transpose(1, 2))
 
 
 def test_another_number_of_heads_starts_anew():
@@ -79,12 +81,10 @@ def test_layers_are_checked(layers):
 @pytest.mark.parametrize("kind", ("yunchang", "registered", "xfuser", "diffusers"))
 def test_two_processes(kind, tmp_path):
     """From the second step on both have about the same work, in both layers, and the result is as before."""
-    pytest.importorskip("diffusers" if kind == "diffusers" else "yunchang", reason="the library is not installed")
-    if kind == "xfuser":
-        try:
-            long_context_attention(kind)
-        except ImportError as error:
-            pytest.skip(f"xfuser can't be imported: {error}")
+    if kind == "diffusers":
+        pytest.importorskip("diffusers", reason="diffusers is not installed")
+    else:
+        needs("xfuser" if kind == "xfuser" else "yunchang")
     both = found_by_two("two_balanced", kind, tmp_path)
     assert len(both) == 2
     for found in both:
