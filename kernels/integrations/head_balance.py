@@ -55,9 +55,10 @@ class _Gathering:
             return
         with torch.cuda.stream(side):  # which alone waits for the others
             work.wait()
-            self.costs = torch.empty(costs.shape, dtype=costs.dtype, pin_memory=True)
+            self.costs = torch.empty(costs.shape, dtype=costs.dtype, device="cpu", pin_memory=True)
             self.costs.copy_(costs, non_blocking=True)
-            costs.record_stream(side)
+            for x in (mine, costs):  # a device that got other costs would take other heads
+                x.record_stream(side)
             self.arrived = torch.cuda.Event()
             self.arrived.record()
 
