@@ -28,6 +28,26 @@ class Dense(NamedTuple):
     detail: str = ""
 
 
+def enumeration_member(names: Any, name: str, value: str) -> Any:
+    """The member of another library's enumeration with this name and value, a new one if need be.
+
+    Raises ValueError for a member that the library has itself.
+    """
+    known = names._value2member_map_.get(value) or names._member_map_.get(name)
+    if known is not None:
+        if not getattr(known, "is_added", False):
+            raise ValueError(f"name must be none of the library's own; got {known.name!r}")
+        return known
+    # An enumeration takes no new members; this is what its metaclass does for each when the class is made.
+    member = str.__new__(names, value) if issubclass(names, str) else object.__new__(names)
+    member._name_, member._value_, member.__objclass__, member.is_added = name, value, names, True
+    member._sort_order_ = len(names._member_names_)
+    type.__setattr__(names, name, member)
+    names._member_names_.append(name)
+    names._member_map_[name] = names._value2member_map_[value] = member
+    return member
+
+
 @dataclass(eq=False, kw_only=True)
 class SparseCalls:
     """Settings of the sparse calls of a model, and counts of all its calls.
@@ -48,6 +68,9 @@ class SparseCalls:
     pv_dtype: str = "auto"
     impl: str = "auto"
     calls: Counter[str] = field(default_factory=Counter, init=False)
+    # Of the latest sparse call, where it is asked for: the mean share of blocks that each head kept, float32 (H,).
+    with_kept: bool = field(default=False, init=False)
+    kept: Tensor | None = field(default=None, init=False)
 
     def __post_init__(self):
         if not isinstance(self.params, SpargeParams):
@@ -86,14 +109,20 @@ class SparseCalls:
     def attempt(self, q: Tensor, k: Tensor, v: Tensor, **call: Any) -> Any:
         """`sparge_attention` with these settings, or why there is no result after all: a `Dense`."""
         settings = dict(params=self.params, skipped=self.skipped, pv_dtype=self.pv_dtype,
-                        impl="triton" if self.impl == "auto" else self.impl)
+                        impl="triton" if self.impl == "auto" else self.impl, return_stats=self.with_kept)
+        self.kept = None
         try:
-            return sparge_attention(q, k, v, **settings | call)
+            result = sparge_attention(q, k, v, **settings | call)
         # A traceback holds the tensors of what failed, so the dense call comes after these except clauses.
         except FastPathError as error:
             return Dense("the fast kernels failed", str(error))
         except torch.OutOfMemoryError:
             return Dense("out of memory", f"q {tuple(q.shape)}")
+        if not self.with_kept:
+            return result
+        out, stats, *lse = result
+        self.kept = stats.kept.mean(0)
+        return (out, *lse) if lse else out
 
     def count(self, what: Dense | None = None) -> None:
         """Count a call, a sparse one without a reason; log the first one of each reason."""

@@ -6,7 +6,8 @@
 
 Long self-attention goes sparse. Cross-attention, short sequences, and whatever the kernels don't compute go to
 diffusers' native backend as they came. With context parallelism diffusers splits the sequence and moves the tensors:
-by heads (Ulysses) or by keys (ring), which merges parts by their log-sum-exp.
+by heads (Ulysses) or by keys (ring), which merges parts by their log-sum-exp. `register(layers=30)`, for a model of 30
+layers, spreads the heads over the devices by what they cost the step before (`head_balance.py`).
 """
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ import torch
 from torch import Tensor
 
 from .. import SpargeParams, sparge_attention
-from .calls import EVERY_BLOCK, Dense, SparseCalls
+from .calls import EVERY_BLOCK, Dense, SparseCalls, enumeration_member
+from .head_balance import HeadBalance
 
 
 def register(name: str = "spargeattn", **settings) -> SpargeBackend:
@@ -34,27 +36,11 @@ def register(name: str = "spargeattn", **settings) -> SpargeBackend:
         native = registry._backends[names.NATIVE]
     except (ImportError, AttributeError) as error:
         raise ImportError(f"this needs diffusers 0.36 or newer: {error}") from error
-    backend = SpargeBackend(native, in_parallel, **settings)
-    registry.register(_member(names, name), supports_context_parallel=True)(backend)
-    return backend
-
-
-def _member(names: Any, name: str) -> Any:
-    """The member of diffusers' enumeration of backends with this name, a new one if need be."""
     if not isinstance(name, str) or name != name.lower() or not name:
         raise ValueError(f"name must be a word in lower case; got {name!r}")
-    known = names._value2member_map_.get(name)
-    if known is not None:
-        if not getattr(known, "is_added", False):
-            raise ValueError(f"name must be none of diffusers' own backends; got {name!r}")
-        return known
-    # An enumeration takes no new members; this is what its metaclass does for each when the class is made.
-    member = str.__new__(names, name)
-    member._name_, member._value_, member.__objclass__, member.is_added = name.upper(), name, names, True
-    member._sort_order_ = len(names._member_names_)
-    names._member_names_.append(member._name_)
-    names._member_map_[member._name_] = names._value2member_map_[name] = member
-    return member
+    backend = SpargeBackend(native, in_parallel, **settings)
+    registry.register(enumeration_member(names, name.upper(), name), supports_context_parallel=True)(backend)
+    return backend
 
 
 @dataclass(eq=False)
@@ -67,6 +53,8 @@ class SpargeBackend(SparseCalls):
 
     dense: diffusers' native backend, for the other calls.
     in_parallel: diffusers' attention over several devices, which calls back for the work of this one.
+    layers: sparse calls of one evaluation of the model, whose heads are then spread over the devices of Ulysses by
+        their costs; 0 leaves them where they are. Not with a ring.
 
     The settings and the errors are those of `SparseCalls`; min_tokens counts the tokens of all devices.
     """
@@ -74,6 +62,13 @@ class SpargeBackend(SparseCalls):
     dense: Callable[..., Tensor]
     in_parallel: Callable[..., Any]
     _: KW_ONLY
+    layers: int = 0
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._check_count("layers")
+        self.balance = HeadBalance(self.layers) if self.layers else None
+        self.with_kept = self.balance is not None
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None,
                  dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None,
@@ -90,8 +85,7 @@ class SpargeBackend(SparseCalls):
             params = self.params if why is None else EVERY_BLOCK
             if split is not None:
                 self.count(why)
-                return self.in_parallel(*call, forward_op=_Forward(self, params), backward_op=_no_gradients,
-                                        _parallel_config=_parallel_config)
+                return self._on_all_devices(params, split, *call, _parallel_config=_parallel_config)
             out = self.attend(params, *call)
             if not isinstance(out, Dense):
                 self.count(why)
@@ -99,6 +93,22 @@ class SpargeBackend(SparseCalls):
             why = out
         self.count(why)
         return self.dense(*call, _parallel_config=_parallel_config)
+
+    def _on_all_devices(self, params: SpargeParams, split: Any, query: Tensor, key: Tensor, value: Tensor,
+                        *call: Any, _parallel_config: Any) -> Tensor | tuple[Tensor, Tensor]:
+        """A call by diffusers' attention over several devices, its heads spread over them if that is asked for."""
+        places = None
+        if self.balance is not None and split.ring_degree == 1:
+            places = self.balance.places(key, split._ulysses_mesh.get_group())
+        if places is not None:
+            query, key, value = (places.there(x) for x in (query, key, value))
+        self.kept = None
+        result = self.in_parallel(query, key, value, *call, forward_op=_Forward(self, params),
+                                  backward_op=_no_gradients, _parallel_config=_parallel_config)
+        if places is None:
+            return result
+        places.gather(self.kept, query.device)
+        return tuple(places.back(x) for x in result) if isinstance(result, tuple) else places.back(result)
 
     def _stays_dense(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float,
                      scale: float | None, devices: int, ring: bool) -> Dense | None:

@@ -135,6 +135,8 @@ def test_names():
             integration.register(wrong)
     with pytest.raises(ValueError, match="pv_dtype must be"):
         integration.register(pv_dtype="fp7")
+    with pytest.raises(ValueError, match="layers must be an integer ≥ 0; got -1"):
+        integration.register(layers=-1)
 
 
 @pytest.mark.skipif(DEVICE == "cuda" and torch.cuda.device_count() < 2, reason="needs two GPUs")

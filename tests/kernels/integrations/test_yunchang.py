@@ -6,9 +6,10 @@ import torch
 
 from comfyui_spargeattn.kernels import FastPathError, SpargeParams, dense_attention, sparge_attention
 from comfyui_spargeattn.kernels.integrations import calls
-from comfyui_spargeattn.kernels.integrations.yunchang import SpargeProcessor
+from comfyui_spargeattn.kernels.integrations.yunchang import SpargeProcessor, register
 from comfyui_spargeattn.tests.assertions import assert_near, relative_l1
 from comfyui_spargeattn.tests.cases import drifting_qkv
+from comfyui_spargeattn.tests.kernels.integrations.libraries import needs
 from comfyui_spargeattn.tests.kernels.integrations.pair import found_by_two
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -72,12 +73,37 @@ def test_another_attention_is_refused(wrong):
         SpargeProcessor(impl=IMPL)(q, k, v, **wrong)
 
 
+def test_a_type_of_yunchang():
+    """As raylight lists the types and finds the chosen one, by name."""
+    kernels = pytest.importorskip("yunchang", reason="yunchang is not installed").kernels
+    own = list(kernels.AttnType)
+    for _ in range(2):  # the second one replaces the first
+        processor = register(min_tokens=500, impl=IMPL)
+        assert [kind.name for kind in kernels.AttnType] == [*(kind.name for kind in own), "SPARGEATTN"]
+    member = kernels.AttnType["SPARGEATTN"]
+    assert kernels.AttnType.from_string("spargeattn") is member is kernels.AttnType.SPARGEATTN
+    assert kernels.select_flash_attn_impl(member, "fwd-only", processor) is processor
+
+
+@pytest.mark.parametrize("wrong, message", (
+    (dict(name="FA"), "name must be none of the library's own; got 'FA'"),
+    (dict(name="two words"), "name must be an identifier; got 'two words'"),
+    (dict(layers=-1), "layers must be an integer ≥ 1; got -1"),
+    (dict(pv_dtype="fp7"), "pv_dtype must be"),
+))
+def test_what_register_can_not_take(wrong, message):
+    pytest.importorskip("yunchang", reason="yunchang is not installed")
+    with pytest.raises(ValueError, match=message):
+        register(**wrong)
+
+
 @pytest.mark.skipif(DEVICE == "cuda" and torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("kind", ("ulysses", "ring"))
-def test_two_processes(kind, tmp_path):
+@pytest.mark.parametrize("library", ("yunchang", "xfuser"))
+def test_two_processes(library, kind, tmp_path):
     """On two GPUs or on the CPU; the parts that they return make the whole."""
-    pytest.importorskip("yunchang", reason="yunchang is not installed")
-    both = found_by_two("two_parts", kind, tmp_path)
+    needs(library)
+    both = found_by_two("two_parts", f"{library}-{kind}", tmp_path)
     assert len(both) == 2
     for found in both:
         assert found["calls"] == {"sparse": 1 if kind == "ulysses" else 2}
