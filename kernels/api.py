@@ -47,9 +47,9 @@ def sparge_attention(q: Tensor, k: Tensor, v: Tensor, *, params: SpargeParams = 
         order. Needs Nq = Nk and causal=False.
     sink_keys, dense_queries: ranges (start, stop) of tokens, in the caller's order, that are always attended, or
         always attend everything, in whole blocks.
-    pv_dtype: number format of P·V in the fast kernels: "int8", "fp16", or "auto", which is int8 on NVIDIA's GPUs and fp16
-        elsewhere. "fp8", which earlier releases had, is int8 now. Q·Kᵀ is INT8. The reference computes exactly with
-        "auto" and emulates the format otherwise.
+    pv_dtype: number format of P·V in the fast kernels: "int8", "fp16", or "auto", which is int8 on NVIDIA's GPUs up to
+        head_dim 128 and fp16 elsewhere. "fp8", which earlier releases had, is int8 now. Q·Kᵀ is INT8. The reference
+        computes exactly with "auto" and emulates the format otherwise.
     skipped: "drop" ignores the blocks that are not selected (the paper); "pooled" lets each contribute one pooled
         key and value (Sol-Attn, arXiv 2607.24027).
     residual: added to the result: what `attention_residual` of similar q, k and v says that it lacks. Between sampling
@@ -94,7 +94,7 @@ def attention_residual(q: Tensor, k: Tensor, v: Tensor, dense: Tensor, *, params
                     key_bias=key_bias, order=order, sink_keys=sink_keys, dense_queries=dense_queries,
                     pv_dtype=pv_dtype, skipped=skipped)
     check_call(call, q, k, layout, impl)
-    return dispatch.residual(q.detach(), k.detach(), v.detach(), dense.detach(), call, layout, impl)
+    return dispatch.residual(*(_plain(x) for x in (q, k, v, dense)), call, layout, impl)
 
 
 def block_map(q: Tensor, k: Tensor, *, params: SpargeParams = SpargeParams(), layout: str = "BHND",
@@ -110,7 +110,7 @@ def block_map(q: Tensor, k: Tensor, *, params: SpargeParams = SpargeParams(), la
                     key_bias=key_bias, order=order, sink_keys=sink_keys, dense_queries=dense_queries,
                     pv_dtype=pv_dtype)
     check_call(call, q, k, layout, impl)
-    return dispatch.predict(q.detach(), k.detach(), call, layout, impl)
+    return dispatch.predict(_plain(q), _plain(k), call, layout, impl)
 
 
 def block_sparse_attention(q: Tensor, k: Tensor, v: Tensor, block_map: BlockMap | Tensor, *, layout: str = "BHND",
@@ -149,8 +149,15 @@ def block_shape(q: Tensor, *, pv_dtype: str = "auto", impl: str = "auto") -> Blo
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, call: CallSpec, layout: str, impl: str) -> Tensor | tuple:
     """The result of a checked call: directly in eager mode, as one op of the graph under torch.compile."""
-    q, k, v = (x.detach() if x.requires_grad else x for x in (q, k, v))
+    q, k, v = (_plain(x) for x in (q, k, v))
     attention = ops.attention if torch.compiler.is_compiling() else dispatch.attention
     out, *more = attention(q, k, v, call, layout, impl)
     wanted = [x for x in more if x is not None]
     return (out, *wanted) if wanted else out
+
+
+def _plain(x: Tensor) -> Tensor:
+    """x without gradients, and in memory: what torch's collectives give is a promise with neither data nor a pointer."""
+    arrived = getattr(x, "trigger_wait", None)
+    x = x if arrived is None else arrived()
+    return x.detach() if x.requires_grad else x

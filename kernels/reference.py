@@ -230,18 +230,15 @@ def attend(queries: Compressed, keys: Compressed, values: Tensor, mask: Tensor, 
     """
     batch, heads, q_blocks, block_q, dim = queries.tokens.shape
     block_k = values.shape[3]
-    q, k, v, v_scale, v_centre = queries.tokens * (call.scale_for(dim) * LOG2E), keys.tokens, values, 1.0, 0.0
+    q, k, v, v_scale, v_centre = queries.tokens, keys.tokens, values, 1.0, 0.0
     emulated = call.pv_dtype != "auto"
-    in_int8 = emulated and pv_format(call.pv_dtype, None) == "int8"
+    in_int8 = emulated and pv_format(call.pv_dtype, None, q.shape[-1]) == "int8"
     if emulated:
         q, k = _int8(q, dims=(-1,)), _int8(k, dims=(-2, -1))
         # What is subtracted from every value comes back at the end, because the weights of a row sum to one.
-        valid = keys.valid[..., None]
-        v_centre = v.sum((2, 3), keepdim=True) / valid.sum((2, 3), keepdim=True).clamp(min=1)
-        values = (v - v_centre) * valid
-        spread = values.abs().amax((2, 3), keepdim=True)
-        spread = spread.maximum(spread.amax(-1, keepdim=True) * LEAST_SPREAD)
-        v_scale = spread.clamp(min=1e-12)
+        v_centre, spread = _centre_and_spread(v, keys.valid)
+        values = (v - v_centre) * keys.valid[..., None]
+        v_scale = spread.maximum(spread.amax(-1, keepdim=True) * LEAST_SPREAD).clamp(min=1e-12)
         v = values / v_scale
         if in_int8:
             far = v.abs().amax((-2, -1), keepdim=True) > INT8_LIMIT
@@ -249,6 +246,7 @@ def attend(queries: Compressed, keys: Compressed, values: Tensor, mask: Tensor, 
         else:
             v = _to_fp16(v)
         v_centre, v_scale = v_centre[:, :, 0], v_scale[:, :, 0]
+    q = q * (call.scale_for(dim) * LOG2E)
     k, v, valid = k.flatten(2, 3), v.flatten(2, 3), keys.valid.flatten(2, 3)
     pv_limit = _per_head(call.thresholds.pv_threshold, q, 4)
     tokens = torch.arange(k.shape[2], device=q.device)
@@ -288,6 +286,14 @@ def attend(queries: Compressed, keys: Compressed, values: Tensor, mask: Tensor, 
         lse.append((top + total.log2())[..., 0])
     groups = mask.sum((-2, -1)) * (block_q // ROW_GROUP)
     return torch.cat(out, 2), torch.cat(lse, 2), (skips / groups.clamp(min=1)).float()
+
+
+def _centre_and_spread(values: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """By channel, the mean of values (B, H, k_blocks, b_k, D) over valid tokens, and the largest distance from it; both
+    (B, H, 1, 1, D)."""
+    valid = valid[..., None]
+    centre = values.sum((2, 3), keepdim=True) / valid.sum((2, 3), keepdim=True).clamp(min=1)
+    return centre, ((values - centre) * valid).abs().amax((2, 3), keepdim=True)
 
 
 def _skipped_groups(local: Tensor, running: Tensor, limit: Tensor) -> Tensor:

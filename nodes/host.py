@@ -80,7 +80,7 @@ def _fast_kernels(device: torch.device) -> str:
         return f"no fast kernels here: {declined}"
     version = "Triton {}.{}".format(*triton) if triton else "Triton"
     name = getattr(torch, device.type).get_device_name(device) if device.type in ("cuda", "xpu") else device.type
-    return f"fast kernels: {version}, {name} ({arch}), P·V in {pv_format('auto', arch).upper()}"
+    return f"fast kernels: {version}, {name} ({arch}), P·V in {pv_format('auto', arch, 128).upper()}"
 
 
 def keep_compiled_kernels() -> None:

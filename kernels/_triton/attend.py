@@ -21,8 +21,9 @@ from .primitives import order_rows, padded_dim, threshold_of, token_strides
 from .softmax import INT8_UNIT, mask_scores, online_softmax_update, rows_below, to_int8_operand
 from .tiles import load_channels, load_tile
 
-# How far the maximum of a row may rise above that of its first block, in log2 units, until its sums might leave float32.
-_MOST_GROWTH = tl.constexpr(32)
+# Where the sum of P of a row, relative to the maximum of its first block, is beyond this, its maximum may have risen so
+# far (by 2^32) that P·V leaves float32.
+_MOST_TOTAL = tl.constexpr(2.0 ** 39)
 
 
 @triton.jit(do_not_specialize=["stride_b", "stride_h", "stride_n", "q_blocks", "k_blocks", "q_tokens", "k_tokens",
@@ -114,7 +115,7 @@ def _attend_kernel(
         first = n_plain if CARE else 0
         last = n_kept if CARE else n_plain
         if PV_INT8 and CARE:  # where a maximum rose too far, which is rare, this loop takes all blocks
-            again = tl.max((highest - running_max > _MOST_GROWTH).to(tl.int32), 0) > 0
+            again = tl.max(total, 0) > _MOST_TOTAL
             first = tl.where(again, 0, first)
             acc = tl.where(again, 0.0, acc)
             total = tl.where(again, 0.0, total)
@@ -147,22 +148,23 @@ def _attend_kernel(
                 scores_max = tl.max(products, 1).to(tl.float32)  # of integers: three in one instruction on sm90
             if PV_INT8:
                 local_max = scores_max * scale
-                if CARE:
-                    local_max = tl.where(local_max < -1e30, -1e30, local_max)  # not a maximum, which would lose NaN
-                local_max += tl.abs(local_max) * 2.0 ** -22  # so that rounding takes no P above 127
+                if SKIP_PV:
+                    highest = tl.maximum(highest, local_max)
+                # Of a row without a key -inf is none; a maximum with a number would lose NaN.
+                block_max = tl.where(local_max < -1e30, -1e30, local_max) if CARE else local_max
+                block_max += tl.abs(block_max) * 2.0 ** -22  # so that rounding takes no P above 127
                 if CARE:
                     before = running_max
-                    running_max = tl.maximum(before, local_max)
+                    running_max = tl.maximum(before, block_max)
                     decay = tl.exp2(before - running_max)
                     acc *= decay[:, None]
                     total *= decay
                 else:
-                    running_max = tl.where(entry == 0, local_max, running_max)
-                highest = tl.maximum(highest, local_max)
-                p = tl.exp2(scores * scale[:, None] - (local_max - (P_SHIFT + P_UNIT))[:, None])
+                    running_max = tl.where(entry == 0, block_max, running_max)
+                p = tl.exp2(scores * scale[:, None] - (block_max - (P_SHIFT + P_UNIT))[:, None])
                 p_int8, sums = to_int8_operand(p=p, BLOCK_Q=BLOCK_Q, BLOCK_K=BLOCK_K, P_UNIT=P_UNIT)
-                factor = tl.exp2(local_max - running_max)
-                if CARE:  # integers would lose a bias that is NaN
+                factor = tl.exp2(block_max - running_max)
+                if CARE or lse_ptr is not None:  # integers lose a bias that is NaN, and small probabilities
                     total += tl.sum(p, 1) * (factor * 2.0 ** -P_UNIT)
                 else:
                     total += sums.to(tl.float32) * factor

@@ -75,7 +75,7 @@ def block_of(q: Tensor, pv_dtype: str) -> BlockShape:
 def _configure(q: Tensor, pv_dtype: str) -> tuple[AttendConfig, bool]:
     """The launch configuration, and whether P·V is multiplied in INT8."""
     arch = arch_of(q.device)
-    chosen = pv_format(pv_dtype, arch)
+    chosen = pv_format(pv_dtype, arch, q.shape[-1])
     return attend_config(arch, padded_dim(q.shape[-1]), chosen), chosen == "int8"
 
 

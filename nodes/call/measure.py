@@ -54,7 +54,7 @@ class CallMeasure:
         self._norm = self._sums(None).clamp(min=1e-30)
         self.finite = bool(self._norm.isfinite().all())
         self._impl = select_implementation(call.q)[0]
-        self._int8 = self._impl == "triton" and pv_format("auto", arch_of(call.q.device)) == "int8"
+        self._int8 = self._impl == "triton" and pv_format("auto", arch_of(call.q.device), call.q.shape[-1]) == "int8"
 
     def __call__(self, setting: TunedSetting) -> Measured | None:
         """None where the call can't run with this setting, for want of a grid or of hardware."""

@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from comfyui_spargeattn.kernels import capability, select_implementation
+from comfyui_spargeattn.kernels import select_implementation
 from comfyui_spargeattn.kernels.capability import Facts, arch_of, pv_format, triton_declines
 
 HALF, BF16 = torch.float16, torch.bfloat16
@@ -52,8 +52,9 @@ def test_names_the_package_to_install(platform, package, monkeypatch):
                                             ("sm120", "int8"), ("gfx942", "fp16"), ("gfx1100", "fp16"), ("xpu", "fp16"),
                                             (None, "fp16")])
 def test_format_of_p_times_v(arch, expected):
-    assert pv_format("auto", arch) == expected
-    assert [pv_format(name, arch) for name in ("int8", "fp16", "fp8")] == ["int8", "fp16", "int8"]
+    assert pv_format("auto", arch, 128) == expected
+    assert pv_format("auto", arch, 129) == "fp16"
+    assert [pv_format(name, arch, 256) for name in ("int8", "fp16", "fp8")] == ["int8", "fp16", "int8"]
 
 
 def test_cpu_takes_the_reference():

@@ -52,7 +52,7 @@ def compile_kernels(arch: str, dims: list[int]) -> dict[str, dict]:
     from compiler import CompileOnlyDriver, assembly, cause, resources
     from triton.runtime.jit import JITFunction
 
-    from comfyui_spargeattn.kernels import block_shape, block_sparse_attention, capability, sparge_attention
+    from comfyui_spargeattn.kernels import block_shape, block_sparse_attention, sparge_attention
     triton.runtime.driver.set_active(CompileOnlyDriver(arch))
     compiled, launch, found = [], JITFunction.run, {}
 

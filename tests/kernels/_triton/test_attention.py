@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from comfyui_spargeattn.kernels import BlockShape, SpargeParams, block_map
-from comfyui_spargeattn.tests.cases import drifting_qkv
+from comfyui_spargeattn.kernels.formats import LOG2E
+from comfyui_spargeattn.tests.cases import drifting_qkv, random_qkv
 from comfyui_spargeattn.tests.kernels._triton.harness import DEVICE, DTYPES, ON_GPU, PV_FORMATS, check_call
 
 HEAD_DIMS = (40, 64, 72, 80, 88, 96, 120, 128, 160, 256)
@@ -229,3 +230,14 @@ def test_extremes(kind, pv_dtype, small_blocks):
     else:
         k = k[:, :, :1].expand_as(k)
     check_call(q, k, v, params=CDF, pv_dtype=pv_dtype)
+
+
+@pytest.mark.parametrize("rise", (10.0, 31.0, 60.0, 300.0, -300.0))
+@pytest.mark.parametrize("skipped", ("drop", "pooled"))
+def test_a_maximum_that_rises_from_block_to_block(skipped, rise, small_blocks):
+    """In INT8, sums are relative to the first block's maximum; `rise` log2 units of scores lie between first and last."""
+    q, k, v = random_qkv(1, 2, 300, 32, dtype=torch.float32, device=DEVICE)
+    q, k = 0.05 * q, 0.05 * k
+    q[..., 0] = 1.0
+    k[..., 0] = torch.linspace(0.0, rise, 300, device=DEVICE) / LOG2E
+    check_call(q, k, v, params=SpargeParams(topk=0.9), pv_dtype="int8", skipped=skipped, scale=1.0)

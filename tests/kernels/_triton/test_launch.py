@@ -2,8 +2,7 @@
 import pytest
 import torch
 
-from comfyui_spargeattn.kernels import FastPathError, capability, sparge_attention
-from comfyui_spargeattn.tests.cases import drifting_qkv
+from comfyui_spargeattn.kernels import FastPathError
 from comfyui_spargeattn.tests.kernels._triton.harness import DEVICE
 
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from comfyui_spargeattn.kernels import SpargeParams, capability
+from comfyui_spargeattn.kernels import SpargeParams
 from comfyui_spargeattn.nodes.call import plan as policy
 from comfyui_spargeattn.nodes.call.arguments import AttentionCall
 from comfyui_spargeattn.nodes.call.plan import (
