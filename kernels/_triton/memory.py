@@ -47,5 +47,10 @@ def groups_of_heads(q: Tensor, k: Tensor, fp8: bool, block: BlockShape, pooled: 
     kv_heads = k.shape[1]
     most = int(SHARE * input_bytes(q, k) * kv_heads // copied_bytes(q, k, fp8, block, pooled))
     count = -(-kv_heads // max(1, most))
-    bounds = [kv_heads * i // count for i in range(count + 1)]
+    bounds = [-(-kv_heads * i // count) for i in range(count + 1)]  # the first group is the largest
     return list(zip(bounds, bounds[1:]))
+
+
+def groups_where_long(q: Tensor, k: Tensor, fp8: bool, block: BlockShape, pooled: bool) -> list[tuple[int, int]]:
+    """The same where the inputs are large; all heads of others, for which more launches would take longer."""
+    return [(0, k.shape[1])] if input_bytes(q, k) <= _SMALL else groups_of_heads(q, k, fp8, block, pooled)
