@@ -152,5 +152,4 @@ class KernelCalls:
 def _arguments(plan: SparsePlan, call: AttentionCall) -> dict[str, Any]:
     """What `block_map` and the attention functions take beside the tensors."""
     return {"params": plan.params, "layout": call.layout, "scale": call.scale, "order": plan.order,
-            "sink_keys": plan.sink_keys, "dense_queries": plan.dense_queries, "pv_dtype": plan.pv_dtype,
-            "impl": plan.impl, **(call.key_mask or {})}
+            "pv_dtype": plan.pv_dtype, "impl": plan.impl, **plan.exact_tokens, **(call.key_mask or {})}
