@@ -45,7 +45,7 @@ class AttentionCall:
     enable_gqa: whether k and v may have fewer heads than q.
     low_precision: False where the model refuses quantised attention.
     transformer_options: what ComfyUI tells of the evaluation.
-    owned: whether nobody needs q, k and v afterwards.
+    owned: whether the caller has given q, k and v away, so that v may be overwritten.
     """
 
     q: Tensor
