@@ -26,7 +26,7 @@ def sparge_attention(q: Tensor, k: Tensor, v: Tensor, *, params: SpargeParams = 
                      order: Tensor | None = None, sink_keys: TokenRanges | None = None,
                      dense_queries: TokenRanges | None = None, pv_dtype: str = "auto", skipped: str = "drop",
                      residual: Residual | None = None, impl: str = "auto", return_stats: bool = False,
-                     return_lse: bool = False) -> Tensor | tuple:
+                     return_lse: bool = False, overwrite_v: bool = False) -> Tensor | tuple:
     """Attention that computes only the blocks that matter (SpargeAttn, arXiv 2502.18137).
 
     For inference: the result carries no gradients, whatever the implementation.
@@ -59,12 +59,15 @@ def sparge_attention(q: Tensor, k: Tensor, v: Tensor, *, params: SpargeParams = 
     return_lse: also return the log-sum-exp of each row: the natural logarithm of the sum of the exponentials of the
         scaled scores that were attended, float32 (B, H, Nq), -inf for a query without any key. With it, results over
         parts of the keys can be merged.
+    overwrite_v: let the fast kernels write the result over v, with less memory than dense attention takes. The result
+        then is v. They do so where v is like q, without gaps and in other memory, and return_lse is off.
 
-    Returns a tensor of q's shape, dtype and layout, contiguous; where more is asked for, a tuple of it, the statistics
-    and the log-sum-exp, in this order. Raises ValueError or TypeError naming the argument,
-    its rule and the value it got; RuntimeError where the implementation asked for by name can't take the call, of which
-    `FastPathError` says that its kernels failed to import, compile or launch. NaN or infinity in q, k or v makes at
-    least those rows NaN that dense attention makes NaN.
+    Returns a tensor of q's shape, dtype and layout, contiguous unless it is v; where more is asked for, a tuple of it,
+    the statistics and the log-sum-exp, in this order. Raises ValueError or TypeError naming the argument, its rule and
+    the value it got; RuntimeError where the implementation asked for by name can't take the call, of which
+    `FastPathError` says that its kernels failed to import, compile or launch, and where overwrite_v has cost v and
+    something fails, such as memory. NaN or infinity in q, k or v makes at least those rows NaN that dense attention
+    makes NaN.
     """
     check_tensors(q, k, v, layout, params)
     call = CallSpec(Thresholds.of(params, q.device), scale=scale, causal=causal, key_padding_mask=key_padding_mask,
@@ -72,7 +75,7 @@ def sparge_attention(q: Tensor, k: Tensor, v: Tensor, *, params: SpargeParams = 
                     pv_dtype=pv_dtype, skipped=skipped, return_stats=return_stats, return_lse=return_lse,
                     residual=residual)
     check_call(call, q, k, layout, impl)
-    return _attention(q, k, v, call, layout, impl)
+    return _attention(q, k, v, call, layout, impl, overwrite_v)
 
 
 def attention_residual(q: Tensor, k: Tensor, v: Tensor, dense: Tensor, *, params: SpargeParams = SpargeParams(),
@@ -147,17 +150,20 @@ def block_shape(q: Tensor, *, pv_dtype: str = "auto", impl: str = "auto") -> Blo
     return dispatch.block_of(q, pv_dtype, impl)
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, call: CallSpec, layout: str, impl: str) -> Tensor | tuple:
+def _attention(q: Tensor, k: Tensor, v: Tensor, call: CallSpec, layout: str, impl: str,
+               overwrite_v: bool = False) -> Tensor | tuple:
     """The result of a checked call: directly in eager mode, as one op of the graph under torch.compile."""
     q, k, v = (_plain(x) for x in (q, k, v))
-    attention = ops.attention if torch.compiler.is_compiling() else dispatch.attention
-    out, *more = attention(q, k, v, call, layout, impl)
+    if torch.compiler.is_compiling():  # an op that overwrites nothing
+        out, *more = ops.attention(q, k, v, call, layout, impl)
+    else:
+        out, *more = dispatch.attention(q, k, v, call, layout, impl, overwrite_v)
     wanted = [x for x in more if x is not None]
     return (out, *wanted) if wanted else out
 
 
 def _plain(x: Tensor) -> Tensor:
-    """x without gradients, and in memory: what torch's collectives give is a promise with neither data nor a pointer."""
+    """x without gradients, and waited for: what torch's collectives return has no memory of its own yet."""
     arrived = getattr(x, "trigger_wait", None)
     x = x if arrived is None else arrived()
     return x.detach() if x.requires_grad else x

@@ -22,7 +22,7 @@ class Implementation(Protocol):
     def attention(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None,
                   call: CallSpec) -> SpargeStats | None:
         """Write the attention into `out`, and the log-sum-exp of its scores into `lse` if there is one, float32
-        (B, H, Nq); return the statistics if the call asks for them."""
+        (B, H, Nq); return the statistics if the call asks for them. The fast kernels take v itself for `out`."""
         ...
 
     def residual(self, q: Tensor, k: Tensor, v: Tensor, dense: Tensor, call: CallSpec) -> Residual:
@@ -38,16 +38,19 @@ class Implementation(Protocol):
         ...
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, call: CallSpec, layout: str,
-              impl: str) -> tuple[Tensor, SpargeStats | None, Tensor | None]:
+def attention(q: Tensor, k: Tensor, v: Tensor, call: CallSpec, layout: str, impl: str,
+              overwrite_v: bool = False) -> tuple[Tensor, SpargeStats | None, Tensor | None]:
     """The output, in `layout`, of a checked call, and its statistics and log-sum-exp if it asks for them."""
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    q, k, v, target = (_heads_first(x, layout) for x in (q, k, v, out))
-    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) if call.return_lse else None
+    def run(chosen: Implementation) -> tuple[Tensor, SpargeStats | None, Tensor | None]:
+        over_v = overwrite_v and chosen is not reference and not call.return_lse and _takes_result(v, q, k)
+        of_q, of_k, of_v = (_heads_first(x, layout) for x in (q, k, v))
+        out = v if over_v else torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        lse = torch.empty(of_q.shape[:3], dtype=torch.float32, device=q.device) if call.return_lse else None
+        stats = chosen.attention(of_q, of_k, of_v, of_v if over_v else _heads_first(out, layout), lse, call)
+        return out, stats, lse
+
     # A given map is made of the blocks of the implementation that was chosen: no other one can take the call over.
-    stats = _run(impl, q, lambda chosen: chosen.attention(q, k, v, target, lse, call),
-                 falls_back=call.block_mask is None)
-    return out, stats, lse
+    return _run(impl, q, run, falls_back=call.block_mask is None)
 
 
 def residual(q: Tensor, k: Tensor, v: Tensor, dense: Tensor, call: CallSpec, layout: str, impl: str) -> Residual:
@@ -95,3 +98,10 @@ def _pipeline() -> Implementation:
 
 def _heads_first(x: Tensor, layout: str) -> Tensor:
     return x if layout == "BHND" else x.transpose(1, 2)
+
+
+def _takes_result(v: Tensor, q: Tensor, k: Tensor) -> bool:
+    """Whether the result can be written over v: it has the shape of q, no gaps, and memory that q and k don't use."""
+    others = {x.untyped_storage().data_ptr() for x in (q, k)}
+    return (v.shape == q.shape and any(x.is_contiguous() for x in (v, v.transpose(1, 2)))
+            and v.untyped_storage().data_ptr() not in others)

@@ -100,9 +100,11 @@ class SpargeOverride:
         if site.block is None and self.settings.dense_blocks:
             self.run.say_once("dense_blocks", "dense_blocks has no effect, this model does not number its blocks")
         refreshed = plan if self.run.refresh.due and isinstance(plan, SparsePlan) else None
+        containers = _containers(args)
+        if containers and not refreshed:  # which needs the tensors twice
+            call = replace(call, owned=True)
         with self._unrecorded():
             out = plan if isinstance(plan, Dense) else self._compute(plan, call, site)
-        containers = _containers(args)
         if isinstance(out, Dense):
             watch = Stopwatch(call.q.device)
             if refreshed:  # what the tensors hold is needed afterwards, and who gets containers may overwrite it
@@ -115,6 +117,7 @@ class SpargeOverride:
             if call.q_tokens == call.k_tokens and call.q_tokens >= self.settings.min_tokens:
                 self.run.add_call(call, site.block, watch.stop())
         else:
+            # Not freed inside `unrecorded`: memory of the evaluation has to go where the record sees it.
             for container in containers:
                 container.take()
         if refreshed:

@@ -55,8 +55,9 @@ def _attend_kernel(
     out = acc / total · v_scale + v_centre (+ residual · residual_scale)
     In int8, m is the maximum of the row in its first block, and nothing ever waits for the sums: float32 has the range.
     Rows whose maximum rises by 2^32, and blocks that need care, are summed as in float16.
-    Under SKIP_PV, groups of ROW_GROUP rows with s - m < -pv_threshold leave p · v out, not Σ p, m being the maximum so
-    far. With a pooled tail each skipped block is one more key. Source: SpargeAttn (arXiv 2502.18137), sections 3.4, 3.5.
+    Under SKIP_PV, groups of ROW_GROUP rows whose s lie 2^-pv_threshold below their maximum so far leave p · v out, not
+    Σ p. With a pooled tail each skipped block is one more key.
+    Source: SpargeAttn (arXiv 2502.18137), sections 3.4 and 3.5.
 
     Inputs; under TMA, k_ptr, v_ptr, pooled_k_ptr and pooled_v_ptr are descriptors of the same as matrices:
     q_ptr: int8 (B, H, q_blocks · BLOCK_Q, PITCH).
@@ -122,7 +123,7 @@ def _attend_kernel(
             running_max = tl.where(again, -1e30, running_max)
             highest = tl.where(again, -1e30, highest)
             n_skipped = tl.where(again, 0, n_skipped)
-        # Scales come one entry ahead: loaded where they are used, they are pipelined through shared memory at a barrier.
+        # Scales come one entry ahead: loaded where they are used, they would wait for shared memory at a barrier.
         next_block = tl.load(indices_ptr + first, mask=first < n_kept, other=0)
         next_k_scale = tl.load(k_scale_ptr + next_block)
         next_v_scale = tl.load(v_block_scale_ptr + next_block)
@@ -212,7 +213,8 @@ def _attend_kernel(
             acc=acc, total=total, running_max=running_max, q=q, q_scale=q_scale, pooled_k=pooled_k_ptr,
             pooled_k_scale_ptr=pooled_k_scale_ptr, pooled_v=pooled_v_ptr,
             tail_weight_ptr=tail_weight_ptr, map_row=map_row, kv_batch_head=kv_batch_head, k_blocks=k_blocks,
-            BLOCK_Q=BLOCK_Q, PADDED_D=PADDED_D, PITCH=PITCH, TAIL_TILE=TAIL_TILE, PV_INT8=PV_INT8, P_SHIFT=P_SHIFT, TMA=TMA)
+            BLOCK_Q=BLOCK_Q, PADDED_D=PADDED_D, PITCH=PITCH, TAIL_TILE=TAIL_TILE, PV_INT8=PV_INT8, P_SHIFT=P_SHIFT,
+            TMA=TMA)
 
     write_output(
         acc=acc, total=total, v_scale_ptr=v_scale_ptr, v_centre_ptr=v_centre_ptr, order_ptr=order_ptr,

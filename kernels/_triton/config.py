@@ -83,8 +83,8 @@ _FAMILIES = {"sm80": "sm80", "sm90": "sm90", "sm100": "sm100", "sm103": "sm100"}
 
 @functools.lru_cache
 def attend_config(arch: str, padded_dim: int, pv_format: str) -> AttendConfig:
-    """The configuration for an architecture ("sm90", "gfx942", …), a power-of-two head_dim and a format of P·V, "int8" or
-    "fp16"."""
+    """The configuration for an architecture ("sm90", "gfx942", …), a head_dim padded to a power of two, and a format of
+    P·V, "int8" or "fp16"."""
     family = _FAMILIES.get(arch) or {"sm": "consumer", "gf": "amd"}.get(arch[:2], "other")
     return replace(_TABLE[family][max(64, padded_dim)][pv_format == "int8"], ptx=arch.startswith("sm"))
 

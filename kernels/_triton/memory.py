@@ -20,7 +20,8 @@ def copied_bytes(q: Tensor, k: Tensor, pv_int8: bool, block: BlockShape, pooled:
     q_blocks, k_blocks = block.counts(q_tokens, k_tokens)
     pitch = round_up(dim, 16)
     by_head = q_blocks * (block.q * (pitch + 4) + 4 * dim) + q_blocks * k_blocks * (6 if pooled else 4)
-    by_kv_head = k_blocks * (block.k * pitch * (2 if pv_int8 else 3) + (8 if pv_int8 else 4) * dim + (3 * pitch if pooled else 0))
+    values = block.k * pitch + 4 * dim if pv_int8 else 2 * block.k * pitch
+    by_kv_head = k_blocks * (block.k * pitch + 4 * dim + values + (3 * pitch if pooled else 0))
     return batch * (heads * by_head + kv_heads * by_kv_head)
 
 
@@ -47,5 +48,10 @@ def groups_of_heads(q: Tensor, k: Tensor, pv_int8: bool, block: BlockShape, pool
     kv_heads = k.shape[1]
     most = int(SHARE * input_bytes(q, k) * kv_heads // copied_bytes(q, k, pv_int8, block, pooled))
     count = -(-kv_heads // max(1, most))
-    bounds = [kv_heads * i // count for i in range(count + 1)]
+    bounds = [-(-kv_heads * i // count) for i in range(count + 1)]  # the first group is the largest
     return list(zip(bounds, bounds[1:]))
+
+
+def groups_where_long(q: Tensor, k: Tensor, pv_int8: bool, block: BlockShape, pooled: bool) -> list[tuple[int, int]]:
+    """The same where the inputs are large; all heads of others, for which more launches would take longer."""
+    return [(0, k.shape[1])] if input_bytes(q, k) <= _SMALL else groups_of_heads(q, k, pv_int8, block, pooled)

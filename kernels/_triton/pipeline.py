@@ -6,6 +6,7 @@ from torch import Tensor
 
 from ..call import CallSpec
 from ..capability import arch_of, pv_format
+from ..failures import FastPathError
 from ..formats import LOG2E, ROW_GROUP
 from ..types import BlockMap, BlockShape, Residual, SpargeStats, TokenRanges
 from .attend import attend
@@ -13,7 +14,7 @@ from .block_lists import BlockLists
 from .blockmap import select_blocks
 from .config import AttendConfig, attend_config
 from .given_map import lists_from_mask
-from .memory import groups_of_heads, is_short
+from .memory import groups_of_heads, groups_where_long, is_short
 from .output import Target
 from .prepare_keys import prepare_keys
 from .prepare_queries import prepare_queries
@@ -25,8 +26,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, 
     """Write the attention of q (B, H, Nq, D), k, v (B, Hkv, Nk, D) into out like q, and the log-sum-exp into lse,
     float32 (B, H, Nq), if there is one; the statistics if asked.
 
-    Takes the heads in groups where memory is short.
+    Takes the heads in groups where memory is short. `out` may be v itself; then it does wherever the sequence is long.
     """
+    if out is v:
+        return _over_values(q, k, v, Target(out), call)
     return _in_memory(q, k, v, Target(out, lse=lse), call)
 
 
@@ -37,6 +40,32 @@ def residual(q: Tensor, k: Tensor, v: Tensor, dense: Tensor, call: CallSpec) -> 
     return made
 
 
+def _over_values(q: Tensor, k: Tensor, v: Tensor, target: Target, call: CallSpec) -> SpargeStats | None:
+    """Attention of q, k and v, all of one shape, whose target is v.
+
+    A group of heads is written where its own v was, which is quantised by then. So beside q, k and v there are the
+    copies of one group alone, less than dense attention takes for its result. What fails before the first group has
+    been launched leaves v as it was. Raises RuntimeError, and no other error, where something fails later.
+    """
+    config, pv_int8 = _configure(q, call.pv_dtype)
+    call.check_blocks(config.block, q.shape[2], k.shape[2])
+    stats, written = [], False
+    with torch.cuda.device_of(q):
+        for first, last in groups_where_long(q, k, pv_int8, config.block, call.pooled):
+            of_group = slice(first, last)
+            try:
+                made = _attention(q[:, of_group], k[:, of_group], v[:, of_group], target.heads(of_group),
+                                  call.heads(first, last, 1), config, pv_int8)
+                written = True
+                stats.append(_statistics(*made, call, config.block))
+            except (FastPathError, torch.OutOfMemoryError) as error:
+                if not written:
+                    raise
+                raise RuntimeError(f"attention failed after it had overwritten some of v: {error}") from error
+            del made  # before the next group takes memory
+    return _joined(stats)
+
+
 def _in_memory(q: Tensor, k: Tensor, v: Tensor, target: Target, call: CallSpec) -> SpargeStats | None:
     """`_attention` of all heads, together or in groups, as memory allows."""
     config, pv_int8 = _configure(q, call.pv_dtype)
@@ -45,26 +74,31 @@ def _in_memory(q: Tensor, k: Tensor, v: Tensor, target: Target, call: CallSpec) 
     with torch.cuda.device_of(q):  # Triton launches on the current GPU
         if not is_short(*size):
             try:
-                return _attention(q, k, v, target, call, config, pv_int8)
+                return _statistics(*_attention(q, k, v, target, call, config, pv_int8), call, config.block)
             except torch.OutOfMemoryError:
                 pass  # what the attempt held is free once this handler is left
         group = q.shape[1] // k.shape[1]
         stats = []
         for first, last in groups_of_heads(*size):
             of_queries, of_keys = slice(first * group, last * group), slice(first, last)
-            stats.append(_attention(q[:, of_queries], k[:, of_keys], v[:, of_keys], target.heads(of_queries),
-                                    call.heads(first, last, group), config, pv_int8))
-    if not call.return_stats:
-        return None
-    return SpargeStats(torch.cat([x.kept for x in stats], 1), torch.cat([x.pv_skipped for x in stats], 1))
+            stats.append(_statistics(*_attention(
+                q[:, of_queries], k[:, of_keys], v[:, of_keys], target.heads(of_queries),
+                call.heads(first, last, group), config, pv_int8), call, config.block))
+    return _joined(stats)
 
 
 def predict(q: Tensor, k: Tensor, call: CallSpec) -> BlockMap:
-    """The block map alone."""
+    """The block map alone. Takes the heads of long sequences in groups, as it may run beside all that a call holds."""
     config, _ = _configure(q, call.pv_dtype)
+    group, maps = q.shape[1] // k.shape[1], []
     with torch.cuda.device_of(q):
-        *_, lists = _prepare(q, k, None, call, config, pv_int8=False, order=_contiguous(call.order))
-        return lists.public(config.block)
+        for first, last in groups_where_long(q, k, False, config.block, False):
+            part = call.heads(first, last, group)
+            *_, lists = _prepare(q[:, first * group:last * group], k[:, first:last], None, part, config, pv_int8=False,
+                                 order=_contiguous(part.order))
+            maps.append(lists.public(config.block))
+    return maps[0] if len(maps) == 1 else BlockMap(torch.cat([x.indices for x in maps], 1),
+                                                   torch.cat([x.counts for x in maps], 1), config.block)
 
 
 def block_of(q: Tensor, pv_dtype: str) -> BlockShape:
@@ -80,8 +114,11 @@ def _configure(q: Tensor, pv_dtype: str) -> tuple[AttendConfig, bool]:
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, target: Target, call: CallSpec, config: AttendConfig,
-               pv_int8: bool) -> SpargeStats | None:
-    """Attention of all heads together, into its target."""
+               pv_int8: bool) -> tuple[BlockLists, Tensor | None]:
+    """Attention of all heads together, into its target; what its statistics are made of.
+
+    The target is written by the last launch alone, after which only a log-sum-exp takes memory.
+    """
     order = _contiguous(call.order)
     queries, statistics, keys, values, lists = _prepare(q, k, v, call, config, pv_int8, order)
     skips = attend(queries, keys, values, lists, target, residual=call.residual, k_tokens=k.shape[2], order=order,
@@ -90,7 +127,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, target: Target, call: CallSpec, 
     if target.lse is not None:
         centre = statistics.key_centre(q.shape[-1]).repeat_interleave(q.shape[1] // k.shape[1], 1)
         target.lse.add_(call.shared_score(q, centre))
-    return _statistics(lists, skips, config.block) if call.return_stats else None
+    return lists, skips
 
 
 def _prepare(q: Tensor, k: Tensor, v: Tensor | None, call: CallSpec, config: AttendConfig, pv_int8: bool,
@@ -115,13 +152,23 @@ def _prepare(q: Tensor, k: Tensor, v: Tensor | None, call: CallSpec, config: Att
     return queries, statistics, keys, values, lists
 
 
-def _statistics(lists: BlockLists, skips: Tensor | None, block: BlockShape) -> SpargeStats:
-    """skips: int32 (B, H, q_blocks), the row groups whose P·V was skipped; None where none could be."""
+def _statistics(lists: BlockLists, skips: Tensor | None, call: CallSpec, block: BlockShape) -> SpargeStats | None:
+    """None where the call asks for none. skips: int32 (B, H, q_blocks), the row groups whose P·V was skipped; None
+    where none could be."""
+    if not call.return_stats:
+        return None
     _, n_kept, n_visible = lists.counts.tensor().sum(2, dtype=torch.float32).unbind(-1)
     kept = n_kept / n_visible.clamp(min=1)
     if skips is None:
         return SpargeStats(kept, torch.zeros_like(kept))
     return SpargeStats(kept, skips.sum(-1) / (n_kept * (block.q // ROW_GROUP)).clamp(min=1))
+
+
+def _joined(stats: list[SpargeStats | None]) -> SpargeStats | None:
+    """Statistics of all heads from those of groups of them."""
+    found = [x for x in stats if x is not None]
+    return SpargeStats(torch.cat([x.kept for x in found], 1),
+                       torch.cat([x.pv_skipped for x in found], 1)) if found else None
 
 
 def _contiguous(x: Tensor | None) -> Tensor | None:

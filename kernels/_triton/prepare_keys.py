@@ -26,10 +26,10 @@ from .primitives import (
 )
 from .sample import centre_and_scale_of_values, centre_of_keys
 
-# The largest sampled value of a channel becomes 1. In float16 a block with values beyond this limit is divided by a power
-# of two of its own. Rounding stays as fine as it is, because float16 comes nowhere near its smallest normal number.
+# The largest sampled value of a channel becomes 1. In float16 a block with values beyond this limit is divided by a
+# power of two of its own. Rounding stays as fine, because float16 comes nowhere near its smallest normal number.
 _FLOAT16_LIMIT = tl.constexpr(2.0 ** 14)
-# In INT8 a block with values beyond this limit has a scale for each channel, or its other channels would lose precision.
+# In INT8 a block with values beyond this limit has a scale for each channel: one would cost the others precision.
 _INT8_LIMIT = tl.constexpr(INT8_LIMIT)
 _INT8_MAX = tl.constexpr(INT8_MAX)
 
@@ -92,8 +92,8 @@ def quantise_keys(
 
 @triton.jit
 def block_scale_of(values, PV_INT8: tl.constexpr):
-    """What values [BLOCK, PADDED_D] are divided by to fit their format: the largest becomes 127 in INT8; in float16 a power
-    of two, at least 1. NaN where one is not finite."""
+    """What values [BLOCK, PADDED_D] are divided by to fit their format: the largest becomes 127 in INT8; in float16 a
+    power of two, at least 1. NaN where one is not finite."""
     # As integers, the bits of floats order as the floats do, with NaN on top; a maximum of floats leaves NaN out.
     largest = tl.max(tl.abs(values).to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
     if PV_INT8:

@@ -82,12 +82,13 @@ class PreparedKeys:
 class PreparedValues:
     """V less a constant by channel, over a scale by channel and one by block.
 
-    values: float16 (B, Hkv, k_places, pitch), or int8 (B, Hkv, D, k_places) with the keys permuted inside each 16; v = values · block_scale · scale + centre.
+    values: float16 (B, Hkv, k_places, pitch), or int8 (B, Hkv, D, k_places) with the keys permuted inside each 16;
+        v = values · block_scale · scale + centre.
     scale, centre: float32 (B, Hkv, D).
-    block_scale: float32 (B, Hkv, k_blocks). Beside float16 a power of two, 1 unless the block holds values far beyond the
-        sampled ones. NaN where the block holds a number that is not finite.
-    channel_scale: float32 (B, Hkv, k_blocks, D), which takes the place of block_scale where that is above `plain_scale`,
-        and is not written elsewhere; None beside float16.
+    block_scale: float32 (B, Hkv, k_blocks). Beside float16 a power of two, 1 unless the block holds values far beyond
+        the sampled ones. NaN where the block holds a number that is not finite.
+    channel_scale: float32 (B, Hkv, k_blocks, D), which takes the place of block_scale where that is above
+        `plain_scale`, and is not written elsewhere; None beside float16.
     pooled: float16 (B, Hkv, k_blocks, pitch), means of (v - centre) / scale over the keys that exist; None where
         skipped blocks are dropped.
     """

@@ -45,6 +45,7 @@ class AttentionCall:
     enable_gqa: whether k and v may have fewer heads than q.
     low_precision: False where the model refuses quantised attention.
     transformer_options: what ComfyUI tells of the evaluation.
+    owned: whether the caller has given q, k and v away, so that v may be overwritten.
     """
 
     q: Tensor
@@ -56,6 +57,7 @@ class AttentionCall:
     enable_gqa: bool = False
     low_precision: bool = True
     transformer_options: dict[str, Any] = field(default_factory=dict)
+    owned: bool = False
 
     @classmethod
     def parse(cls, args: tuple, kwargs: dict[str, Any]) -> AttentionCall:

@@ -12,7 +12,7 @@ from ...kernels.capability import arch_of, pv_format
 from ..tuned.candidates import TunedSetting
 from ..tuned.search import Measured
 from .arguments import AttentionCall, KeyMask
-from .token_layout import TokenLayout
+from .token_layout import TokenLayout, exact_tokens
 from .tuned_setting import order_of
 
 _TOKENS_AT_ONCE = 8192
@@ -64,9 +64,8 @@ class CallMeasure:
         if isinstance(order, str) or (setting.pv_dtype == "int8" and not self._int8):
             return None
         how: dict[str, Any] = dict(params=setting.params, layout=call.layout, scale=call.scale, order=order,
-                                   pv_dtype=setting.pv_dtype, skipped=setting.skipped, impl=self._impl)
-        if not isinstance(self._layout, str):
-            how |= dict(sink_keys=self._layout.sink_keys(order is not None), dense_queries=self._layout.exact)
+                                   pv_dtype=setting.pv_dtype, skipped=setting.skipped, impl=self._impl,
+                                   **exact_tokens(self._layout, order is not None))
         residual = None
         if self._refreshed is not None:
             before, dense = self._refreshed

@@ -11,7 +11,7 @@ from ...kernels import SpargeParams, select_implementation
 from ...kernels.capability import DTYPES, MAX_HEAD_DIM
 from ..tuned.params import TunedParams
 from .arguments import AttentionCall
-from .token_layout import UNSEEN, TokenLayout, token_layout
+from .token_layout import UNSEEN, ExactTokens, TokenLayout, exact_tokens, token_layout
 from .transformer_blocks import ListedBlocks, TransformerBlock
 from .tuned_setting import order_of, params_on, setting_for
 
@@ -101,14 +101,9 @@ class SparsePlan:
     needs_residual: bool = False
 
     @property
-    def sink_keys(self) -> tuple[tuple[int, int], ...]:
-        """As in `sparge_attention`."""
-        return () if isinstance(self.layout, str) else self.layout.sink_keys(self.order is not None)
-
-    @property
-    def dense_queries(self) -> tuple[tuple[int, int], ...]:
-        """As in `sparge_attention`."""
-        return () if isinstance(self.layout, str) else self.layout.exact
+    def exact_tokens(self) -> ExactTokens:
+        """Of the call, as `sparge_attention` takes them."""
+        return exact_tokens(self.layout, self.order is not None)
 
     @property
     def fast(self) -> bool:

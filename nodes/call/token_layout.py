@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -18,6 +18,13 @@ from ...hilbert import sequence_order
 Grid = tuple[int, int, int]
 UNSEEN = "the model was called in a way that hides its latent"
 KEY = "spargeattn_expectation"  # in transformer_options, from `expect_tokens` to the attention calls
+
+
+class ExactTokens(TypedDict):
+    """Ranges of tokens that stay exact, under the names by which `sparge_attention` takes them."""
+
+    sink_keys: tuple[tuple[int, int], ...]
+    dense_queries: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -116,6 +123,13 @@ def token_layout(tokens: int, transformer_options: dict[str, Any]) -> TokenLayou
         return expectation if isinstance(expectation, str) else expectation.layout(tokens, transformer_options)
     except Exception as problem:  # a model may say anything of its call, and a hint must not end its run
         return f"options that the rule for this model does not understand ({problem})"
+
+
+def exact_tokens(layout: TokenLayout | str, reordered: bool) -> ExactTokens:
+    """Those of a call, none where its layout is not known. reordered: whether a curve has moved the grid."""
+    if isinstance(layout, str):
+        return {"sink_keys": (), "dense_queries": ()}
+    return {"sink_keys": layout.sink_keys(reordered), "dense_queries": layout.exact}
 
 
 def grid_of(sizes: Iterable[int]) -> Grid | None:

@@ -95,7 +95,8 @@ class KernelCalls:
         try:
             with self._compilation_announced(call, plan, residual):
                 return sparge_attention(call.q, call.k, call.v, skipped=plan.skipped, residual=residual,
-                                        return_stats=return_stats, **_arguments(plan, call))
+                                        return_stats=return_stats, overwrite_v=call.owned, **_arguments(plan, call))
+        # What fails after v was overwritten is another error, and ends the run: there is nothing left to compute from.
         # A traceback holds the tensors of what failed, so the dense call has to come after these except clauses.
         except FastPathError as problem:
             return Dense("fast kernels failed", str(problem))
@@ -151,5 +152,4 @@ class KernelCalls:
 def _arguments(plan: SparsePlan, call: AttentionCall) -> dict[str, Any]:
     """What `block_map` and the attention functions take beside the tensors."""
     return {"params": plan.params, "layout": call.layout, "scale": call.scale, "order": plan.order,
-            "sink_keys": plan.sink_keys, "dense_queries": plan.dense_queries, "pv_dtype": plan.pv_dtype,
-            "impl": plan.impl, **(call.key_mask or {})}
+            "pv_dtype": plan.pv_dtype, "impl": plan.impl, **plan.exact_tokens, **(call.key_mask or {})}

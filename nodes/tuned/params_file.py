@@ -251,7 +251,8 @@ def _setting(name: str, about: Any, tensors: dict[str, Tensor], heads: int, kv_h
     _expect(len(curves) == kv_heads and all(isinstance(c, str) and c in SEARCHED_CURVES for c in curves),
             f"{name}: {kv_heads} curves among {', '.join(SEARCHED_CURVES)}", curves)
     choices = {}
-    for key, allowed in (("selection", tuple(AMOUNTS)), ("skipped", ("drop", "pooled")), ("pv_dtype", ("fp16", "int8", "fp8"))):
+    for key, allowed in (("selection", tuple(AMOUNTS)), ("skipped", ("drop", "pooled")),
+                         ("pv_dtype", ("fp16", "int8", "fp8"))):
         choices[key] = _get(about, key, str)
         _expect(choices[key] in allowed, f"{name}: {key} to be one of {', '.join(allowed)}", choices[key])
     amount, similarity, pv = (_take(tensors, f"{name}.{key}", torch.float32, (heads,)) for key in _THRESHOLDS)

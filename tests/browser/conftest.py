@@ -1,8 +1,31 @@
-"""What the browser tests share."""
+"""What the browser tests share, and what they need."""
+import importlib.util
 import os
 from pathlib import Path
 
 import pytest
+
+
+def missing():
+    """What the browser tests need and this machine has not; empty where it has all."""
+    if "COMFYUI_PATH" not in os.environ:
+        return "set COMFYUI_PATH to a ComfyUI folder to run the browser tests"
+    if not importlib.util.find_spec("playwright"):
+        return "the browser tests need Playwright (pip install playwright)"
+    from comfyui_spargeattn.tests.browser.editor import CHROMIUM
+
+    return "" if CHROMIUM else "the browser tests need chromium"
+
+
+class SkippedFile(pytest.Module):
+    """A file that is not imported."""
+
+    def collect(self):
+        pytest.skip(missing(), allow_module_level=True)
+
+
+def pytest_pycollect_makemodule(module_path, parent):
+    return SkippedFile.from_parent(parent, path=module_path) if missing() else None
 
 
 @pytest.fixture

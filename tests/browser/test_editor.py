@@ -3,20 +3,11 @@
 Every stage leaves screenshots in the folder that SPARGEATTN_SCREENSHOTS names.
 """
 import json
-import os
 
 import pytest
 
+from comfyui_spargeattn.tests.browser.editor import PATIENCE, Editor, browser
 from comfyui_spargeattn.tests.nodes.host import comfy_server
-
-if "COMFYUI_PATH" not in os.environ:
-    pytest.skip("set COMFYUI_PATH to a ComfyUI folder to run the browser tests", allow_module_level=True)
-pytest.importorskip("playwright", reason="the browser tests need Playwright (pip install playwright)")
-
-from comfyui_spargeattn.tests.browser.editor import CHROMIUM, PATIENCE, Editor, browser  # noqa: E402
-
-if CHROMIUM is None:
-    pytest.skip("the browser tests need chromium", allow_module_level=True)
 
 pytestmark = pytest.mark.comfy
 WORKFLOWS = sorted(path.stem for path in (comfy_server.REPOSITORY / "workflows").glob("*.json"))

@@ -3,22 +3,13 @@
 Every stage leaves screenshots in the folder that SPARGEATTN_SCREENSHOTS names.
 """
 import json
-import os
 
 import pytest
 
 from comfyui_spargeattn.nodes.call.plan import DENSE_STEPS
 from comfyui_spargeattn.nodes.presets import CUSTOM, DEFAULTS, OF_A_NEW_NODE, PRESETS
+from comfyui_spargeattn.tests.browser.editor import Editor, browser
 from comfyui_spargeattn.tests.nodes.host import comfy_server
-
-if "COMFYUI_PATH" not in os.environ:
-    pytest.skip("set COMFYUI_PATH to a ComfyUI folder to run the browser tests", allow_module_level=True)
-pytest.importorskip("playwright", reason="the browser tests need Playwright (pip install playwright)")
-
-from comfyui_spargeattn.tests.browser.editor import CHROMIUM, Editor, browser  # noqa: E402
-
-if CHROMIUM is None:
-    pytest.skip("the browser tests need chromium", allow_module_level=True)
 
 pytestmark = pytest.mark.comfy
 HOST = comfy_server.REPOSITORY / "tests/nodes/host/saved"

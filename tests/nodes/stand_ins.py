@@ -16,6 +16,21 @@ class Patcher:
         return 1.0 - percent
 
 
+class Container:
+    """ComfyUI's AttentionTensorContainer."""
+
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+    def peek(self):
+        assert self.tensor is not None, "the container is empty"
+        return self.tensor
+
+    def take(self):
+        tensor, self.tensor = self.peek(), None
+        return tensor
+
+
 def sample(override, evaluate, steps=10, slot=None, conditions=1):
     """A sampling run as ComfyUI drives it: `evaluate(options)` stands for the diffusion model."""
     patcher, sigmas = Patcher(), torch.linspace(1, 0, steps + 1)

@@ -13,7 +13,7 @@ from comfyui_spargeattn.nodes.report.panels import run_report
 from comfyui_spargeattn.nodes.run import kernel_calls
 from comfyui_spargeattn.nodes.run.host_memory import Memory
 from comfyui_spargeattn.nodes.run.state import ENOUGH
-from comfyui_spargeattn.tests.nodes.stand_ins import attend, sample
+from comfyui_spargeattn.tests.nodes.stand_ins import Container, attend, sample
 
 TOPK, CDF = SpargeParams(topk=0.25), SpargeParams(cdf_threshold=0.5, similarity_threshold=-1.0, pv_threshold=3.0)
 SETTINGS = NodeSettings(TOPK, start_percent=0.5, min_tokens=64, skipped="pooled", pv_dtype="fp16", hilbert="on")
@@ -133,29 +133,37 @@ def test_refreshes(kernels, monkeypatch):
 
 
 def test_containers_are_emptied(kernels):
-    class Container:
-        def __init__(self, x):
-            self.x = x
-
-        def peek(self):
-            return self.x
-
-        def take(self):
-            x, self.x = self.x, None
-            return x
-
     override, kept = SpargeOverride(SETTINGS), []
 
     def evaluate(options):
         given = [Container(torch.ones(1, 128, 16)) for _ in range(3)]
         override(attend_containers, *given, 2, transformer_options=options)
-        kept.extend(container.x for container in given)
+        kept.extend(container.tensor for container in given)
 
     def attend_containers(q, k, v, heads, **kwargs):
         return q if isinstance(q, torch.Tensor) else [x.take() for x in (q, k, v)][0]
 
     sample(override, evaluate)
     assert override.run.summary.quantised == {OUTSIDE: 5 - ENOUGH} and kept == [None] * 30
+    assert len(kernels) == 7 and all(how["overwrite_v"] for how in kernels)
+
+
+def test_refreshes_leave_containers_whole(kernels):
+    """A residual is made of the tensors after dense attention has come from them."""
+    override = SpargeOverride(replace(SETTINGS, start_percent=0.0, refreshes=4), memory=Memory(lambda device: 1 << 30))
+    refreshing = []
+
+    def evaluate(options):
+        for _ in range(2):  # two layers
+            refreshing.append(override.run.refresh.due)
+            given = [Container(torch.ones(1, 128, 16)) for _ in range(3)]
+            override(lambda q, *args, **kwargs: q, *given, 2, transformer_options=options)
+
+    sample(override, lambda options: override.names.count(
+        lambda x, t, c_concat, c_crossattn, control, inner, **conds: evaluate(inner), None, None,
+        transformer_options=options | {"uuids": ["a"]}))
+    assert override.run.summary.quantised == {REFRESH: 8 - ENOUGH} and sum(refreshing) == 8
+    assert [not how["return_stats"] for how in kernels] == [not how["overwrite_v"] for how in kernels]
 
 
 def test_report(kernels, caplog):

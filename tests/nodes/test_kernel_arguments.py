@@ -1,6 +1,7 @@
 """What of a call, of the widgets and of tuned parameters reaches the kernels, read off the kernels' own arguments."""
 import math
 import weakref
+from contextlib import contextmanager
 from dataclasses import replace
 from types import MappingProxyType, SimpleNamespace
 
@@ -19,7 +20,7 @@ from comfyui_spargeattn.nodes.run import kernel_calls
 from comfyui_spargeattn.nodes.tuned.candidates import TunedSetting
 from comfyui_spargeattn.nodes.tuned.params import Architecture, TunedLayer, TunedParams
 from comfyui_spargeattn.nodes.tuned.search import Bounds, LayerSearch
-from comfyui_spargeattn.tests.nodes.stand_ins import attend, sample
+from comfyui_spargeattn.tests.nodes.stand_ins import Container, attend, sample
 
 TEXT, GRID = 20, (2, 6, 9)
 TOKENS = TEXT + math.prod(GRID)
@@ -207,7 +208,7 @@ def test_map_of_a_report(launched, monkeypatch):
         assert torch.equal(first_q.flatten(2), q[:1]) and torch.equal(first_k.flatten(2), k[:1])
         assert torch.equal(how.pop(name), sparse[name][:1])
         assert how == {key: sparse[key] for key in how} and how["scale"] == 0.2 and how["sink_keys"] == ((0, TEXT),)
-        assert how.keys() == sparse.keys() - {"skipped", "return_stats", "residual", name}
+        assert how.keys() == sparse.keys() - {"skipped", "return_stats", "residual", "overwrite_v", name}
 
 
 def failing(kind, text, monkeypatch, name="sparge_attention"):
@@ -245,6 +246,33 @@ def test_failed_calls_go_dense(monkeypatch, caplog, kind, text, reason, detail):
     assert shown[-1] == f"nothing sparse: {reason} ({detail})"
     lines = [line for line in caplog.messages if f"dense attention: {reason}" in line]
     assert len(lines) == 2 and alive and not any(alive)
+
+
+def test_tensors_in_containers_may_be_overwritten(launched):
+    """They are freed where ComfyUI's record of the evaluation sees it."""
+    given, full = [], []
+
+    @contextmanager
+    def unrecorded():
+        yield
+        full.extend(container.tensor is not None for container in given)
+
+    override = SpargeOverride(SETTINGS, unrecorded=unrecorded)
+    x = torch.ones(1, TOKENS, 16)
+    override(None, x, x, x, 2, transformer_options={})
+    given += [Container(x.clone()) for _ in range(3)]
+    gone = [weakref.ref(container.tensor) for container in given]
+    override(None, *given, 2, transformer_options={})
+    assert [keywords["overwrite_v"] for *_, keywords in launched] == [False, True]
+    launched.clear()
+    assert len(full) > 2 and all(full)
+    assert not any(container.tensor is not None for container in given) and not any(ref() is not None for ref in gone)
+
+
+def test_a_call_whose_values_are_lost_ends_the_run(monkeypatch):
+    failing(RuntimeError, "attention failed after it had overwritten some of v", monkeypatch)
+    with pytest.raises(RuntimeError, match="overwritten some of v"):
+        attend({SLOT: SpargeOverride(SETTINGS)})
 
 
 def test_errors_of_the_device_end_the_run(monkeypatch):

@@ -235,7 +235,7 @@ def test_extremes(kind, pv_dtype, small_blocks):
 @pytest.mark.parametrize("rise", (10.0, 31.0, 60.0, 300.0, -300.0))
 @pytest.mark.parametrize("skipped", ("drop", "pooled"))
 def test_a_maximum_that_rises_from_block_to_block(skipped, rise, small_blocks):
-    """In INT8, sums are relative to the first block's maximum; `rise` log2 units of scores lie between first and last."""
+    """In INT8, sums are relative to the maximum of the first block; `rise`: from there to the last, in log2 units."""
     q, k, v = random_qkv(1, 2, 300, 32, dtype=torch.float32, device=DEVICE)
     q, k = 0.05 * q, 0.05 * k
     q[..., 0] = 1.0

@@ -191,10 +191,10 @@ def test_plans(hilbert):
     options = {KEY: expectation(FLUX, torch.Size((1, 16, 32, 32)), torch.zeros(1, 10, 8), {})}
     settings = NodeSettings(SpargeParams(), min_tokens=64, hilbert=hilbert)
     plan = plan_call(AttentionCall(q, q, q, "BHND", transformer_options=options), settings)
-    assert plan.sink_keys == (() if plan.order is None else ((0, 10),))
+    assert plan.exact_tokens["sink_keys"] == (() if plan.order is None else ((0, 10),))
     assert plan.layout == TokenLayout((1, 16, 16), 10)
     assert (plan.order is None) == (HILBERT_CHOICES[hilbert] is None)
     if plan.order is not None:
         assert plan.order.shape == (266,) and math.prod(plan.layout.grid) == 256
     plan = plan_call(AttentionCall(q, q, q, "BHND"), settings)
-    assert plan.order is None and plan.sink_keys == ()
+    assert plan.order is None and plan.exact_tokens["sink_keys"] == ()
