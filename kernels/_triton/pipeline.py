@@ -13,6 +13,7 @@ from .block_lists import BlockLists
 from .blockmap import select_blocks
 from .config import AttendConfig, attend_config
 from .given_map import lists_from_mask
+from .measured import configuration
 from .memory import groups_of_heads, is_short
 from .output import Target
 from .prepare_keys import prepare_keys
@@ -76,7 +77,9 @@ def _configure(q: Tensor, pv_dtype: str) -> tuple[AttendConfig, bool]:
     """The launch configuration, and whether P·V is multiplied in float8."""
     arch = arch_of(q.device)
     fp8 = uses_fp8(pv_dtype, arch)
-    return attend_config(arch, padded_dim(q.shape[-1]), fp8), fp8
+    padded = padded_dim(q.shape[-1])
+    entry = attend_config(arch, padded, fp8)
+    return configuration(q.device, entry, padded, "fp8" if fp8 else "fp16"), fp8
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, target: Target, call: CallSpec, config: AttendConfig,
