@@ -53,7 +53,7 @@ def run(job: Job, progress: Callable[[float, str], None] = lambda share, doing: 
         clock: Clock | None = None) -> Result:
     """
     progress: is called before every call of the device, with the share that is done and what is being done; what it
-    raises ends the benchmark. Raises RuntimeError where the device is broken, or lacks `pv_dtype`.
+    raises ends the benchmark. Raises RuntimeError where the device is broken.
     """
     return _Run(job, progress, clock or Clock(job.device)).result
 
@@ -68,10 +68,10 @@ class _Run:
         reason = select_implementation(example)[1]
         self._fast = reason is None
         shape = job.shape.within(job.free) if self._fast and job.free is not None else job.shape
-        self.result = Result(shape if self._fast else shape.for_a_cpu(), dtype, machine(job.device))
+        self.result = Result(shape if self._fast else shape.for_a_cpu(), dtype, machine(job.device), self._fast)
         if reason is not None:
-            self.result.notes.append(f"There is nothing to tune: no fast kernels here, because {reason}. These are times "
-                                     "of the slow reference, for a small part of the shape.")
+            self.result.notes.append(f"There is nothing to tune: {reason}. These are times of the slow reference, for "
+                                     "a small part of the shape.")
         elif shape != job.shape:
             self._note_part("Memory has room for some of the heads")
         progress(0.0, "inputs")
@@ -113,9 +113,9 @@ class _Run:
         self.result.dense, expected = self._timed(0.02, self._job.dense_name, self._dense)
         row, out = self._timed(0.1, name_of(1), partial(self._ours, 1.0))
         if expected is not None and out is not None:
-            row = replace(row, error=difference(expected, out))
-            if not row.error <= _RIGHT:
-                row = replace(row, ms=None, problem="its result is wrong, please report it")
+            error = difference(expected, out)
+            row = (replace(row, error=error) if error <= _RIGHT else
+                   Timed(row.name, problem="its result is wrong, please report it", error=error))
         self.result.ours.append(row)
         return row.ms is not None
 

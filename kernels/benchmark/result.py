@@ -39,14 +39,16 @@ class Tried:
 @dataclass
 class Result:
     """
-    shape: as timed. dense: the attention that all are compared with, then ours in `ours`. tried: launch configurations,
-    the table's first; `faster` is the one that calls take from now on, in place of the table's, and `gain` the time of
-    the table's in units of its own. notes: what a reader must know, such as why nothing was tried.
+    shape: as timed. fast: whether ours are the fast kernels, not the reference. pv_format: of P·V, where it was tuned.
+    dense: the attention that those of `ours` are compared with. tried: launch configurations, the table's first;
+    `faster` is the one that calls take from now on in place of the table's, and `gain` the table's time in units of its
+    own. notes: what a reader must know, such as why nothing was tried.
     """
 
     shape: Shape
     dtype: torch.dtype
     machine: Mapping[str, str]
+    fast: bool
     pv_format: str = ""
     dense: Timed | None = None
     ours: list[Timed] = field(default_factory=list)
@@ -57,6 +59,8 @@ class Result:
 
     @property
     def headline(self) -> str:
+        if not self.fast:
+            return "There are no fast kernels here"
         ratio = next((self.ratio(row) for row in self.ours if row.name == name_of(0.3)), None)
         if ratio is None:
             return "SpargeAttn was not timed"
