@@ -16,7 +16,7 @@ def draw_benchmark(result: Result, theme: Theme) -> Image.Image:
     page.text(str(result.shape), 22, theme.text)
     page.text(", ".join(f"{name} {value}" for name, value in result.machine.items()), 20, theme.faint)
     for note in result.notes:
-        page.text(note, 22, theme.alarm)
+        page.text(note, 22, theme.text)
     if result.dense is not None:
         page.title("Milliseconds of a call, and times as fast as dense")
         rows = [result.dense, *result.ours]
