@@ -65,8 +65,9 @@ def main():
             for name, (nodes, links) in PICTURES.items():
                 editor.run(BUILD, {"nodes": nodes, "links": links, "wide": WIDE})
                 if name in RUN:
-                    editor.run("() => { app.graph._nodes[0].setSize([440, 720]); app.queuePrompt(0) }")
+                    editor.run("() => app.queuePrompt(0)")
                     editor.page.wait_for_function("app.graph._nodes[0].imgs?.length")
+                    editor.run("() => app.graph._nodes[0].setSize([440, 640])")
                 box = editor.fit()
                 editor.page.mouse.move(5, 500)
                 editor.page.wait_for_timeout(500)

@@ -39,7 +39,7 @@ def measured(server, **widgets):
 
 def test_in_a_prompt(server):
     text = measured(server, shape="Flux.1 1024x1024")
-    for wanted in ("ComfyUI's attention_", "SpargeAttn, all blocks", "SpargeAttn, 10% of the blocks", torch.__version__):
+    for wanted in ("ComfyUI's attention_", "SpargeAttn, all blocks", "SpargeAttn, 10% of the", torch.__version__):
         assert wanted in text
     if not torch.cuda.is_available():
         assert "nothing to tune: no kernels for device type cpu" in text
