@@ -2,16 +2,16 @@
 // the translation. Without it, the translation is shown.
 import { app } from "../../scripts/app.js"
 
-const CATEGORY = "model/patch/SpargeAttn"
+const COMBOS = { ApplySpargeAttn: "selection", SpargeAttnBenchmark: "shape" }
 const TRANSLATED = ["zh", "zh-TW"]
 
 app.registerExtension({
   name: "SpargeAttn.tooltips",
   beforeRegisterNodeDef(nodeType, nodeData) {
-    if (nodeData.category !== CATEGORY || !TRANSLATED.includes(app.extensionManager.setting.get("Comfy.Locale"))) return
-    for (const [type, settings] of Object.values({ ...nodeData.input.required, ...nodeData.input.optional }))
-      for (const option of (type === "COMFY_DYNAMICCOMBO_V3" && settings.options) || [])
-        for (const inputs of Object.values(option.inputs))
-          for (const input of Object.values(inputs)) delete input[1]?.tooltip
+    const combo = COMBOS[nodeData.name]
+    if (!combo || !TRANSLATED.includes(app.extensionManager.setting.get("Comfy.Locale"))) return
+    for (const option of { ...nodeData.input.required, ...nodeData.input.optional }[combo][1].options)
+      for (const inputs of Object.values(option.inputs))
+        for (const input of Object.values(inputs)) delete input[1]?.tooltip
   }
 })
