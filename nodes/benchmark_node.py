@@ -93,8 +93,9 @@ def _job(shape: dict, pv_precision: str, tune: bool, seconds: int) -> Job:
     name = shape["shape"]
     wanted = SHAPES.get(name) or Shape(CUSTOM, shape["heads"], shape["head_dim"], shape["tokens"])
     manager, device = comfy.model_management, comfy.model_management.get_torch_device()
-    manager.free_memory(wanted.bytes, device)
-    manager.soft_empty_cache()
+    if device.type != "cpu":
+        manager.free_memory(wanted.bytes, device)
+        manager.soft_empty_cache()
     return Job(wanted, device, _dense, f"ComfyUI's {attention.optimized_attention.__name__}",
                manager.get_free_memory(device), pv_precision, tune, measured_file(), seconds)
 

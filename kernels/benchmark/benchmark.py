@@ -12,7 +12,7 @@ from torch import Tensor
 from .._triton import measured
 from ..api import sparge_attention
 from ..capability import select_implementation
-from ..failures import is_of_the_device
+from ..failures import FastPathError, is_of_the_device
 from ..types import SpargeParams
 from .clock import Clock, median_ms
 from .machine import machine
@@ -123,7 +123,11 @@ class _Run:
         tries, finalists = (self._began + share * self._job.seconds for share in _DEADLINES)
         tuner = Tuner(self._qkv, self._job.pv_dtype, self._clock, lambda share, doing: self._progress(
             0.15 + 0.7 * share, doing), (tries, finalists))
-        key, found = tuner.run(self.result)
+        try:
+            key, found = tuner.run(self.result)
+        except (FastPathError, torch.OutOfMemoryError) as problem:
+            self.result.notes.append(f"Launch configurations could not be tried: {problem_of(problem)}.")
+            return
         try:
             measured.keep(self._job.file, key, found)
         except OSError as problem:

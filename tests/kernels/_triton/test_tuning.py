@@ -2,8 +2,9 @@
 import pytest
 import torch
 
-from comfyui_spargeattn.kernels import FastPathError
+from comfyui_spargeattn.kernels import BlockShape, FastPathError
 from comfyui_spargeattn.kernels._triton import measured
+from comfyui_spargeattn.kernels._triton.config import AttendConfig
 from comfyui_spargeattn.kernels._triton.measured_file import Launch, read
 from comfyui_spargeattn.kernels.benchmark import Job, Shape, run, tuning
 from comfyui_spargeattn.kernels.benchmark.result import Result
@@ -42,19 +43,21 @@ def nothing_measured():
 
 @pytest.fixture
 def tuner(monkeypatch):
-    """Makes tuners whose kernels are as quick as `attention`, the real ones by default."""
+    """Makes tuners whose kernels are `attention`, and whose table has four warps and two stages."""
+    from comfyui_spargeattn.kernels._triton import pipeline
+    entry = AttendConfig(BlockShape(64, 32), 4, 2)
+    monkeypatch.setattr(pipeline, "attend_config", lambda *key: entry)
     qkv = inputs(SHAPE, torch.device(DEVICE), DTYPE)
 
-    def make(clock, attention=None, tick=lambda share, doing: None, deadlines=(1e9, 1e9)):
+    def make(clock, attention, tick=lambda share, doing: None, deadlines=(1e9, 1e9)):
         made = tuning.Tuner(qkv, "auto", clock, tick, deadlines)
-        if attention is not None:
-            made._attention = attention
+        made._attention = attention
         return made
     return make
 
 
 def quick(q, k, v, out, lse, call):
-    """In place of the kernels: dense attention, with a configuration as they would ask for it."""
+    """In place of the kernels: the mean of V, with a configuration as they would ask for it."""
     from comfyui_spargeattn.kernels._triton import pipeline
     pipeline.block_of(q, "auto")
     out.copy_(v.float().mean(2, keepdim=True).expand_as(v))
@@ -93,7 +96,7 @@ def test_wrong_and_failing_configurations_are_skipped_and_named(tuner):
         quick(q, k, v, out, lse, call)
         config = measured._thread.trial.config
         if config is not None and config.stages == 1:
-            out.mul_(float("nan") if config.warps == 4 else 1.02)
+            out.mul_(float("nan") if config.warps == 4 else 1.03)
         if config is not None and config.stages == 4:
             raise FastPathError("kernel failed") from RuntimeError("first line\nout of resource: shared memory")
         if config is not None and config.stages == 3:
@@ -139,7 +142,7 @@ def test_real_kernels_and_what_later_calls_take(tmp_path):
     assert not names(result, "wrong"), result.text()
     assert (result.faster.warps, result.faster.stages) == (4, 1) and result.gain == 2
     [kept] = read(file).values()
-    assert kept.launch == Launch(4, 1, None)
+    assert (kept.launch.warps, kept.launch.stages) == (4, 1)
     assert shares == sorted(shares) and (shares[0], shares[-1]) == (0, 1)
     assert result.ours[0].error < 0.05 and [row.problem for row in result.ours] == [""] * 4
     q, k, v = inputs(SHAPE, torch.device(DEVICE), DTYPE)
@@ -148,3 +151,21 @@ def test_real_kernels_and_what_later_calls_take(tmp_path):
     # The next benchmark finds nothing to gain, and calls take the table's again.
     again = run(job, clock=PlantedClock())
     assert again.faster is None and read(file) == {} and pipeline._configure(q, "auto")[0] == again.tried[0].config
+
+
+def test_what_can_not_be_tried_or_kept_is_a_note(tmp_path, monkeypatch):
+    """And the rest of the benchmark goes on."""
+    job = Job(SHAPE, torch.device(DEVICE), dense_attention, "dense", file=tmp_path / "file")
+    monkeypatch.setattr(tuning.Tuner, "run", lambda self, result: (("card", "3.6", 32, "fp16"), None))
+    monkeypatch.setattr(measured, "keep", lambda *arguments: (_ for _ in ()).throw(OSError("no room")))
+    result = run(job, clock=PlantedClock())
+    assert result.notes == ["The launch configuration could not be kept for later runs: no room."]
+    monkeypatch.setattr(tuning.Tuner, "run", lambda self, result: (_ for _ in ()).throw(torch.OutOfMemoryError("full")))
+    result = run(job, clock=PlantedClock())
+    assert result.notes == ["Launch configurations could not be tried: full."] and len(result.ours) == 4
+
+
+def test_heads_that_take_long_are_left_out():
+    shape = Shape("long", 4, 32, 64)
+    result = run(Job(shape, torch.device(DEVICE), dense_attention, "dense", tune=False), clock=PlantedClock())
+    assert result.shape.heads == 3 and "long: 4 heads" in result.notes[0]  # 300 ms each, and a second for all
