@@ -101,8 +101,8 @@ def give_up(device: torch.device) -> bool:
             _given_up.add(device)
             _taken.clear()
     if took:
-        _log.warning("SpargeAttn: a launch configuration that was measured on this card fails; the table's is taken in "
-                     "its place. Run Benchmark SpargeAttn again")
+        _log.warning("SpargeAttn: a launch configuration that was measured on this card fails; the pack's own is taken "
+                     "in its place. Run Benchmark SpargeAttn again")
     return took
 
 

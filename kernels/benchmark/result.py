@@ -71,9 +71,9 @@ class Result:
     def verdict(self) -> str:
         """What became of the launch configuration; empty where none was tried."""
         if self.faster is not None:
-            return f"{Tried(self.faster).name}: {self.gain - 1:.0%} faster than the table's launch configuration"
+            return f"{Tried(self.faster).name}: {self.gain - 1:.0%} faster than the pack's own launch configuration"
         if len(self.tried) > 1:
-            return f"no launch configuration is faster than the table's by more than {MARGIN - 1:.0%}"
+            return f"no launch configuration is faster than the pack's own by more than {MARGIN - 1:.0%}"
         return ""
 
     def ratio(self, row: Timed) -> float | None:
@@ -100,7 +100,7 @@ class Result:
                 f"{'' if row.error is None else f'{row.error:.3f}'} |")
 
     def _mark(self, row: Tried, first: bool) -> str:
-        return " (the table's)" if first else " (taken)" if row.config == self.faster else ""
+        return " (the pack's own)" if first else " (taken)" if row.config == self.faster else ""
 
 
 def name_of(share: float) -> str:

@@ -48,7 +48,7 @@ class Tuner:
         Skips configurations that do not compile, start or fit, and those with other results than the table's.
         """
         with measured.trial() as trial:
-            self._say(0.0, "the table's launch configuration")
+            self._say(0.0, "the pack's own launch configuration")
             expected = self._attend()
             entry = trial.entry
             assert entry is not None  # the call left it there

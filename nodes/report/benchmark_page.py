@@ -46,4 +46,4 @@ def _beside(row: Timed | Tried, ratio: float | None, is_table: bool = False) -> 
     if row.ms is None:
         return row.problem
     number = f"{row.ms:.3g}" if row.ms < 100 else f"{row.ms:.0f}"
-    return f"{number}   the table's" if is_table else number if ratio is None else f"{number}   {ratio:.2f} ×"
+    return f"{number}   the pack's" if is_table else number if ratio is None else f"{number}   {ratio:.2f} ×"

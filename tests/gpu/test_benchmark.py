@@ -75,7 +75,7 @@ def test_a_measured_configuration_that_does_not_start(tmp_path, caplog):
     write(tmp_path / "file", [found])
     load_configurations(tmp_path / "file")
     assert torch.equal(sparge_attention(q, k, v, impl="triton"), expected)
-    assert sum("the table's is taken" in message for message in caplog.messages) == 1
+    assert sum("the pack's own is taken" in message for message in caplog.messages) == 1
 
 
 def test_device_time_leaves_out_the_host():

@@ -128,4 +128,4 @@ def test_the_tables_is_taken_again_where_a_measured_one_fails(tmp_path, monkeypa
     for _ in range(2):
         sparge_attention(q, q, q)
     assert calls == [TAKEN, ENTRY, ENTRY] and failures.remembered(q) is None
-    assert len(caplog.messages) == 1 and "the table's is taken" in caplog.messages[0]
+    assert len(caplog.messages) == 1 and "the pack's own is taken" in caplog.messages[0]
