@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from ._triton.measured import give_up
 from .call import CallSpec
 from .capability import select_implementation
 from .failures import FastPathError, raise_failed, remember
@@ -77,7 +78,7 @@ def _run(impl: str, q: Tensor, run: Callable[[Implementation], _Result], falls_b
         name, reason = select_implementation(q)
         if name == "triton":
             try:
-                return run(_pipeline())
+                return _run_kernels(run, q.device)
             except FastPathError as error:
                 remember(q, error)
                 if impl == "triton" or not falls_back:
@@ -85,6 +86,16 @@ def _run(impl: str, q: Tensor, run: Callable[[Implementation], _Result], falls_b
         elif impl == "triton":
             raise RuntimeError(f"impl='triton' can't take this call: {reason}")
     return run(reference)
+
+
+def _run_kernels(run: Callable[[Implementation], _Result], device: torch.device) -> _Result:
+    """What the fast kernels return, with the table's launch configurations where measured ones fail."""
+    try:
+        return run(_pipeline())
+    except FastPathError:
+        if not give_up(device):
+            raise
+    return run(_pipeline())
 
 
 def _pipeline() -> Implementation:

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 
 import comfy.model_management
 import comfy.model_prefetch
@@ -13,6 +14,7 @@ import folder_paths
 import torch
 from comfy_execution.utils import get_executing_context
 
+from ..kernels import load_configurations
 from ..kernels.capability import Facts, arch_of, has_triton, pv_format, triton_declines, triton_version
 from .log import log
 from .run.host_memory import Memory
@@ -92,3 +94,13 @@ def keep_compiled_kernels() -> None:
     if sys.platform == "win32" and len(folder) > _LONGEST_ON_WINDOWS:
         return
     os.environ.setdefault("TRITON_CACHE_DIR", folder)
+
+
+def measured_file() -> Path:
+    """The file of launch configurations that Benchmark SpargeAttn keeps, in ComfyUI's user folder."""
+    return Path(folder_paths.get_system_user_directory("spargeattn"), "launch_configurations.json")
+
+
+def take_measured_configurations() -> None:
+    """Let the kernels take what Benchmark SpargeAttn kept."""
+    load_configurations(measured_file())

@@ -1,7 +1,6 @@
 """Attend: block-sparse quantised attention over the lists of kept blocks."""
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 from ..formats import INT8_MAX, ROW_GROUP
 from ..types import Residual
 from .block_lists import BlockLists
-from .config import AUTOTUNE_CHOICES, AttendConfig, autotune
+from .config import AttendConfig
 from .launch import HAS_DESCRIPTORS, descriptor, launch
 from .output import Target, write_lse, write_output
 from .pooled_tail import add_pooled_tail
@@ -230,12 +229,6 @@ def _attend_kernel(
         tl.store(skips_ptr + map_row, n_skipped)
 
 
-@functools.lru_cache
-def _autotuned_kernel():
-    choices = [triton.Config({}, num_warps=warps, num_stages=stages) for warps, stages in AUTOTUNE_CHOICES]
-    return triton.autotune(choices, key=["PADDED_D", "PV_INT8", "CAUSAL", "SKIP_PV"])(_attend_kernel)
-
-
 def attend(queries: PreparedQueries, keys: PreparedKeys, values: PreparedValues, lists: BlockLists, target: Target, *,
            residual: Residual | None, k_tokens: int, order: Tensor | None, per_head: Tensor | None,
            pv_threshold: float, causal: bool, config: AttendConfig, count_skips: bool) -> Tensor | None:
@@ -264,9 +257,8 @@ def attend(queries: PreparedQueries, keys: PreparedKeys, values: PreparedValues,
             pooled_k, pooled_v = (descriptor(x, rows * k_blocks, pitch, tile) for x in (pooled_k, pooled_v))
     strides, align = token_strides(out)
     stored = residual or made
-    kernel, options = (_autotuned_kernel(), {}) if autotune() else (_attend_kernel, config.options())
     launch(
-        kernel, (q_blocks * batch * heads,), out.device,
+        _attend_kernel, (q_blocks * batch * heads,), out.device,
         inputs=dict(q_ptr=queries.quantised, q_scale_ptr=queries.scale, k_ptr=k, k_scale_ptr=keys.scale, v_ptr=v,
                     v_scale_ptr=values.scale, v_centre_ptr=values.centre, v_block_scale_ptr=values.block_scale,
                     v_channel_scale_ptr=values.channel_scale, v_plain_scale=values.plain_scale,
@@ -284,5 +276,5 @@ def attend(queries: PreparedQueries, keys: PreparedKeys, values: PreparedValues,
                        PV_INT8=pv_int8, CAUSAL=causal, SKIP_PV=skip_pv, ROW_GROUP=ROW_GROUP,
                        TAIL_TILE=config.tail_tile, P_SHIFT=math.log2(INT8_MAX) if pv_int8 else 0.0,
                        P_UNIT=INT8_UNIT if pv_int8 and config.ptx else 0, TMA=tma, INT8_MAX=INT8_MAX),
-        options=options)
+        options=config.options())
     return skips

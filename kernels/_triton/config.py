@@ -5,7 +5,6 @@ Measured: sm90 (H100). All others are chosen by compile-only register and shared
 from __future__ import annotations
 
 import functools
-import os
 from dataclasses import dataclass, replace
 
 from ..types import BlockShape
@@ -87,16 +86,6 @@ def attend_config(arch: str, padded_dim: int, pv_format: str) -> AttendConfig:
     P·V, "int8" or "fp16"."""
     family = _FAMILIES.get(arch) or {"sm": "consumer", "gf": "amd"}.get(arch[:2], "other")
     return replace(_TABLE[family][max(64, padded_dim)][pv_format == "int8"], ptx=arch.startswith("sm"))
-
-
-# (warps, stages) that SPARGEATTN_AUTOTUNE=1 tries for the attention kernel, once a process and kind of kernel. The
-# block shape stays the table's: thresholds are tuned for it.
-AUTOTUNE_CHOICES = tuple((warps, stages) for warps in (4, 8) for stages in (1, 2, 3, 4))
-
-
-def autotune() -> bool:
-    """Whether the user asked for launch configurations timed on this very card."""
-    return os.environ.get("SPARGEATTN_AUTOTUNE") == "1"
 
 
 def prepare_warps(block: int, padded_dim: int) -> int:

@@ -110,7 +110,7 @@ def forget() -> None:
 
 
 def _name_of(kernel) -> str:
-    """The name of a jitted function, also inside an autotuner."""
+    """The name of a jitted function."""
     return getattr(kernel, "fn", kernel).__name__
 
 

@@ -14,6 +14,7 @@ from .block_lists import BlockLists
 from .blockmap import select_blocks
 from .config import AttendConfig, attend_config
 from .given_map import lists_from_mask
+from .measured import configuration
 from .memory import groups_of_heads, groups_where_long, is_short
 from .output import Target
 from .prepare_keys import prepare_keys
@@ -109,8 +110,9 @@ def block_of(q: Tensor, pv_dtype: str) -> BlockShape:
 def _configure(q: Tensor, pv_dtype: str) -> tuple[AttendConfig, bool]:
     """The launch configuration, and whether P·V is multiplied in INT8."""
     arch = arch_of(q.device)
+    padded = padded_dim(q.shape[-1])
     chosen = pv_format(pv_dtype, arch, q.shape[-1])
-    return attend_config(arch, padded_dim(q.shape[-1]), chosen), chosen == "int8"
+    return configuration(q.device, attend_config(arch, padded, chosen), padded, chosen), chosen == "int8"
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, target: Target, call: CallSpec, config: AttendConfig,

@@ -21,6 +21,8 @@ WIDTH = 768
 _MARGIN = 24
 _INNER = WIDTH - 2 * _MARGIN
 _LABELS = 110  # width of the names of a heat map's rows
+_NAMES = 288  # width of the names of bars
+_NUMBERS = 150  # width of what stands behind the longest bar
 _MAP = 340  # side of the block map
 _SIDE = 2 * _MARGIN + _MAP  # left edge of what stands beside the block map
 # The font that Pillow brings has no other glyphs than these.
@@ -176,6 +178,18 @@ class Page:
         for label, shares in parts:
             self._swatch(_MARGIN, "", *(color for color, _ in shares))
             self.text(label, 20, self.theme.faint, left=_MARGIN + 28)
+
+    def time_bar(self, name: str, share: float | None, text: str, color: Color) -> None:
+        """A bar, its name and its number. share: of the length of the longest; None for no bar."""
+        self._small(name, _MARGIN, self.y + 3)
+        left = right = _MARGIN + _NAMES
+        if share is not None:
+            right = left + max(2, round(share * (WIDTH - _MARGIN - left - _NUMBERS)))
+            self.draw.rectangle((left, self.y, right, self.y + 27), fill=color)
+            right += 10
+        first, *more = self._wrap(text.translate(_GLYPHS), 19, WIDTH - _MARGIN - right)
+        self._small(f"{first} ..." if more else first, right, self.y + 3)
+        self.y += 34
 
     def block_map(self, attended: Tensor) -> int:
         """Draw a block map and its legend beside it, below which is room; returns the y of its lower edge.

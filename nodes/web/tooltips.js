@@ -2,14 +2,15 @@
 // the translation. Without it, the translation is shown.
 import { app } from "../../scripts/app.js"
 
+const COMBOS = { ApplySpargeAttn: "selection", SpargeAttnBenchmark: "shape" }
 const TRANSLATED = ["zh", "zh-TW"]
 
 app.registerExtension({
   name: "SpargeAttn.tooltips",
   beforeRegisterNodeDef(nodeType, nodeData) {
-    if (nodeData.name !== "ApplySpargeAttn" || !TRANSLATED.includes(app.extensionManager.setting.get("Comfy.Locale")))
-      return
-    for (const option of nodeData.input.optional.selection[1].options)
+    const combo = COMBOS[nodeData.name]
+    if (!combo || !TRANSLATED.includes(app.extensionManager.setting.get("Comfy.Locale"))) return
+    for (const option of { ...nodeData.input.required, ...nodeData.input.optional }[combo][1].options)
       for (const inputs of Object.values(option.inputs))
         for (const input of Object.values(inputs)) delete input[1]?.tooltip
   }

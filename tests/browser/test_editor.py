@@ -14,7 +14,8 @@ WORKFLOWS = sorted(path.stem for path in (comfy_server.REPOSITORY / "workflows")
 HOST = comfy_server.REPOSITORY / "tests/nodes/host"
 PROMPTS = HOST / "prompts"
 SAVED = sorted(path.relative_to(HOST / "saved") for path in (HOST / "saved").glob("*/workflows/*.json"))
-NODES = "ApplySpargeAttn", "SpargeAttnReport", "SpargeAttnTune", "SpargeAttnSaveParams", "SpargeAttnLoadParams"
+NODES = ("ApplySpargeAttn", "SpargeAttnReport", "SpargeAttnTune", "SpargeAttnSaveParams", "SpargeAttnLoadParams",
+         "SpargeAttnBenchmark")
 DEMO_NODES = "LoadSpargeAttnDemoModel", "EncodeSpargeAttnDemo", "DecodeSpargeAttnDemo"
 LANGUAGES = "en", "zh", "zh-TW"
 
@@ -64,7 +65,8 @@ def test_search_lists_apply_first(editor, words, screenshot):
 
 @pytest.mark.parametrize("words, node", (
     ("tune", "SpargeAttnTune"), ("tune sparge", "SpargeAttnTune"), ("sparge report", "SpargeAttnReport"),
-    ("save sparge", "SpargeAttnSaveParams"), ("SpargeAttnLoadParams", "SpargeAttnLoadParams")))
+    ("benchmark", "SpargeAttnBenchmark"), ("save sparge", "SpargeAttnSaveParams"),
+    ("SpargeAttnLoadParams", "SpargeAttnLoadParams")))
 def test_search_still_lists_the_others_first_where_they_are_meant(editor, words, node):
     title = translations("en")[node]["display_name"]
     found = editor.search(words, [title])
@@ -174,6 +176,31 @@ def test_search_shows_the_time_left_and_its_picture(editor, screenshot):
     screenshot(editor, "search")
     editor.page.wait_for_function(f"/tuned: /.test({text})", timeout=patience)
     screenshot(editor, "search_finished")
+    editor.clear()
+
+
+def test_benchmark_shows_its_picture(editor, screenshot):
+    """Where it opens, of the shape that is chosen; widgets of a custom one are there with it alone."""
+    editor.place("SpargeAttnBenchmark")
+    names = "() => app.graph._nodes[0].widgets.map(widget => widget.name)"
+    assert not {"shape.heads", "shape.tokens"} & set(editor.run(names))
+    editor.run("""() => {
+        const find = name => app.graph._nodes[0].widgets.find(widget => widget.name === name)
+        find('shape').value = 'custom'
+        find('shape.tokens').value = 300
+        find('shape.heads').value = 2
+        app.queuePrompt(0)
+    }""")
+    assert {"shape.heads", "shape.head_dim", "shape.tokens"} <= set(editor.run(names))
+    editor.page.wait_for_function("app.graph._nodes[0].imgs?.length")
+    wide, tall = editor.run("() => { const [image] = app.graph._nodes[0].imgs;"
+                            "return [image.naturalWidth, image.naturalHeight] }")
+    assert wide == 768 and tall > 400
+    wide, tall = editor.run("() => [...app.graph._nodes[0].size]")
+    assert wide >= 600 and tall >= 1000  # the picture is readable
+    editor.page.wait_for_function("app.graph._nodes[0].widgets.some(widget => /no fast kernels/.test(widget.value))")
+    editor.fit()
+    screenshot(editor, "benchmark")
     editor.clear()
 
 

@@ -30,7 +30,9 @@ PICTURES = {
     "SpargeAttnLoadParams/load.png": (
         [("SpargeAttnLoadParams", {}), ("ApplySpargeAttn", {})],
         [(0, 0, 1, "params")]),
+    "SpargeAttnBenchmark/benchmark.png": ([("SpargeAttnBenchmark", {})], []),
 }
+RUN = {"SpargeAttnBenchmark/benchmark.png"}  # photographed after a run on the CPU, with the picture that it shows
 
 BUILD = """({nodes, links, wide}) => {
     app.graph.clear()
@@ -62,6 +64,10 @@ def main():
             editor.plain_canvas()
             for name, (nodes, links) in PICTURES.items():
                 editor.run(BUILD, {"nodes": nodes, "links": links, "wide": WIDE})
+                if name in RUN:
+                    editor.run("() => app.queuePrompt(0)")
+                    editor.page.wait_for_function("app.graph._nodes[0].imgs?.length")
+                    editor.run("() => app.graph._nodes[0].setSize([440, 640])")
                 box = editor.fit()
                 editor.page.mouse.move(5, 500)
                 editor.page.wait_for_timeout(500)

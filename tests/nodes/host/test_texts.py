@@ -46,7 +46,7 @@ def test_every_text_is_translated(nodes, language):
 def test_help_page_names_every_widget(nodes, language):
     for name, node in nodes.items():
         page = (DOCS / name / f"{language}.md").read_text(encoding="utf-8")
-        widgets = {key.replace("selection_", "") for key in english(node)["inputs"]}
+        widgets = {texts["name"] for texts in english(node)["inputs"].values()}
         for widget in widgets - {"model", "samples"}:
             assert widget in page, (name, widget)
         pictures = re.findall(r"!\[.*?\]\((.*?)\)", page)
