@@ -46,7 +46,7 @@ class SpargeAttnBenchmark(io.ComfyNode):
                     ])],
                     tooltip="The attention that is timed, by model and size. custom: one of your own."),
                 io.Combo.Input(
-                    "pv_precision", options=["auto", "fp8", "fp16"], default="auto",
+                    "pv_precision", options=["auto", "int8", "fp16"], default="auto",
                     tooltip="Number format of the product with V, as on Apply SpargeAttn. Launch configurations are "
                             "kept for each."),
                 io.Boolean.Input(

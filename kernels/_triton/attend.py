@@ -40,14 +40,14 @@ def _attend_kernel(
         group, order_rows, residual_batch, lse_batch,
         # constants
         D: tl.constexpr, PADDED_D: tl.constexpr, PITCH: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-        ALIGN: tl.constexpr, PV_INT8: tl.constexpr, CAUSAL: tl.constexpr, SKIP_PV: tl.constexpr,
-        ROW_GROUP: tl.constexpr, TAIL_TILE: tl.constexpr, P_SHIFT: tl.constexpr, P_UNIT: tl.constexpr,
+        ALIGN: tl.constexpr, PV_INT8: tl.constexpr, FP16_SUMS: tl.constexpr, CAUSAL: tl.constexpr,
+        SKIP_PV: tl.constexpr, ROW_GROUP: tl.constexpr, TAIL_TILE: tl.constexpr, P_SHIFT: tl.constexpr, P_UNIT: tl.constexpr,
         TMA: tl.constexpr, INT8_MAX: tl.constexpr):
     """A block of queries a program, over its list of kept blocks; the online softmax in log2 units.
 
     s = (q · kᵀ) · q_scale · k_scale + k_bias                    of a kept block, -inf where a query sees no key
     float16: m = max(m_before, max s),  p = 2^(s - m)            relative to the maximum of the row so far
-             acc = acc · 2^(m_before - m) + (p · v) · v_block_scale
+             acc = acc · 2^(m_before - m) + (p · v) · v_block_scale      p · v itself in float16 under FP16_SUMS
     int8:    p = round(127 · 2^(s - max s))                      relative to the maximum of the row in this block
              acc = acc + (p · v) · 2^(max s - m) · v_block_scale
     total likewise, with Σ p for p · v
@@ -175,7 +175,7 @@ def _attend_kernel(
                     total=total, running_max=running_max, scores=scores, scores_max=scores_max, scale=scale,
                     P_SHIFT=P_SHIFT)
                 highest = running_max
-                if CARE:  # the sums are brought to the unit of this block's values and back
+                if CARE and not FP16_SUMS:  # the sums are brought to the unit of this block's values and back
                     decay /= v_scale
                 acc *= decay[:, None]
             n_below = 0
@@ -203,8 +203,12 @@ def _attend_kernel(
                 else:
                     v = load_tile(source=v_ptr, row=(kv_batch_head * k_blocks + k_block) * BLOCK_K, PITCH=PITCH,
                                   ROWS=BLOCK_K, COLS=PADDED_D, TMA=TMA)  # [BLOCK_K, PADDED_D] float16
-                    acc = tl.dot(p.to(tl.float16), v, acc)
-            if CARE and not PV_INT8:
+                    if FP16_SUMS:
+                        product = tl.dot(p.to(tl.float16), v, out_dtype=tl.float16).to(tl.float32)
+                        acc += product * v_scale if CARE else product
+                    else:
+                        acc = tl.dot(p.to(tl.float16), v, acc)
+            if CARE and not PV_INT8 and not FP16_SUMS:
                 acc *= v_scale
 
     if pooled_k_ptr is not None:
@@ -273,7 +277,7 @@ def attend(queries: PreparedQueries, keys: PreparedKeys, values: PreparedValues,
                    order_rows=order_rows(order), residual_batch=stored.rows_a_batch if stored else 0,
                    lse_batch=0 if lse is None else lse.stride(0)),
         constants=dict(D=dim, PADDED_D=padded, PITCH=pitch, BLOCK_Q=block.q, BLOCK_K=block.k, ALIGN=align,
-                       PV_INT8=pv_int8, CAUSAL=causal, SKIP_PV=skip_pv, ROW_GROUP=ROW_GROUP,
+                       PV_INT8=pv_int8, FP16_SUMS=config.fp16_sums, CAUSAL=causal, SKIP_PV=skip_pv, ROW_GROUP=ROW_GROUP,
                        TAIL_TILE=config.tail_tile, P_SHIFT=math.log2(INT8_MAX) if pv_int8 else 0.0,
                        P_UNIT=INT8_UNIT if pv_int8 and config.ptx else 0, TMA=tma, INT8_MAX=INT8_MAX),
         options=config.options())

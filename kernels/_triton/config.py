@@ -16,7 +16,8 @@ class AttendConfig:
 
     block: block shape of the map, in tokens. warps: of a program. stages: of the pipeline that loads K and V ahead.
     maxnreg: most registers of a thread, None for the compiler's choice. tma: whether K and V come by the tensor memory
-    accelerator, where Triton has descriptors. ptx: whether P is packed by NVIDIA's instructions.
+    accelerator, where Triton has descriptors. fp16_sums: whether 16-bit P·V of a block is summed in float16, which
+    doubles the rate of GeForce's tensor cores. ptx: whether P is packed by NVIDIA's instructions.
     """
 
     block: BlockShape
@@ -24,6 +25,7 @@ class AttendConfig:
     stages: int
     maxnreg: int | None = None
     tma: bool = False
+    fp16_sums: bool = False
     ptx: bool = False
 
     @property
@@ -85,7 +87,8 @@ def attend_config(arch: str, padded_dim: int, pv_format: str) -> AttendConfig:
     """The configuration for an architecture ("sm90", "gfx942", …), a head_dim padded to a power of two, and a format of
     P·V, "int8" or "fp16"."""
     family = _FAMILIES.get(arch) or {"sm": "consumer", "gf": "amd"}.get(arch[:2], "other")
-    return replace(_TABLE[family][max(64, padded_dim)][pv_format == "int8"], ptx=arch.startswith("sm"))
+    return replace(_TABLE[family][max(64, padded_dim)][pv_format == "int8"], ptx=arch.startswith("sm"),
+                   fp16_sums=family == "consumer" and pv_format == "fp16")
 
 
 def prepare_warps(block: int, padded_dim: int) -> int:

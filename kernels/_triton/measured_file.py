@@ -17,7 +17,7 @@ from ..types import BlockShape
 from .config import AttendConfig
 
 FORMAT = 1
-PV_FORMATS = ("fp16", "fp8", "int8")
+PV_FORMATS = ("fp16", "int8")
 _MOST_BYTES = 1 << 18
 _MOST_ENTRIES = 500
 _lock = threading.Lock()

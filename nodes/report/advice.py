@@ -12,8 +12,7 @@ FAULTS = {
                            "ComfyUI afterwards.",
     "out of memory": "Sparse attention ran out of memory: it needs some beside q, k and v. Make the picture or clip "
                      "smaller, end other programs that use the GPU, or start ComfyUI with --reserve-vram; pv_precision "
-                     "auto takes less than fp16 where the GPU has FP8.",
-    "pv_precision fp8": "Choose pv_precision auto.",
+                     "int8 takes less than fp16.",
     "unsupported call": "This model calls attention in a way that is not known yet: please report it with this text.",
 }
 # Reasons that stand nowhere here call for nothing.
