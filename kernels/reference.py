@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .call import CallSpec, Thresholds
 from .capability import pv_format
-from .formats import INT8_LIMIT, INT8_MAX, LEAST_SPREAD, LOG2E, ROW_GROUP
+from .formats import FLOAT16_LIMIT, INT8_LIMIT, INT8_MAX, LEAST_SPREAD, LOG2E, ROW_GROUP
 from .types import BlockMap, BlockShape, Residual, SpargeStats, Threshold, TokenRanges
 
 BLOCK = BlockShape(128, 64)
@@ -240,11 +240,12 @@ def attend(queries: Compressed, keys: Compressed, values: Tensor, mask: Tensor, 
         values = (v - v_centre) * keys.valid[..., None]
         v_scale = spread.maximum(spread.amax(-1, keepdim=True) * LEAST_SPREAD).clamp(min=1e-12)
         v = values / v_scale
+        largest = v.abs().amax((-2, -1), keepdim=True)  # of a block
         if in_int8:
-            far = v.abs().amax((-2, -1), keepdim=True) > INT8_LIMIT
-            v = torch.where(far, _int8(v, dims=(-2,)), _int8(v, dims=(-2, -1)))
+            v = torch.where(largest > INT8_LIMIT, _int8(v, dims=(-2,)), _int8(v, dims=(-2, -1)))
         else:
-            v = _to_fp16(v)
+            block_scale = (largest / FLOAT16_LIMIT).clamp(min=1.0).log2().ceil().exp2()
+            v = _to_fp16(v / block_scale) * block_scale
         v_centre, v_scale = v_centre[:, :, 0], v_scale[:, :, 0]
     q = q * (call.scale_for(dim) * LOG2E)
     k, v, valid = k.flatten(2, 3), v.flatten(2, 3), keys.valid.flatten(2, 3)

@@ -88,7 +88,7 @@ def test_a_map_fits_beside_it():
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     block_map(q, k, params=PARAMS, impl="triton")
-    assert torch.cuda.max_memory_allocated() - before < 0.8 * q.nbytes
+    assert torch.cuda.max_memory_allocated() - before < 0.85 * q.nbytes
 
 
 def test_short_memory_leaves_the_containers_full():

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from comfyui_spargeattn.kernels import SpargeParams, sparge_attention
-from comfyui_spargeattn.tests.assertions import assert_near
+from comfyui_spargeattn.tests.assertions import assert_near, relative_l1
 from comfyui_spargeattn.tests.cases import drifting_qkv
 from comfyui_spargeattn.tests.kernels._triton.harness import DEVICE, DTYPES, ON_GPU, PV_FORMATS, recorded_maps
 from comfyui_spargeattn.tests.kernels.test_lse import CALLS, exact_lse
@@ -32,7 +32,10 @@ def test_against_float64(name, layout, pv_dtype, small_blocks):
     assert torch.equal(seen, lse > -math.inf)
     assert_near(lse[seen], expected[seen], atol=QUANTISED * abs(call.get("scale", 64 ** -0.5)))
     plain = sparge_attention(*given, layout=layout, pv_dtype=pv_dtype, impl="triton", **call)
-    assert torch.equal(out, plain)
+    if pv_dtype == "int8":  # without it, P is summed as it was rounded
+        assert relative_l1(out, plain) < 0.01
+    else:
+        assert torch.equal(out, plain)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
