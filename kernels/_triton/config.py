@@ -1,6 +1,6 @@
 """Launch configurations by architecture and head_dim. Pure tables: they change on other evidence than the kernels.
 
-Measured: sm90 (H100). All others are chosen by compile-only register and shared-memory data and by reasoning.
+Measured: sm90 (H100). Others are predicted by tests/bench/count_instructions.py from their machine code.
 """
 from __future__ import annotations
 
@@ -27,8 +27,9 @@ class AttendConfig:
 
     @property
     def tail_tile(self) -> int:
-        """Pooled blocks that a step of the tail takes together: so many that no thread holds more than 32 scores."""
-        return min(64, 1024 * self.warps // self.block.q)
+        """Pooled blocks that a step of the tail takes together: so many that no thread holds more than 32 scores, and
+        no more than a block has keys, because the loop over blocks leaves registers for no more."""
+        return min(64, self.block.k, 1024 * self.warps // self.block.q)
 
     def options(self) -> dict:
         """Triton's launch options."""
@@ -53,20 +54,25 @@ _TABLE: dict[str, dict[int, tuple[AttendConfig, ...]]] = {
     },
     # A100: 163 KB of shared memory.
     "sm80": {
-        64: (AttendConfig(BlockShape(128, 64), 8, 3),),
+        64: (AttendConfig(BlockShape(128, 64), 4, 3),),
         128: (AttendConfig(BlockShape(128, 64), 8, 3),),
         256: (AttendConfig(BlockShape(64, 64), 8, 2),),
     },
     # RTX 30, 40 and 50: 99 KB of shared memory.
     "consumer": {
-        64: (AttendConfig(BlockShape(128, 64), 8, 3), AttendConfig(BlockShape(128, 64), 8, 3)),
-        128: (AttendConfig(BlockShape(128, 64), 8, 2), AttendConfig(BlockShape(128, 64), 8, 3)),
+        64: (AttendConfig(BlockShape(64, 64), 4, 2), AttendConfig(BlockShape(128, 64), 8, 2)),
+        128: (AttendConfig(BlockShape(128, 64), 8, 3), AttendConfig(BlockShape(128, 64), 8, 3)),
         256: (AttendConfig(BlockShape(64, 32), 8, 2), AttendConfig(BlockShape(64, 32), 8, 2)),
     },
-    # AMD: 64 KB of LDS a work group.
-    "amd": {
-        64: (AttendConfig(BlockShape(128, 64), 8, 2),),
-        128: (AttendConfig(BlockShape(128, 64), 8, 1),),
+    # AMD: 64 KB of LDS a work group. MFMA's tiles have 32 rows: with fewer rows a wave, CDNA computes products twice.
+    "cdna": {
+        64: (AttendConfig(BlockShape(128, 64), 4, 2),),
+        128: (AttendConfig(BlockShape(128, 64), 4, 1),),
+        256: (AttendConfig(BlockShape(64, 32), 8, 1),),
+    },
+    "rdna": {
+        64: (AttendConfig(BlockShape(128, 32), 8, 1),),
+        128: (AttendConfig(BlockShape(128, 32), 8, 1),),
         256: (AttendConfig(BlockShape(64, 32), 8, 1),),
     },
     # Intel, and Triton's interpreter.
@@ -76,7 +82,7 @@ _TABLE: dict[str, dict[int, tuple[AttendConfig, ...]]] = {
         256: (AttendConfig(BlockShape(64, 64), 8, 2),),
     },
 }
-_FAMILIES = {"sm80": "sm80", "sm90": "sm90", "sm100": "sm100", "sm103": "sm100"}
+_FAMILIES = {"sm80": "sm80", "sm90": "sm90", "sm100": "sm100", "sm103": "sm100", "gfx9": "cdna", "gfx1": "rdna"}
 
 
 def attend_config(arch: str, padded_dim: int, fp8: bool) -> AttendConfig:
@@ -84,7 +90,7 @@ def attend_config(arch: str, padded_dim: int, fp8: bool) -> AttendConfig:
 
     fp8: what `capability.uses_fp8` says of the architecture.
     """
-    family = _FAMILIES.get(arch) or {"sm": "consumer", "gf": "amd"}.get(arch[:2], "other")
+    family = _FAMILIES.get(arch) or _FAMILIES.get(arch[:4]) or ("consumer" if arch.startswith("sm") else "other")
     return _TABLE[family][max(64, padded_dim)][fp8]
 
 

@@ -50,15 +50,18 @@ SHAPES = {
             256: ((64, 32, 8), (64, 64, 8), (128, 32, 8))},
     "wgmma": {64: ((64, 128, 4), (128, 64, 4), (64, 64, 4)), 128: ((64, 128, 4), (128, 64, 4), (64, 64, 4)),
               256: ((64, 64, 4), (128, 64, 8))},
-    "amd": {64: ((128, 64, 8), (128, 64, 4), (64, 64, 4), (128, 32, 8)),
-            128: ((128, 64, 8), (128, 64, 4), (128, 32, 8), (64, 64, 8), (64, 32, 4)),
-            256: ((64, 32, 8), (128, 32, 8), (64, 32, 4))},
+    "cdna": {64: ((128, 64, 4), (128, 64, 8), (64, 64, 4)), 128: ((128, 64, 4), (128, 64, 8), (64, 64, 4)),
+             256: ((64, 32, 4), (128, 32, 4), (64, 32, 8))},
+    "rdna": {64: ((128, 64, 8), (128, 32, 8), (64, 64, 4), (128, 64, 4)),
+             128: ((128, 64, 8), (128, 64, 16), (128, 32, 8), (128, 32, 16), (64, 32, 8), (64, 32, 4)),
+             256: ((64, 32, 8), (128, 32, 16), (64, 32, 16))},
 }
-STAGES = {"mma": (2, 3), "wgmma": (2, 3), "amd": (1, 2)}
+FAMILIES = {"sm90": "wgmma", "sm100": "wgmma", "gfx942": "cdna", "gfx1100": "rdna", "gfx1201": "rdna"}
+STAGES = {"mma": (2, 3), "wgmma": (2, 3), "cdna": (1, 2), "rdna": (1, 2)}
 CAPS = {4: (168, 128), 8: (128,)}  # three and four thread blocks of four warps, or two of eight
 STEP = 0.1  # bounds this near count as equal
 PROMISED_DIM = 128  # up to which no variant may spill
-MORE_STAGES, ATTEMPTS = 2, 4  # shapes of a cell that are tried with more stages, and those whose variants are compiled
+MORE_STAGES, ATTEMPTS = 2, 5  # shapes of a cell that are tried with more stages, and those whose variants are compiled
 
 
 class Compiler:
@@ -66,7 +69,7 @@ class Compiler:
 
     def __init__(self, arch: str):
         self.arch, self.of = arch, MULTIPROCESSORS[arch]
-        self.family = "amd" if arch.startswith("gfx") else "wgmma" if arch in ("sm90", "sm100") else "mma"
+        self.family = FAMILIES.get(arch, "mma")
         capability.arch_of = lambda device: arch
         self._compiled = compile_launches(arch, only=KERNEL)
 

@@ -1,4 +1,5 @@
-"""What one multiprocessor (a compute unit on AMD) does in a clock and holds at a time, by the vendors' documents.
+"""What one multiprocessor (a compute unit on CDNA, a workgroup processor on RDNA) does in a clock and holds, by the
+vendors' documents.
 
 Tensor rates are dense multiply-adds: NVIDIA's architecture whitepapers (A100, GA102, Ada, H100, Blackwell) and AMD's
 (CDNA 3; GPUOpen's pages on the matrix cores of RDNA 3 and 4) give them for a card or a unit. Occupancy is by the tables
@@ -68,9 +69,11 @@ MULTIPROCESSORS = {
     # Four SIMDs of 16 lanes, on which a wave of 64 takes four clocks.
     "gfx942": Multiprocessor({"int8": 2048, "fp16, fp32 sums": 1024}, lanes=64, issue=1, registers=512, unit=8,
                              warps=32, thread_blocks=16, shared=64 << 10, simds=4),
-    # Two SIMDs of 32 lanes; half of what a workgroup processor has.
-    "gfx1100": Multiprocessor({"int8": 256, "fp16, fp32 sums": 256, "fp16, fp16 sums": 256}, lanes=32, issue=2,
-                              registers=1536, unit=24, warps=32, thread_blocks=16, shared=64 << 10, simds=2),
-    "gfx1201": Multiprocessor({"int8": 1024, "fp16, fp32 sums": 512, "fp16, fp16 sums": 512}, lanes=32, issue=2,
-                              registers=1536, unit=24, warps=32, thread_blocks=16, shared=64 << 10, simds=2),
+    # A workgroup processor, which is two compute units: four SIMDs of 32 lanes.
+    "gfx1100": Multiprocessor({"int8": 512, "fp16, fp32 sums": 512, "fp16, fp16 sums": 512}, lanes=32, issue=4,
+                              registers=1536, unit=24, warps=64, thread_blocks=32, shared=128 << 10, simds=4,
+                              exponentials=32, shared_bytes=256),
+    "gfx1201": Multiprocessor({"int8": 2048, "fp16, fp32 sums": 1024, "fp16, fp16 sums": 1024}, lanes=32, issue=4,
+                              registers=1536, unit=24, warps=64, thread_blocks=32, shared=128 << 10, simds=4,
+                              exponentials=32, shared_bytes=256),
 }
