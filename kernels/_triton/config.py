@@ -61,7 +61,7 @@ _TABLE: dict[str, dict[int, tuple[AttendConfig, ...]]] = {
     # RTX 30, 40 and 50: 99 KB of shared memory.
     "consumer": {
         64: (AttendConfig(BlockShape(64, 64), 4, 2), AttendConfig(BlockShape(128, 64), 8, 2)),
-        128: (AttendConfig(BlockShape(128, 64), 8, 3), AttendConfig(BlockShape(128, 64), 8, 3)),
+        128: (AttendConfig(BlockShape(128, 64), 8, 3), AttendConfig(BlockShape(128, 32), 8, 3)),
         256: (AttendConfig(BlockShape(64, 32), 8, 2), AttendConfig(BlockShape(64, 32), 8, 2)),
     },
     # AMD: 64 KB of LDS a work group. MFMA's tiles have 32 rows: with fewer rows a wave, CDNA computes products twice.

@@ -160,9 +160,10 @@ def candidates(compiler: Compiler, dim: int, pv_dtype: str, tma: bool) -> list[t
 def cell(compiler: Compiler, dim: int, pv_dtype: str, names: list[str]) -> dict:
     """What is known of an architecture, head_dim and format: the shipped configuration, the candidates, and as `best`
     the first of them whose variants don't spill; beyond `PROMISED_DIM` the very first."""
-    shipped_config = attend_config(compiler.arch, dim, pv_dtype == "fp8")
-    shipped = compiler.measured(dim, pv_dtype, shipped_config)
-    found = candidates(compiler, dim, pv_dtype, shipped_config.tma)
+    shipped = attend_config(compiler.arch, dim, pv_dtype == "fp8")
+    found = candidates(compiler, dim, pv_dtype, shipped.tma)
+    if shipped not in dict(found):
+        found.append((shipped, compiler.measured(dim, pv_dtype, shipped)))
     best = None
     for config, row in [pair for pair in found if usable(pair[1])][:ATTEMPTS]:
         row["variants"] = {}
@@ -173,7 +174,7 @@ def cell(compiler: Compiler, dim: int, pv_dtype: str, names: list[str]) -> dict:
         else:
             best = row
             break
-    return dict(arch=compiler.arch, head_dim=dim, pv_dtype=pv_dtype, shipped=shipped, best=best,
+    return dict(arch=compiler.arch, head_dim=dim, pv_dtype=pv_dtype, shipped=dict(found)[shipped], best=best,
                 candidates=[row for _, row in found])
 
 
