@@ -52,7 +52,7 @@ _TABLE: dict[str, dict[int, tuple[AttendConfig, ...]]] = {
         128: (AttendConfig(BlockShape(64, 64), 4, 3, tma=True), AttendConfig(BlockShape(64, 64), 4, 3, tma=True)),
         256: (AttendConfig(BlockShape(64, 64), 4, 2, tma=True), AttendConfig(BlockShape(64, 64), 4, 2, tma=True)),
     },
-    # A100: 163 KB of shared memory.
+    # A100: 163 KB of shared memory. At head_dim 128, 128×128 has a bound 4% lower, but a coarser map skips less.
     "sm80": {
         64: (AttendConfig(BlockShape(128, 64), 4, 3),),
         128: (AttendConfig(BlockShape(128, 64), 8, 3),),
@@ -60,7 +60,7 @@ _TABLE: dict[str, dict[int, tuple[AttendConfig, ...]]] = {
     },
     # RTX 30, 40 and 50: 99 KB of shared memory.
     "consumer": {
-        64: (AttendConfig(BlockShape(64, 64), 4, 2), AttendConfig(BlockShape(128, 64), 8, 2)),
+        64: (AttendConfig(BlockShape(64, 64), 4, 2, 168), AttendConfig(BlockShape(64, 64), 4, 2, 168)),
         128: (AttendConfig(BlockShape(128, 64), 8, 3), AttendConfig(BlockShape(128, 32), 8, 3)),
         256: (AttendConfig(BlockShape(64, 32), 8, 2), AttendConfig(BlockShape(64, 32), 8, 2)),
     },
@@ -70,6 +70,7 @@ _TABLE: dict[str, dict[int, tuple[AttendConfig, ...]]] = {
         128: (AttendConfig(BlockShape(128, 64), 4, 1),),
         256: (AttendConfig(BlockShape(64, 32), 8, 1),),
     },
+    # At head_dim 128 some variants spill a few registers with any blocks but 64×16, whose map is too large.
     "rdna": {
         64: (AttendConfig(BlockShape(128, 32), 8, 1),),
         128: (AttendConfig(BlockShape(128, 32), 8, 1),),

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 
 _SASS = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[T\d]\s+)?(\S+)\s*(.*?);")
@@ -126,7 +126,7 @@ def _multiply_adds(body: list[Instruction], nominal: int, block_k: int, dim: int
         depth = 16 if any(kind.startswith("fp16") for kind in kinds) else 32
         pairs = len(products) // (dim // 32 + block_k // depth)
         return {kind: nominal * pairs / len(kinds) for kind in kinds} if pairs else {}
-    done: Counter = Counter()
+    done: dict[str, float] = defaultdict(float)
     for (kind, size), opcode in products:
         done[kind] += size * (warps / 4 if re.match("[IHQ]GMMA", opcode) else warps)
     return done if sum(done.values()) >= nominal else {}

@@ -26,11 +26,13 @@ of the time.
 Candidates are ranked by: no spills, the bound in steps of a tenth, rows of Q resident on a multiprocessor, the sum of
 all that a block pair keeps busy, stages. The first whose other variants (λ test, causal, padding, bias, pooled tail,
 order, residuals, log-sum-exp, and all at once) don't spill either is **best**; beyond head_dim {promised}, where spills
-are not ruled out, the first. Rows of sm90 stay as they were measured, whatever stands here.
+are not ruled out, the first. Rows of sm90 stay as they were measured, whatever stands here; `config.py` says where else
+the table takes another.
 
 A configuration is block of Q × block of K, warps, stages, and a cap of registers if there is one. *blocks* are thread
 blocks resident on a multiprocessor; clocks are of a block pair. Below the shipped and the best configuration stands the
-next candidate of another shape; spills are the most that was found in any variant.
+next candidate of another shape. Spills, in bytes a thread, are the most that was found; a candidate's variants are
+compiled until one spills.
 """
 TABLE = ("| head_dim | P·V | configuration | registers, spilled | shared KB | blocks | products of a warp "
          "| other instructions | tensor | issue | exp2 | shared | ratio |\n" + "|---" * 13 + "|")
@@ -68,6 +70,8 @@ def lines_of(cell: dict) -> list[str]:
     others = [row for row in cell["candidates"]
               if row.get("thread_blocks") and (row["block"], row["warps"]) not in taken]
     lines = [line(cell, row, f"**{name}** ") for name, row in shown.items()]
+    if cell["best"] is None:
+        lines.append(f"| {cell['head_dim']} | {cell['pv_dtype']} | **best** none without spills |" + " |" * 10)
     return lines + [line(cell, row, "") for row in others[:1]]
 
 

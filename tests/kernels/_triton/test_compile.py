@@ -17,8 +17,10 @@ KERNELS = {"_queries_kernel", "_keys_kernel", "_select_kernel", "_attend_kernel"
 VARIANTS = {"plain", "pooled tail, bias", "causal, padding", "λ test, order", "residual, log-sum-exp", "residual made",
             "everything"}
 # Up to this head_dim no variant spills registers, but for the few bytes a thread by which releases of Triton differ;
-# beyond, the accumulators of FP8 alone fill them. sm90's configurations are the fastest that were measured.
-PROMISED_DIM, MAX_STACK, MAX_STACK_SM90 = 128, 16, 64
+# beyond, the accumulators of FP8 alone fill them. On RDNA some variants do at head_dim 128, whatever the configuration
+# (tests/bench/predicted.md). sm90's configurations are the fastest that were measured.
+PROMISED_DIM, PROMISED_DIM_RDNA = 128, 64
+MAX_STACK, MAX_STACK_SM90 = 16, 64
 # One of these multiplies INT8 natively.
 INT8_PRODUCTS = re.compile("(UTC)?IG?MMA|v_wmma_i32_16x16x16_iu8|v_mfma_i32_.*_i8")
 
@@ -53,7 +55,8 @@ def test_compiles_within_limits(arch, compilations):
     compiled = {(kernel["dim"], kernel["pv_dtype"], kernel["variant"]) for kernel in attend}
     assert compiled == set(itertools.product((64, 128, 256), formats, VARIANTS))
     allowed = MAX_STACK_SM90 if arch == "sm90" else MAX_STACK
-    spilled = [kernel for kernel in attend if kernel["dim"] <= PROMISED_DIM and kernel["spilled"] > allowed
+    promised = PROMISED_DIM_RDNA if arch.startswith("gfx1") else PROMISED_DIM
+    spilled = [kernel for kernel in attend if kernel["dim"] <= promised and kernel["spilled"] > allowed
                and (arch != "sm90" or kernel["variant"] == "plain")]
     assert not spilled, f"the attention kernel spills registers: {spilled}"
     emulated = [kernel for kernel in attend if not any(map(INT8_PRODUCTS.fullmatch, kernel["tensor"]))]
