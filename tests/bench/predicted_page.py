@@ -16,7 +16,8 @@ in about a quarter of an hour of one core.
 kind, all instructions, exponentials, and bytes moved between shared memory and registers. The vendors' rates below turn
 each into clocks of a multiprocessor (a compute unit on AMD) a block pair. The largest is the **bound**: no launch of
 this code takes less time. The **ratio** is the bound of dense 16-bit attention on the same card (both products with
-fp32 sums, an exponential a score, and nothing else) over ours, with all blocks kept.
+fp32 sums, an exponential a score, and nothing else) over ours, with all blocks kept. Where ours is bound by
+instructions, dense attention may be too, and the ratio says too little.
 
 **Not counted**: latency and what hides it, conflicts of banks, barriers, units narrower than the issue of a warp
 (integer and conversion instructions, float32 on the A100), traffic of L2 and memory, clock rates under load,
@@ -32,9 +33,9 @@ the table takes another.
 A configuration is block of Q × block of K, warps, stages, and a cap of registers if there is one. *blocks* are thread
 blocks resident on a multiprocessor; clocks are of a block pair. Below the shipped and the best configuration stands the
 next candidate of another shape. Spills, in bytes a thread, are the most that was found; a candidate's variants are
-compiled until one spills.
+compiled until one spills. Instructions are of a warp, products of four on sm90 and of the thread block on sm100.
 """
-TABLE = ("| head_dim | P·V | configuration | registers, spilled | shared KB | blocks | products of a warp "
+TABLE = ("| head_dim | P·V | configuration | registers, spilled | shared KB | blocks | products "
          "| other instructions | tensor | issue | exp2 | shared | ratio |\n" + "|---" * 13 + "|")
 RATES = ("| architecture | int8 | fp16, fp32 sums | fp16, fp16 sums | fp8, fp32 sums | fp8, fp16 sums | issue | exp2 "
          "| shared bytes |\n" + "|---" * 9 + "|")
