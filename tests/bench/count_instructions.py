@@ -144,6 +144,8 @@ def candidates(compiler: Compiler, dim: int, pv_dtype: str, tma: bool) -> list[t
     found = []
 
     def add(config: AttendConfig):
+        if config in dict(found):
+            return
         row = compiler.measured(dim, pv_dtype, config)
         found.append((config, row))
         for cap in CAPS.get(config.warps, ()) if compiler.arch.startswith("sm") and config.maxnreg is None else ():
