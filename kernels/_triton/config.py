@@ -62,7 +62,7 @@ _TABLE: dict[str, dict[int, tuple[AttendConfig, ...]]] = {
     "consumer": {
         64: (AttendConfig(BlockShape(64, 64), 4, 2, 168), AttendConfig(BlockShape(64, 64), 4, 2, 168)),
         128: (AttendConfig(BlockShape(128, 64), 8, 3), AttendConfig(BlockShape(128, 32), 8, 3)),
-        256: (AttendConfig(BlockShape(64, 32), 8, 2), AttendConfig(BlockShape(64, 32), 8, 2)),
+        256: (AttendConfig(BlockShape(64, 64), 8, 2), AttendConfig(BlockShape(64, 64), 8, 2)),
     },
     # AMD: 64 KB of LDS a work group. MFMA's tiles have 32 rows: with fewer rows a wave, CDNA computes products twice.
     "cdna": {

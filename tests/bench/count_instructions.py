@@ -162,7 +162,7 @@ def candidates(compiler: Compiler, dim: int, pv_dtype: str, tma: bool) -> list[t
 
 def cell(compiler: Compiler, dim: int, pv_dtype: str, names: list[str]) -> dict:
     """What is known of an architecture, head_dim and format: the shipped configuration, the candidates, and as `best`
-    the first of them whose variants don't spill; beyond `PROMISED_DIM` the very first."""
+    the first of them whose variants fit and don't spill; beyond `PROMISED_DIM` they may spill."""
     shipped = attend_config(compiler.arch, dim, pv_dtype == "fp8")
     found = candidates(compiler, dim, pv_dtype, shipped.tma)
     if shipped not in dict(found):
@@ -170,9 +170,9 @@ def cell(compiler: Compiler, dim: int, pv_dtype: str, names: list[str]) -> dict:
     best = None
     for config, row in [pair for pair in found if usable(pair[1])][:ATTEMPTS]:
         row["variants"] = {}
-        for name in names if dim <= PROMISED_DIM else ():
-            row["variants"][name] = compiler.resources(dim, pv_dtype, config, name)
-            if row["variants"][name].get("spilled", 1):
+        for name in names:
+            found_there = row["variants"][name] = compiler.resources(dim, pv_dtype, config, name)
+            if not usable(found_there) or found_there["spilled"] and dim <= PROMISED_DIM:
                 break
         else:
             best = row

@@ -26,8 +26,8 @@ of the time.
 
 Candidates are ranked by: no spills, the bound in steps of a tenth, rows of Q resident on a multiprocessor, the sum of
 all that a block pair keeps busy, stages. The first whose other variants (λ test, causal, padding, bias, pooled tail,
-order, residuals, log-sum-exp, and all at once) don't spill either is **best**; beyond head_dim {promised}, where spills
-are not ruled out, the first. Rows of sm90 stay as they were measured, whatever stands here; `config.py` says where else
+order, residuals, log-sum-exp, and all at once) fit and don't spill either is **best**; beyond head_dim {promised} they
+may spill. Rows of sm90 stay as they were measured, whatever stands here; `config.py` says where else
 the table takes another.
 
 A configuration is block of Q × block of K, warps, stages, and a cap of registers if there is one. *blocks* are thread
