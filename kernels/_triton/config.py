@@ -60,7 +60,7 @@ _TABLE: dict[str, dict[int, tuple[AttendConfig, ...]]] = {
     },
     # RTX 30, 40 and 50: 99 KB of shared memory. At head_dim 64, sm89 would hold two of 128×64 with FP8, sm120 only one.
     "consumer": {
-        64: (AttendConfig(BlockShape(64, 64), 4, 3, 168), AttendConfig(BlockShape(64, 64), 4, 2, 168)),
+        64: (AttendConfig(BlockShape(64, 64), 4, 3, 168), AttendConfig(BlockShape(64, 64), 4, 3)),
         128: (AttendConfig(BlockShape(128, 64), 8, 3), AttendConfig(BlockShape(128, 32), 8, 3)),
         256: (AttendConfig(BlockShape(64, 64), 8, 2), AttendConfig(BlockShape(64, 64), 8, 2)),
     },

@@ -202,7 +202,8 @@ def merged(path: Path, found: list[dict]) -> dict:
     both = {tuple(cell[key] for key in NAME): cell for cell in old["cells"] + found}
     order = list(MULTIPROCESSORS)
     results = old | dict(cells=sorted(both.values(), key=lambda cell: (order.index(cell["arch"]), cell["head_dim"])))
-    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    lines = ",\n".join(map(json.dumps, results["cells"]))
+    path.write_text(f'{{"triton": "{results["triton"]}", "cells": [\n{lines}\n]}}\n', encoding="utf-8")
     return results
 
 
