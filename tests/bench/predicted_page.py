@@ -10,7 +10,7 @@ INTRODUCTION = """\
 
 Everything here is **predicted** from machine code, compiled with Triton {triton} without a GPU; nothing on this page
 was timed. `python -m tests.bench.count_instructions` writes it and `results/predicted.json`, which has every candidate,
-in about a quarter of an hour of one core.
+in some twenty minutes of one core.
 
 **Counted**, in the loop over blocks that need no care, without a pooled tail or other switches: tensor instructions by
 kind, all instructions, exponentials, and bytes moved between shared memory and registers. The vendors' rates below turn
