@@ -1,6 +1,6 @@
 """Launch configurations by architecture and head_dim. Pure tables: they change on other evidence than the kernels.
 
-Measured: sm90 (H100). All others are chosen by compile-only register and shared-memory data and by reasoning.
+Measured: sm90 (H100). Others are predicted by tests/bench/count_instructions.py from their machine code.
 """
 from __future__ import annotations
 
@@ -30,8 +30,9 @@ class AttendConfig:
 
     @property
     def tail_tile(self) -> int:
-        """Pooled blocks that a step of the tail takes together: so many that no thread holds more than 32 scores."""
-        return min(64, 1024 * self.warps // self.block.q)
+        """Pooled blocks that a step of the tail takes together: so many that no thread holds more than 32 scores, and
+        no more than a block has keys, because the loop over blocks leaves registers for no more."""
+        return min(64, self.block.k, 1024 * self.warps // self.block.q)
 
     def options(self) -> dict:
         """Triton's launch options."""
@@ -50,26 +51,32 @@ _TABLE: dict[str, dict[int, tuple[AttendConfig, AttendConfig]]] = {
     },
     # Four warps: Triton 3.9 does not compile the λ test with eight here.
     "sm100": {
-        64: (AttendConfig(BlockShape(64, 64), 4, 3, tma=True), AttendConfig(BlockShape(64, 64), 4, 3, tma=True)),
-        128: (AttendConfig(BlockShape(64, 64), 4, 3, tma=True), AttendConfig(BlockShape(64, 64), 4, 3, tma=True)),
+        64: (AttendConfig(BlockShape(64, 128), 4, 3, tma=True), AttendConfig(BlockShape(128, 64), 4, 3, tma=True)),
+        128: (AttendConfig(BlockShape(64, 64), 4, 3, tma=True), AttendConfig(BlockShape(64, 128), 4, 3, tma=True)),
         256: (AttendConfig(BlockShape(64, 64), 4, 2, tma=True), AttendConfig(BlockShape(64, 64), 4, 2, tma=True)),
     },
-    # A100: 163 KB of shared memory.
+    # A100: 163 KB of shared memory. At head_dim 128, 128×128 has a bound 4% lower, but a coarser map skips less.
     "sm80": {
-        64: (AttendConfig(BlockShape(128, 64), 8, 3), AttendConfig(BlockShape(128, 64), 8, 3)),
+        64: (AttendConfig(BlockShape(128, 64), 4, 3), AttendConfig(BlockShape(128, 64), 8, 3)),
         128: (AttendConfig(BlockShape(128, 64), 8, 3), AttendConfig(BlockShape(128, 64), 8, 3)),
         256: (AttendConfig(BlockShape(64, 64), 8, 2), AttendConfig(BlockShape(64, 64), 8, 2)),
     },
-    # RTX 30, 40 and 50: 99 KB of shared memory.
+    # RTX 30, 40 and 50: 99 KB of shared memory. At head_dim 64, sm89 would hold two of 128×64 with FP8, sm120 only one.
     "consumer": {
-        64: (AttendConfig(BlockShape(128, 64), 8, 3), AttendConfig(BlockShape(128, 64), 8, 3)),
-        128: (AttendConfig(BlockShape(128, 64), 8, 2), AttendConfig(BlockShape(128, 64), 8, 3)),
-        256: (AttendConfig(BlockShape(64, 32), 8, 2), AttendConfig(BlockShape(64, 32), 8, 2)),
+        64: (AttendConfig(BlockShape(64, 64), 4, 3, 168), AttendConfig(BlockShape(64, 64), 4, 3)),
+        128: (AttendConfig(BlockShape(128, 64), 8, 3), AttendConfig(BlockShape(128, 32), 8, 3)),
+        256: (AttendConfig(BlockShape(64, 64), 8, 2), AttendConfig(BlockShape(64, 64), 8, 2)),
     },
-    # AMD: 64 KB of LDS a work group.
-    "amd": {
-        64: (AttendConfig(BlockShape(128, 64), 8, 2), AttendConfig(BlockShape(128, 64), 8, 2)),
-        128: (AttendConfig(BlockShape(128, 64), 8, 1), AttendConfig(BlockShape(128, 64), 8, 1)),
+    # AMD: 64 KB of LDS a work group. MFMA's tiles have 32 rows: with fewer rows a wave, CDNA computes products twice.
+    "cdna": {
+        64: (AttendConfig(BlockShape(128, 64), 4, 2), AttendConfig(BlockShape(128, 64), 4, 2)),
+        128: (AttendConfig(BlockShape(128, 64), 4, 1), AttendConfig(BlockShape(128, 64), 4, 1)),
+        256: (AttendConfig(BlockShape(64, 32), 8, 1), AttendConfig(BlockShape(64, 32), 8, 1)),
+    },
+    # At head_dim 128 some variants spill a few registers with any blocks but 64×16, whose map is too large.
+    "rdna": {
+        64: (AttendConfig(BlockShape(128, 32), 8, 1), AttendConfig(BlockShape(128, 32), 8, 1)),
+        128: (AttendConfig(BlockShape(128, 32), 8, 1), AttendConfig(BlockShape(128, 32), 8, 1)),
         256: (AttendConfig(BlockShape(64, 32), 8, 1), AttendConfig(BlockShape(64, 32), 8, 1)),
     },
     # Intel, and Triton's interpreter.
@@ -79,14 +86,14 @@ _TABLE: dict[str, dict[int, tuple[AttendConfig, AttendConfig]]] = {
         256: (AttendConfig(BlockShape(64, 64), 8, 2), AttendConfig(BlockShape(64, 64), 8, 2)),
     },
 }
-_FAMILIES = {"sm80": "sm80", "sm90": "sm90", "sm100": "sm100", "sm103": "sm100"}
+_FAMILIES = {"sm80": "sm80", "sm90": "sm90", "sm100": "sm100", "sm103": "sm100", "gfx9": "cdna", "gfx1": "rdna"}
 
 
 @functools.lru_cache
 def attend_config(arch: str, padded_dim: int, pv_format: str) -> AttendConfig:
     """The configuration for an architecture ("sm90", "gfx942", …), a head_dim padded to a power of two, and a format of
     P·V, "int8" or "fp16"."""
-    family = _FAMILIES.get(arch) or {"sm": "consumer", "gf": "amd"}.get(arch[:2], "other")
+    family = _FAMILIES.get(arch) or _FAMILIES.get(arch[:4]) or ("consumer" if arch.startswith("sm") else "other")
     return replace(_TABLE[family][max(64, padded_dim)][pv_format == "int8"], ptx=arch.startswith("sm"),
                    fp16_sums=family == "consumer" and pv_format == "fp16")
 

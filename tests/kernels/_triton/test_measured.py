@@ -25,7 +25,7 @@ def nothing_measured():
 
 
 def entry_of(card="cpu", triton=None, table=Launch.of(ENTRY)):
-    return Measured(card, triton or measured.triton_name(), 128, "fp8", *ENTRY_BLOCK, table, FASTER, 1.1)
+    return Measured(card, triton or measured.triton_name(), 128, "int8", *ENTRY_BLOCK, table, FASTER, 1.1)
 
 
 def loaded(path, *entries):
@@ -33,7 +33,7 @@ def loaded(path, *entries):
     load_configurations(path)
 
 
-def take(padded_dim=128, pv_format="fp8", entry=ENTRY):
+def take(padded_dim=128, pv_format="int8", entry=ENTRY):
     return measured.configuration(CPU, entry, padded_dim, pv_format)
 
 

@@ -9,13 +9,13 @@ import pytest
 from comfyui_spargeattn.kernels._triton import measured_file
 from comfyui_spargeattn.kernels._triton.measured_file import Launch, Measured, MeasuredFileError, change, read, write
 
-FOUND = Measured("NVIDIA GeForce RTX 4090", "3.6", 128, "fp8", 128, 64, Launch(8, 3, None), Launch(4, 2, 168), 1.08)
+FOUND = Measured("NVIDIA GeForce RTX 4090", "3.6", 128, "int8", 128, 64, Launch(8, 3, None), Launch(4, 2, 168), 1.08)
 
 
 def content(**changed):
     """A file's content; `changed` are values of the only entry."""
     launch = {"warps": 4, "stages": 2, "maxnreg": 168}
-    entry = {"card": "NVIDIA GeForce RTX 4090", "triton": "3.6", "padded_dim": 128, "pv_format": "fp8", "block_q": 128,
+    entry = {"card": "NVIDIA GeForce RTX 4090", "triton": "3.6", "padded_dim": 128, "pv_format": "int8", "block_q": 128,
              "block_k": 64, "table": {"warps": 8, "stages": 3, "maxnreg": None}, "launch": launch, "gain": 1.08}
     return {"format": 1, "configurations": [entry | changed]}
 
@@ -45,7 +45,7 @@ def test_content_is_what_readers_of_other_versions_expect(file):
 @pytest.mark.parametrize("changed", (
     {"card": ""}, {"card": "x" * 201}, {"card": "two\nlines"}, {"card": 7}, {"triton": "3"}, {"triton": 3.6},
     {"triton": "3.6\n"}, {"padded_dim": 96}, {"padded_dim": "128"}, {"padded_dim": True}, {"pv_format": "int4"},
-    {"pv_format": ["fp8"]}, {"block_q": 0}, {"block_k": 64.0}, {"gain": 1.0}, {"gain": float("nan")},
+    {"pv_format": ["int8"]}, {"block_q": 0}, {"block_k": 64.0}, {"gain": 1.0}, {"gain": float("nan")},
     {"gain": float("inf")}, {"gain": 2}, {"launch": None}, {"launch": {"warps": 4, "stages": 2}},
     {"launch": {"warps": 3, "stages": 2, "maxnreg": None}}, {"launch": {"warps": True, "stages": 2, "maxnreg": None}},
     {"launch": {"warps": 4, "stages": 99, "maxnreg": None}}, {"launch": {"warps": 4, "stages": 2, "maxnreg": 1 << 40}},
