@@ -47,7 +47,7 @@ def _attend_kernel(
 
     s = (q · kᵀ) · q_scale · k_scale + k_bias                    of a kept block, -inf where a query sees no key
     float16: m = max(m_before, max s),  p = 2^(s - m)            relative to the maximum of the row so far
-             acc = acc · 2^(m_before - m) + (p · v) · v_block_scale      p · v itself in float16 under FP16_SUMS
+             acc = acc · 2^(m_before - m) + (p · v) · v_block_scale     p · v summed in float16 under FP16_SUMS
     int8:    p = round(127 · 2^(s - max s))                      relative to the maximum of the row in this block
              acc = acc + (p · v) · 2^(max s - m) · v_block_scale
     total likewise, with Σ p for p · v

@@ -28,8 +28,8 @@ from .sample import centre_and_scale_of_values, centre_of_keys
 
 # The largest sampled value of a channel becomes 1. In float16 a block with values beyond this limit is divided by a
 # power of two of its own. Rounding stays as fine, because float16 comes nowhere near its smallest normal number.
-# `fp16_sums` can't overflow: P is at most 1, so a sum over at most 128 keys is at most 128 · 2^8 = 2^15, to which rounding
-# to float16 adds less than a part in 2^11 at each of 128 additions; that is below 2^15 · 1.07 < 65504.
+# `fp16_sums` can't overflow: P is at most 1, so a sum over at most 128 keys is at most 128 · 2^8 = 2^15, to which
+# rounding to float16 adds less than a part in 2^11 at each of 128 additions: it stays below 2^15 · 1.07 < 65504.
 _FLOAT16_LIMIT = tl.constexpr(FLOAT16_LIMIT)
 # In INT8 a block with values beyond this limit has a scale for each channel: one would cost the others precision.
 _INT8_LIMIT = tl.constexpr(INT8_LIMIT)

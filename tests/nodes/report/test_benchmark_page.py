@@ -19,7 +19,7 @@ FIRST, SECOND, *_ = neighbours(ENTRY)
 def result():
     shares = [Timed("SpargeAttn, all blocks", 20.0, error=0.03),
               *(Timed(f"SpargeAttn, {share}% of the blocks", share / 5) for share in (50, 30, 10))]
-    return Result(SHAPES["SDXL 1024x1024"], torch.bfloat16, {"card": "a card", "torch": "2.11"}, True, "fp8",
+    return Result(SHAPES["SDXL 1024x1024"], torch.bfloat16, {"card": "a card", "torch": "2.11"}, True, "int8",
                   Timed("ComfyUI's attention_pytorch", 40.0), shares,
                   [Tried(ENTRY, 10.0), Tried(FIRST, 8.0), Tried(SECOND, problem="out of resource: shared memory " * 5)],
                   FIRST, 1.25)
@@ -62,4 +62,4 @@ def test_headlines():
     assert slower.headline == "30% of the blocks: 2.0 × slower than dense"
     assert replace(whole, dense=None).headline == "SpargeAttn was not timed"
     assert replace(whole, fast=False).headline == "There are no fast kernels here"
-    assert whole.verdict.startswith("4 warps, 3 stages: 25% faster")
+    assert whole.verdict.startswith(f"{FIRST.warps} warps, {FIRST.stages} stages: 25% faster")
