@@ -41,8 +41,8 @@ def _attend_kernel(
         # constants
         D: tl.constexpr, PADDED_D: tl.constexpr, PITCH: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
         ALIGN: tl.constexpr, PV_INT8: tl.constexpr, FP16_SUMS: tl.constexpr, CAUSAL: tl.constexpr,
-        SKIP_PV: tl.constexpr, ROW_GROUP: tl.constexpr, TAIL_TILE: tl.constexpr, P_SHIFT: tl.constexpr, P_UNIT: tl.constexpr,
-        TMA: tl.constexpr, INT8_MAX: tl.constexpr):
+        SKIP_PV: tl.constexpr, ROW_GROUP: tl.constexpr, TAIL_TILE: tl.constexpr, P_SHIFT: tl.constexpr,
+        P_UNIT: tl.constexpr, TMA: tl.constexpr, INT8_MAX: tl.constexpr):
     """A block of queries a program, over its list of kept blocks; the online softmax in log2 units.
 
     s = (q · kᵀ) · q_scale · k_scale + k_bias                    of a kept block, -inf where a query sees no key

@@ -2,20 +2,21 @@
 import json
 import threading
 import types
+from dataclasses import replace
 
 import pytest
 import torch
 
 from comfyui_spargeattn.kernels import FastPathError, dispatch, failures, load_configurations
 from comfyui_spargeattn.kernels._triton import measured
-from comfyui_spargeattn.kernels._triton.config import AttendConfig, attend_config
+from comfyui_spargeattn.kernels._triton.config import attend_config
 from comfyui_spargeattn.kernels._triton.measured_file import Launch, Measured, write
 
 CPU = torch.device("cpu")
-ENTRY = attend_config("sm89", 128, True)
+ENTRY = attend_config("sm89", 128, "int8")
 ENTRY_BLOCK = ENTRY.block.q, ENTRY.block.k
 FASTER = Launch(4, 2, None)
-TAKEN = AttendConfig(ENTRY.block, 4, 2, None, ENTRY.tma)
+TAKEN = replace(ENTRY, warps=4, stages=2, maxnreg=None)
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +43,7 @@ def test_calls_take_what_was_measured_for_them(tmp_path):
     loaded(tmp_path / "file", entry_of())
     assert take() == TAKEN and take() is take()
     assert take(padded_dim=64) is ENTRY and take(pv_format="fp16") is ENTRY
-    assert take(entry=attend_config("sm90", 128, True)) is attend_config("sm90", 128, True)
+    assert take(entry=attend_config("sm90", 128, "int8")) is attend_config("sm90", 128, "int8")
     load_configurations(tmp_path / "no such file")
     assert take() is ENTRY
 
@@ -82,7 +83,7 @@ def test_a_trial_is_of_its_thread_alone(tmp_path):
     other = []
     with measured.trial() as trial:
         assert take() is ENTRY  # not what was measured before
-        trial.config = AttendConfig(ENTRY.block, 8, 1)
+        trial.config = replace(ENTRY, warps=8, stages=1)
         assert take(pv_format="int8") is trial.config
         assert (trial.entry, trial.padded_dim, trial.pv_format) == (ENTRY, 128, "int8")
         thread = threading.Thread(target=lambda: other.append(take()))

@@ -27,7 +27,7 @@ def file(tmp_path):
 
 def test_what_is_kept_comes_back(file):
     assert read(file) == {}
-    others = [replace(FOUND, pv_format=name) for name in ("fp16", "int8")]
+    others = replace(FOUND, pv_format="fp16"), replace(FOUND, padded_dim=64)
     for entry in (FOUND, *others):
         change(file, entry.key, entry)
     assert read(file) == {entry.key: entry for entry in (FOUND, *others)}

@@ -8,7 +8,7 @@ from comfyui_spargeattn.kernels.benchmark.candidates import neighbours
 @pytest.mark.parametrize("arch", ("sm80", "sm86", "sm89", "sm90", "sm100", "gfx942"))
 @pytest.mark.parametrize("dim", (32, 64, 128, 256))
 def test_neighbours_of_every_entry(arch, dim):
-    entry = attend_config(arch, dim, False)
+    entry = attend_config(arch, dim, "fp16")
     found = neighbours(entry)
     assert entry not in found and len(set(found)) == len(found)
     assert all((config.block, config.tma) == (entry.block, entry.tma) for config in found)

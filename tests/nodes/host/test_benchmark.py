@@ -87,12 +87,12 @@ def test_a_file_of_another_card_is_told_once(comfy_nodes, caplog, tmp_path):
     measured = comfy_host.pack_module(comfy_nodes, "kernels._triton.measured")
     config = comfy_host.pack_module(comfy_nodes, "kernels._triton.config")
     launch = {"warps": 4, "stages": 2, "maxnreg": None}
-    entry = {"card": "another", "triton": "3.6", "padded_dim": 128, "pv_format": "fp8", "block_q": 128, "block_k": 64,
+    entry = {"card": "another", "triton": "3.6", "padded_dim": 128, "pv_format": "int8", "block_q": 128, "block_k": 64,
              "table": launch, "launch": launch, "gain": 1.5}
     (tmp_path / "file").write_text(json.dumps({"format": 1, "configurations": [entry]}))
-    table = config.attend_config("sm89", 128, True)
+    table = config.attend_config("sm89", 128, "int8")
     with caplog.at_level(logging.INFO):
         measured.load_configurations(tmp_path / "file")
-        assert [measured.configuration(torch.device("cpu"), table, 128, "fp8") for _ in range(3)] == [table] * 3
+        assert [measured.configuration(torch.device("cpu"), table, 128, "int8") for _ in range(3)] == [table] * 3
     measured.load_configurations(tmp_path / "none")
     assert len(caplog.messages) == 1 and "those of others are ignored" in caplog.messages[0]

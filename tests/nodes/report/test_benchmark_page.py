@@ -12,7 +12,7 @@ from comfyui_spargeattn.kernels.benchmark.candidates import neighbours
 from comfyui_spargeattn.nodes.report.benchmark_page import draw_benchmark
 from comfyui_spargeattn.nodes.report.page import THEMES, WIDTH
 
-ENTRY = attend_config("sm89", 128, True)
+ENTRY = attend_config("sm89", 128, "int8")
 FIRST, SECOND, *_ = neighbours(ENTRY)
 
 
