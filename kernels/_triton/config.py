@@ -58,7 +58,7 @@ _TABLE: dict[str, dict[int, tuple[AttendConfig, AttendConfig]]] = {
     # A100: 163 KB of shared memory. At head_dim 128, 128×128 has a bound 4% lower, but a coarser map skips less.
     "sm80": {
         64: (AttendConfig(BlockShape(128, 64), 4, 3), AttendConfig(BlockShape(128, 64), 8, 3)),
-        128: (AttendConfig(BlockShape(128, 64), 8, 3), AttendConfig(BlockShape(128, 64), 8, 3)),
+        128: (AttendConfig(BlockShape(128, 64), 8, 3), AttendConfig(BlockShape(128, 64), 8, 2)),
         256: (AttendConfig(BlockShape(64, 64), 8, 2), AttendConfig(BlockShape(64, 64), 8, 2)),
     },
     # RTX 30, 40 and 50: 99 KB of shared memory. At head_dim 64, sm89 would hold two of 128×64 with FP8, sm120 only one.

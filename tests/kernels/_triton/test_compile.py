@@ -20,7 +20,7 @@ VARIANTS = {"plain", "pooled tail, bias", "causal, padding", "λ test, order", "
 # beyond, the accumulators of FP8 alone fill them. On RDNA some variants do at head_dim 128, whatever the configuration
 # (tests/bench/predicted.md). sm90's configurations are the fastest that were measured.
 PROMISED_DIM, PROMISED_DIM_RDNA = 128, 64
-MAX_STACK, MAX_STACK_SM90 = 16, 64
+MAX_STACK, MAX_STACK_SM90 = 24, 64
 # One of these multiplies INT8 natively.
 INT8_PRODUCTS = re.compile("(UTC)?IG?MMA|v_wmma_i32_16x16x16_iu8|v_mfma_i32_.*_i8")
 
