@@ -86,7 +86,7 @@ def sparsity_at_error(calls, dense, prepared, name, order, theta, pv_dtype) -> f
 def measure(inputs: str, calls: list[Call], device: str) -> list[dict]:
     """One row for each order and score."""
     dense, rows = [scaled_dot_product(*call) for call in calls], []
-    for pv_dtype in ("fp16", "fp8"):  # their block shapes differ
+    for pv_dtype in ("fp16", "int8"):  # their block shapes differ
         block = block_shape(calls[0][0], pv_dtype=pv_dtype)
         for label, order in orders(device).items():
             if label == "random":
@@ -105,7 +105,7 @@ def measure(inputs: str, calls: list[Call], device: str) -> list[dict]:
 def boundary(device: str) -> list[dict]:
     """A call whose text follows the visual tokens, with a block that holds both and without such a block."""
     rows = []
-    for pv_dtype in ("fp16", "fp8"):
+    for pv_dtype in ("fp16", "int8"):
         call = video_qkv((28, 30, 26), 24, 128, text=256)
         block = block_shape(call[0], pv_dtype=pv_dtype)
         visual = 28 * 30 * 26

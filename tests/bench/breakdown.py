@@ -23,11 +23,11 @@ def breakdown(cases: dict[str, dict], repeats: int) -> list[dict]:
     rows = []
     for case, shape in cases.items():
         q, k, v = video_qkv(**shape)
-        for pv_dtype in ("fp8", "fp16"):
+        for pv_dtype in ("int8", "fp16"):
             run = partial(ours(fixed_share(0.5), pv_dtype), q, k, v)
             kernels = kernel_ms(run)
             read = sum(x.nbytes for x in (q, k, v))
-            written = q.numel() + k.numel() + v.numel() * (1 if pv_dtype == "fp8" else 2)
+            written = q.numel() + k.numel() + v.numel() * (1 if pv_dtype == "int8" else 2)
             source = torch.empty((read + written) // 2, dtype=torch.uint8, device="cuda").random_()
             target = torch.empty_like(source)
             floor = device_ms(partial(target.copy_, source), repeats)

@@ -84,7 +84,7 @@ def main() -> None:
     parser.add_argument("--needle-tokens", type=int, default=2048)
     parser.add_argument("--depths", type=int, default=11, help="from the start of the text to its end; 0 leaves it out")
     parser.add_argument("--impl", default="triton" if torch.cuda.is_available() else "reference")
-    parser.add_argument("--pv-dtype", default="auto", help="auto is exact in the reference; fp16 and fp8 emulate")
+    parser.add_argument("--pv-dtype", default="auto", help="auto is exact in the reference; int8 and fp16 emulate")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
 

@@ -54,7 +54,7 @@ def methods() -> list[Method]:
     settings = [(f"topk {topk}", fixed_share(topk)) for topk in (1.0, 0.5, 0.3, 0.2, 0.1)]
     settings.append(("defaults", SpargeParams()))
     return found + [Method(f"ours {pv_dtype} {label}", ours(params, pv_dtype), pv_dtype, params)
-                    for label, params in settings for pv_dtype in ("fp8", "fp16")]
+                    for label, params in settings for pv_dtype in ("int8", "fp16")]
 
 
 def _flash_attn() -> list[Method]:
@@ -68,7 +68,7 @@ def _flash_attn() -> list[Method]:
 
 def _comfy_kitchen() -> list[Method]:
     from comfy_kitchen import int8_attention, int8_attention_is_available
-    return [Method("comfy-kitchen int8", int8_attention, "fp8")] if int8_attention_is_available() else []
+    return [Method("comfy-kitchen int8", int8_attention, "int8")] if int8_attention_is_available() else []
 
 
 def _sol_attn() -> list[Method]:

@@ -64,4 +64,4 @@ def arguments(setting: TunedSetting | None, layout: TokenLayout, q: Tensor) -> d
         return None
     order = order_of(setting.curves, layout, q.device)
     return dict(params=params_on(setting, q.device), order=order, skipped=setting.skipped,
-                pv_dtype="auto" if setting.pv_dtype == "fp8" else setting.pv_dtype)
+                pv_dtype="auto" if setting.pv_dtype == "int8" else setting.pv_dtype)
