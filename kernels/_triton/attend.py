@@ -208,7 +208,7 @@ def _attend_kernel(
                         acc += product * v_scale if CARE else product
                     else:
                         acc = tl.dot(p.to(tl.float16), v, acc)
-            if CARE and not PV_INT8 and not FP16_SUMS:
+            if CARE and not (PV_INT8 or FP16_SUMS):
                 acc *= v_scale
 
     if pooled_k_ptr is not None:
