@@ -97,7 +97,7 @@ def attention_residual(q: Tensor, k: Tensor, v: Tensor, dense: Tensor, *, params
                     key_bias=key_bias, order=order, sink_keys=sink_keys, dense_queries=dense_queries,
                     pv_dtype=pv_dtype, skipped=skipped)
     check_call(call, q, k, layout, impl)
-    return dispatch.residual(*(_plain(x) for x in (q, k, v, dense)), call, layout, impl)
+    return dispatch.residual(_plain(q), _plain(k), _plain(v), _plain(dense), call, layout, impl)
 
 
 def block_map(q: Tensor, k: Tensor, *, params: SpargeParams = SpargeParams(), layout: str = "BHND",
