@@ -54,7 +54,7 @@ def _attend_kernel(
     out = acc / total · v_scale + v_centre (+ residual · residual_scale)
     In int8, m is the maximum of the row in its first block, and nothing ever waits for the sums: float32 has the range.
     Rows whose maximum rises by 2^32, and blocks that need care, are summed as in float16.
-    Under SKIP_PV, groups of ROW_GROUP rows whose s lie 2^-pv_threshold below their maximum so far leave p · v out, not
+    Under SKIP_PV, groups of ROW_GROUP rows whose s all lie pv_threshold below their maximum so far leave p · v out, not
     Σ p. With a pooled tail each skipped block is one more key.
     Source: SpargeAttn (arXiv 2502.18137), sections 3.4 and 3.5.
 
