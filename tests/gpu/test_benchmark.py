@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from comfyui_spargeattn.kernels import FastPathError, SpargeParams, load_configurations, sparge_attention
-from comfyui_spargeattn.kernels._triton import measured, pipeline
+from comfyui_spargeattn.kernels._triton import measured
 from comfyui_spargeattn.kernels._triton.measured_file import Launch, Measured, read, write
 from comfyui_spargeattn.kernels.benchmark import Job, Shape, run
 from comfyui_spargeattn.kernels.benchmark.clock import Clock, median_ms
@@ -30,6 +30,7 @@ def device():
 
 
 def test_what_is_faster_is_kept_and_taken(tmp_path):
+    from comfyui_spargeattn.kernels._triton import pipeline
     file, began = tmp_path / "launch.json", time.monotonic()
     result = run(Job(SHAPE, device(), scaled_dot_product_attention, "SDPA", 8e9, file=file, seconds=60))
     print(result.text())
@@ -62,6 +63,7 @@ def test_what_is_faster_is_kept_and_taken(tmp_path):
 
 def test_a_measured_configuration_that_does_not_start(tmp_path, caplog):
     """The table's takes its place, and the kernels stay on."""
+    from comfyui_spargeattn.kernels._triton import pipeline
     q, k, v = inputs(Shape("small", 2, 128, 1000), device(), torch.bfloat16)
     with measured.trial() as trial:
         pipeline.block_of(q, "auto")
