@@ -51,8 +51,8 @@ _TABLE: dict[str, dict[int, tuple[AttendConfig, AttendConfig]]] = {
     },
     # Four warps: Triton 3.9 does not compile the λ test with eight here.
     "sm100": {
-        64: (AttendConfig(BlockShape(64, 128), 4, 3, tma=True), AttendConfig(BlockShape(128, 64), 4, 3, tma=True)),
-        128: (AttendConfig(BlockShape(64, 64), 4, 3, tma=True), AttendConfig(BlockShape(64, 128), 4, 3, tma=True)),
+        64: (AttendConfig(BlockShape(64, 128), 4, 3, tma=True), AttendConfig(BlockShape(64, 128), 4, 3, tma=True)),
+        128: (AttendConfig(BlockShape(64, 64), 4, 3, tma=True), AttendConfig(BlockShape(64, 64), 4, 3, tma=True)),
         256: (AttendConfig(BlockShape(64, 64), 4, 2, tma=True), AttendConfig(BlockShape(64, 64), 4, 2, tma=True)),
     },
     # A100: 163 KB of shared memory. At head_dim 128, 128×128 has a bound 4% lower, but a coarser map skips less.
