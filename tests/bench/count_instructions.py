@@ -71,7 +71,7 @@ class Compiler:
         self.arch, self.of = arch, MULTIPROCESSORS[arch]
         self.family = FAMILIES.get(arch, "mma")
         capability.arch_of = lambda device: arch
-        self._compiled = compile_launches(arch, only=KERNEL)
+        self._compiled = compile_launches(arch, lambda kernel: kernel == KERNEL)
 
     def kernel(self, dim: int, pv_dtype: str, config: AttendConfig, variant: str = "plain"):
         """The kernel as a call launches it. Raises what the compiler raises."""

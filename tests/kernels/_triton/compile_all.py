@@ -25,9 +25,12 @@ from comfyui_spargeattn.kernels import capability
 def compile_calls(arch: str, dims, dtypes, thin: bool = False):
     """Yield (call, name of the kernel, compiled kernel or exception) over head_dims, dtypes, formats and variants.
 
-    thin: every configuration in the plain variant, and every other variant at one of the head_dims only.
+    thin: every configuration in the plain variant, and every other variant at one of the head_dims only; of kernels
+    other than attention's, the plain variant and the one with everything.
     """
-    compiled = compile_launches(arch)
+    variant = ""
+    compiled = compile_launches(arch, lambda kernel: not thin or kernel == "_attend_kernel"
+                                or variant in ("plain", "everything"))
     calls = itertools.product(range(len(dims)), dtypes, FORMATS, enumerate(variants().items()))
     for i, dtype, pv_dtype, (j, (variant, call)) in calls:
         if thin and j > 0 and j % len(dims) != i:

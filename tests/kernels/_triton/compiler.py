@@ -2,6 +2,7 @@
 import re
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import triton
@@ -31,8 +32,8 @@ class CompileOnlyDriver:
         return 0
 
 
-def compile_launches(arch: str, only: str | None = None) -> list:
-    """Make every launch of this process a compilation for an architecture; with `only`, launches of other kernels do
+def compile_launches(arch: str, wanted: Callable[[str], bool] = lambda kernel: True) -> list:
+    """Make every launch of this process a compilation for an architecture, and those of kernels that are not wanted do
     nothing. Returns the list to which each compilation adds (name of the kernel, compiled kernel or exception)."""
     from comfyui_spargeattn.kernels._triton import pipeline
     triton.runtime.driver.set_active(CompileOnlyDriver(arch))
@@ -40,7 +41,7 @@ def compile_launches(arch: str, only: str | None = None) -> list:
     compiled = []
 
     def compile_instead(self, *args, grid, warmup, **kwargs):
-        if only is not None and self.__name__ != only:
+        if not wanted(self.__name__):
             return
         try:
             kernel = _launch(self, *args, grid=grid, warmup=True, **kwargs)
