@@ -1,8 +1,6 @@
 // start_percent and end_percent push each other along, so that the editor sends no window that ends before it starts.
 import { app } from "../../scripts/app.js"
 
-const CATEGORY = "model/patch/SpargeAttn"
-
 const find = (node, name) => node.widgets?.find(widget => widget.name === name)
 
 function push(node, name, other, beyond) {
@@ -20,7 +18,8 @@ function push(node, name, other, beyond) {
 app.registerExtension({
   name: "SpargeAttn.window",
   nodeCreated(node) {
-    if (node.constructor.nodeData?.category !== CATEGORY || !find(node, "start_percent")) return
+    // The node's category would be in the editor's language.
+    if (!node.comfyClass?.includes("SpargeAttn") || !find(node, "start_percent")) return
     push(node, "start_percent", "end_percent", (start, end) => start > end)
     push(node, "end_percent", "start_percent", (end, start) => end < start)
   }

@@ -50,8 +50,8 @@ def test_what_people_search_for_finds_apply_alone(comfy_nodes, words):
 
 
 @pytest.mark.parametrize("arch,triton,line", (
-    ("sm90", (3, 6), "fast kernels: Triton 3.6, cpu (sm90), INT8 + FP8"),
-    ("sm86", (3, 6), "fast kernels: Triton 3.6, cpu (sm86), INT8 + FP16"),
+    ("sm90", (3, 6), "fast kernels: Triton 3.6, cpu (sm90), P·V in INT8"),
+    ("gfx1100", (3, 6), "fast kernels: Triton 3.6, cpu (gfx1100), P·V in FP16"),
     ("sm90", None, "no fast kernels here: Triton is not installed (pip install triton"),
     ("sm75", (3, 6), "no fast kernels here: compute capability sm75 < sm80"),
     (None, (3, 6), "no fast kernels here: no kernels for device type cpu")))
