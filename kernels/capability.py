@@ -106,6 +106,11 @@ def arch_of(device: torch.device) -> str | None:
     return "interpreter" if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1" else None
 
 
+def card_name(device: torch.device) -> str:
+    """The GPU's name, or the type of the device where it has none."""
+    return getattr(torch, device.type).get_device_name(device) if device.type in ("cuda", "xpu") else device.type
+
+
 @functools.lru_cache
 def _hint_install(reason: str) -> None:
     _log.warning("SpargeAttn: the fast kernels are off: %s", reason)

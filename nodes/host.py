@@ -15,7 +15,7 @@ import torch
 from comfy_execution.utils import get_executing_context
 
 from ..kernels import load_configurations
-from ..kernels.capability import Facts, arch_of, has_triton, pv_format, triton_declines, triton_version
+from ..kernels.capability import Facts, arch_of, card_name, has_triton, pv_format, triton_declines, triton_version
 from .log import log
 from .run.host_memory import Memory
 
@@ -81,8 +81,7 @@ def _fast_kernels(device: torch.device) -> str:
     if declined:
         return f"no fast kernels here: {declined}"
     version = "Triton {}.{}".format(*triton) if triton else "Triton"
-    name = getattr(torch, device.type).get_device_name(device) if device.type in ("cuda", "xpu") else device.type
-    return f"fast kernels: {version}, {name} ({arch}), P·V in {pv_format('auto', arch, 128).upper()}"
+    return f"fast kernels: {version}, {card_name(device)} ({arch}), P·V in {pv_format('auto', arch, 128).upper()}"
 
 
 def keep_compiled_kernels() -> None:

@@ -40,50 +40,56 @@ class AttendConfig:
         return options if self.maxnreg is None else options | dict(maxnreg=self.maxnreg)
 
 
+def _both(block: BlockShape, warps: int, stages: int, maxnreg: int | None = None,
+          tma: bool = False) -> tuple[AttendConfig, AttendConfig]:
+    """One configuration for both formats of P·V."""
+    config = AttendConfig(block, warps, stages, maxnreg, tma)
+    return config, config
+
+
 # family -> head_dim padded to a power of two -> configurations: 16-bit P·V, then INT8 P·V
 _TABLE: dict[str, dict[int, tuple[AttendConfig, AttendConfig]]] = {
     "sm90": {
-        64: (AttendConfig(BlockShape(64, 128), 4, 3, 168, tma=True),
-             AttendConfig(BlockShape(64, 128), 4, 3, 168, tma=True)),
+        64: _both(BlockShape(64, 128), 4, 3, 168, tma=True),
         128: (AttendConfig(BlockShape(128, 64), 4, 3, tma=True),
               AttendConfig(BlockShape(64, 128), 4, 2, 168, tma=True)),
-        256: (AttendConfig(BlockShape(64, 64), 4, 2, tma=True), AttendConfig(BlockShape(64, 64), 4, 2, tma=True)),
+        256: _both(BlockShape(64, 64), 4, 2, tma=True),
     },
     # Four warps: Triton 3.9 does not compile the λ test with eight here.
     "sm100": {
-        64: (AttendConfig(BlockShape(64, 128), 4, 3, tma=True), AttendConfig(BlockShape(64, 128), 4, 3, tma=True)),
-        128: (AttendConfig(BlockShape(64, 64), 4, 3, tma=True), AttendConfig(BlockShape(64, 64), 4, 3, tma=True)),
-        256: (AttendConfig(BlockShape(64, 64), 4, 2, tma=True), AttendConfig(BlockShape(64, 64), 4, 2, tma=True)),
+        64: _both(BlockShape(64, 128), 4, 3, tma=True),
+        128: _both(BlockShape(64, 64), 4, 3, tma=True),
+        256: _both(BlockShape(64, 64), 4, 2, tma=True),
     },
     # A100: 163 KB of shared memory. At head_dim 128, 128×128 has a bound 4% lower, but a coarser map skips less.
     "sm80": {
         64: (AttendConfig(BlockShape(128, 64), 4, 3), AttendConfig(BlockShape(128, 64), 8, 3)),
         128: (AttendConfig(BlockShape(128, 64), 8, 3), AttendConfig(BlockShape(128, 64), 8, 2)),
-        256: (AttendConfig(BlockShape(64, 64), 8, 2), AttendConfig(BlockShape(64, 64), 8, 2)),
+        256: _both(BlockShape(64, 64), 8, 2),
     },
-    # RTX 30, 40 and 50: 99 KB of shared memory. At head_dim 64, sm89 would hold two of 128×64 with FP8, sm120 only one.
+    # RTX 30, 40 and 50: 99 KB of shared memory.
     "consumer": {
         64: (AttendConfig(BlockShape(64, 64), 4, 3, 168), AttendConfig(BlockShape(64, 64), 4, 3)),
         128: (AttendConfig(BlockShape(128, 64), 8, 3), AttendConfig(BlockShape(128, 32), 8, 3)),
-        256: (AttendConfig(BlockShape(64, 64), 8, 2), AttendConfig(BlockShape(64, 64), 8, 2)),
+        256: _both(BlockShape(64, 64), 8, 2),
     },
     # AMD: 64 KB of LDS a work group. MFMA's tiles have 32 rows: with fewer rows a wave, CDNA computes products twice.
     "cdna": {
-        64: (AttendConfig(BlockShape(128, 64), 4, 2), AttendConfig(BlockShape(128, 64), 4, 2)),
-        128: (AttendConfig(BlockShape(128, 64), 4, 1), AttendConfig(BlockShape(128, 64), 4, 1)),
-        256: (AttendConfig(BlockShape(64, 32), 8, 1), AttendConfig(BlockShape(64, 32), 8, 1)),
+        64: _both(BlockShape(128, 64), 4, 2),
+        128: _both(BlockShape(128, 64), 4, 1),
+        256: _both(BlockShape(64, 32), 8, 1),
     },
     # At head_dim 128 some variants spill a few registers with any blocks but 64×16, whose map is too large.
     "rdna": {
-        64: (AttendConfig(BlockShape(128, 32), 8, 1), AttendConfig(BlockShape(128, 32), 8, 1)),
-        128: (AttendConfig(BlockShape(128, 32), 8, 1), AttendConfig(BlockShape(128, 32), 8, 1)),
-        256: (AttendConfig(BlockShape(64, 32), 8, 1), AttendConfig(BlockShape(64, 32), 8, 1)),
+        64: _both(BlockShape(128, 32), 8, 1),
+        128: _both(BlockShape(128, 32), 8, 1),
+        256: _both(BlockShape(64, 32), 8, 1),
     },
     # Intel, and Triton's interpreter.
     "other": {
-        64: (AttendConfig(BlockShape(128, 64), 4, 2), AttendConfig(BlockShape(128, 64), 4, 2)),
-        128: (AttendConfig(BlockShape(128, 64), 8, 2), AttendConfig(BlockShape(128, 64), 8, 2)),
-        256: (AttendConfig(BlockShape(64, 64), 8, 2), AttendConfig(BlockShape(64, 64), 8, 2)),
+        64: _both(BlockShape(128, 64), 4, 2),
+        128: _both(BlockShape(128, 64), 8, 2),
+        256: _both(BlockShape(64, 64), 8, 2),
     },
 }
 _FAMILIES = {"sm80": "sm80", "sm90": "sm90", "sm100": "sm100", "sm103": "sm100", "gfx9": "cdna", "gfx1": "rdna"}

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from ..capability import card_name
 from ..triton_package import triton_version
 from . import measured_file
 from .config import AttendConfig
@@ -114,11 +115,6 @@ def trial() -> Iterator[Trial]:
         yield _thread.trial
     finally:
         _thread.trial = outer
-
-
-def card_name(device: torch.device) -> str:
-    """The GPU's name, or the type of the device where it has none."""
-    return getattr(torch, device.type).get_device_name(device) if device.type in ("cuda", "xpu") else device.type
 
 
 def triton_name() -> str:

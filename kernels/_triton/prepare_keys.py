@@ -145,12 +145,13 @@ def convert_values(
         tl.store(pooled_ptr + block * PITCH + channels, mean.to(tl.float16), mask=channels < PITCH)
     block_scale = block_scale_of(values=v, PV_INT8=PV_INT8)
     tl.store(block_scale_ptr + block, block_scale)
+    inverse = 1.0 / block_scale
     if PV_INT8:
         if block_scale > _INT8_LIMIT / _INT8_MAX:
             scale = tl.maximum(tl.max(tl.abs(v), 0), 1e-12) / _INT8_MAX  # [PADDED_D]
             tl.store(channel_scale_ptr + block * D + channels, scale, mask=channels < D)
             v *= (block_scale / scale)[None, :]
-    v *= 1.0 / block_scale
+    v *= inverse
     lane = tl.arange(0, BLOCK)
     if PV_INT8:
         rows = kv_batch_head.to(tl.int64) * D + channels

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from .._triton.measured import card_name, triton_name
-from ..capability import arch_of
+from .._triton.measured import triton_name
+from ..capability import arch_of, card_name
 from ..triton_package import has_triton
 
 _PROJECT = Path(__file__).parents[2] / "pyproject.toml"

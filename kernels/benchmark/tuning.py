@@ -13,6 +13,7 @@ from .._triton import measured
 from .._triton.config import AttendConfig
 from .._triton.measured_file import Launch, Measured
 from ..call import CallSpec, Thresholds
+from ..capability import card_name
 from ..failures import FastPathError
 from ..types import SpargeParams
 from .candidates import neighbours
@@ -52,7 +53,7 @@ class Tuner:
             expected = self._attend()
             entry = trial.entry
             assert entry is not None  # the call left it there
-            key = (measured.card_name(expected.device), measured.triton_name(), trial.padded_dim, trial.pv_format)
+            key = (card_name(expected.device), measured.triton_name(), trial.padded_dim, trial.pv_format)
             result.pv_format = trial.pv_format
             table_ms = median_ms(self._clock, self._attend, self._again)
             result.tried.append(Tried(entry, table_ms))

@@ -13,6 +13,7 @@ from comfyui_spargeattn.kernels.benchmark import Job, Shape, run
 from comfyui_spargeattn.kernels.benchmark.clock import Clock, median_ms
 from comfyui_spargeattn.kernels.benchmark.shapes import inputs
 from comfyui_spargeattn.kernels.call import CallSpec, Thresholds
+from comfyui_spargeattn.kernels.capability import card_name
 from comfyui_spargeattn.tests.gpu.device import needs_gpu
 
 pytestmark = needs_gpu
@@ -47,7 +48,7 @@ def test_what_is_faster_is_kept_and_taken(tmp_path):
     other = result.faster or next(row.config for row in result.tried[1:] if row.ms is not None)
     with measured.trial() as trial:
         pipeline.block_of(q, "auto")
-    found = Measured(measured.card_name(q.device), measured.triton_name(), trial.padded_dim, trial.pv_format,
+    found = Measured(card_name(q.device), measured.triton_name(), trial.padded_dim, trial.pv_format,
                      table.block.q, table.block.k, Launch.of(table), Launch.of(other), 1.5)
     q, k, v = inputs(SHAPE, device(), torch.bfloat16)
     measured._use({})
@@ -71,7 +72,7 @@ def test_a_measured_configuration_that_does_not_start(tmp_path, caplog):
         trial.config = measured.put(entry, broken)
         with pytest.raises(FastPathError):
             pipeline.attention(q, k, v, torch.empty_like(q), None, CallSpec(Thresholds.of(SpargeParams(), q.device)))
-    found = Measured(measured.card_name(q.device), measured.triton_name(), trial.padded_dim, trial.pv_format,
+    found = Measured(card_name(q.device), measured.triton_name(), trial.padded_dim, trial.pv_format,
                      entry.block.q, entry.block.k, Launch.of(entry), broken, 1.5)
     expected = sparge_attention(q, k, v, impl="triton")
     write(tmp_path / "file", [found])
