@@ -272,7 +272,7 @@ def attend(queries: Compressed, keys: Compressed, values: Tensor, mask: Tensor, 
             shift = (local.clamp(min=torch.finfo(scores.dtype).min) if in_int8 else running)
             shift = shift.repeat_interleave(block_k, -1)
             p = (scores - shift).exp2()
-            p = ((p * INT8_MAX).round() / INT8_MAX if in_int8 else _to_fp16(p)) * (shift - top).exp2()
+            p = (_up_or_down(p, local) if in_int8 else _to_fp16(p)) * (shift - top).exp2()
             if in_int8:
                 total = p.sum(-1, keepdim=True)
         skip = _skipped_groups(local, running, pv_limit)
@@ -314,6 +314,15 @@ def _int8(x: Tensor, dims: tuple[int, ...]) -> Tensor:
     """Symmetric INT8 rounding with one scale over `dims`."""
     scale = x.abs().amax(dims, keepdim=True).clamp(min=1e-12) / INT8_MAX
     return (x / scale + 0.5).floor() * scale
+
+
+def _up_or_down(p: Tensor, local: Tensor) -> Tensor:
+    """P (B, H, b_q, k_blocks · b_k), from 0 to 1, in steps of 1/127, rounded as `to_int8_operand` does: up with the
+    probability of the fraction, by the last bits of the row's maximum in the block, `local` (B, H, b_q, k_blocks)."""
+    mixed = local.float().view(torch.int32).long() * 0x1E3779B1
+    column = torch.arange(p.shape[-1] // local.shape[-1], device=p.device)
+    up = (mixed[..., None] >> 8 * (column % 2 + 2 * (column // 8 % 2)) & 255) / 256
+    return ((p.unflatten(-1, up.shape[-2:]) * INT8_MAX + up).floor() / INT8_MAX).flatten(-2).clamp(max=1.0)
 
 
 def _to_fp16(x: Tensor) -> Tensor:

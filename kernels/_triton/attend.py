@@ -17,7 +17,7 @@ from .output import Target, write_lse, write_output
 from .pooled_tail import add_pooled_tail
 from .prepared import PreparedKeys, PreparedQueries, PreparedValues
 from .primitives import order_rows, padded_dim, threshold_of, token_strides
-from .softmax import INT8_UNIT, mask_scores, online_softmax_update, rows_below, to_int8_operand
+from .softmax import INT8_UNIT, mask_scores, online_softmax_update, rounding_bytes, rows_below, to_int8_operand
 from .tiles import load_channels, load_tile
 
 # Where the sum of P of a row, relative to the maximum of its first block, is beyond this, its maximum may have risen so
@@ -48,7 +48,7 @@ def _attend_kernel(
     s = (q · kᵀ) · q_scale · k_scale + k_bias                    of a kept block, -inf where a query sees no key
     float16: m = max(m_before, max s),  p = 2^(s - m)            relative to the maximum of the row so far
              acc = acc · 2^(m_before - m) + (p · v) · v_block_scale     p · v summed in float16 under FP16_SUMS
-    int8:    p = round(127 · 2^(s - max s))                      relative to the maximum of the row in this block
+    int8:    p = ⌊127 · 2^(s - max s) + u⌋, 0 ≤ u < 1            relative to the maximum of the row in this block
              acc = acc + (p · v) · 2^(max s - m) · v_block_scale
     total likewise, with Σ p for p · v
     out = acc / total · v_scale + v_centre (+ residual · residual_scale)
@@ -162,7 +162,8 @@ def _attend_kernel(
                 else:
                     running_max = tl.where(entry == 0, block_max, running_max)
                 p = tl.exp2(scores * scale[:, None] - (block_max - (P_SHIFT + P_UNIT))[:, None])
-                p_int8, sums = to_int8_operand(p=p, BLOCK_Q=BLOCK_Q, BLOCK_K=BLOCK_K, P_UNIT=P_UNIT)
+                p_int8, sums = to_int8_operand(p=p, row_bytes=rounding_bytes(block_max), BLOCK_Q=BLOCK_Q,
+                                               BLOCK_K=BLOCK_K, P_UNIT=P_UNIT)
                 factor = tl.exp2(block_max - running_max)
                 if CARE or lse_ptr is not None:  # integers lose a bias that is NaN, and small probabilities
                     total += tl.sum(p, 1) * (factor * 2.0 ** -P_UNIT)

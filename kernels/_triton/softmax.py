@@ -2,10 +2,8 @@
 import triton
 import triton.language as tl
 
-from .primitives import to_int8
-
-# log2 of the unit in which P is packed by PTX: float16's smallest number, see `to_int8_operand`.
-INT8_UNIT = -24
+# log2 of the unit in which P is packed by PTX: 16 times float16's smallest number, see `to_int8_operand`.
+INT8_UNIT = -20
 
 
 @triton.jit
@@ -51,28 +49,59 @@ def rows_below(local_max, highest, limit, BLOCK_Q: tl.constexpr, ROW_GROUP: tl.c
 
 
 @triton.jit
-def to_int8_operand(p, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, P_UNIT: tl.constexpr):
+def rounding_bytes(block_max):
+    """Four bytes for each row of a block, int32 like block_max, by which `to_int8_operand` rounds P up or down: the last
+    bits of the row's maximum, mixed. They are another four in each row, block, head and step."""
+    return block_max.to(tl.int32, bitcast=True) * 0x1E3779B1
+
+
+@triton.jit
+def to_int8_operand(p, row_bytes, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, P_UNIT: tl.constexpr):
     """P [BLOCK_Q, BLOCK_K], from 0 to 127 times 2^P_UNIT, as int8, its columns permuted inside each 16 as the keys of V
-    are stored, and its sums by rows, int32 [BLOCK_Q]. P_UNIT: INT8_UNIT on NVIDIA's GPUs, 0 elsewhere."""
-    p = tl.reshape(p, [BLOCK_Q, BLOCK_K // 16, 2, 4, 2])
-    p = tl.reshape(tl.permute(p, [0, 1, 3, 2, 4]), [BLOCK_Q, BLOCK_K])
+    are stored, and its sums by rows, int32 [BLOCK_Q]. P_UNIT: INT8_UNIT on NVIDIA's GPUs, 0 elsewhere.
+
+    P goes up or down with the probability of its fraction: a byte of row_bytes [BLOCK_Q], as a fraction, is added, and
+    the integer below is taken. Rounded to the nearest, small probabilities of a block would all be lost, in every step
+    anew, and that changes a picture more than the noise does.
+    """
+    p = _in_order_of_values(p, BLOCK_Q, BLOCK_K)
     if P_UNIT != 0:
-        # Multiples of 2^-24 are float16's subnormal numbers, whose bits are the integer: one instruction rounds two of
-        # them, one packs four, one sums four.
-        p = tl.reshape(p, [BLOCK_Q, BLOCK_K // 4, 2, 2])
-        even, odd = tl.split(p)
-        p0, p2 = tl.split(even)
-        p1, p3 = tl.split(odd)
+        # The numbers from 0 to 2047 times 2^-24 are float16's smallest, whose bits are the integer: one instruction
+        # makes two of them, with four bits of the fraction; one each adds to two, packs four and sums four.
+        row_bytes = _in_order_of_values(tl.broadcast_to(row_bytes[:, None], [BLOCK_Q, BLOCK_K]), BLOCK_Q, BLOCK_K)
+        p0, p1, p2, p3 = _quarters(p, BLOCK_Q, BLOCK_K)
+        row_bytes, _, _, _ = _quarters(row_bytes, BLOCK_Q, BLOCK_K)
         packed, sums = tl.inline_asm_elementwise("""{
-            .reg .b32 low, high;
+            .reg .b32 low, high, up;
             cvt.rn.f16x2.f32 low, $3, $2;
             cvt.rn.f16x2.f32 high, $5, $4;
-            prmt.b32 $0, low, high, 0x6420;
+            prmt.b32 up, $6, 0, 0x4140;
+            mad.lo.u32 low, low, 16, up;
+            prmt.b32 up, $6, 0, 0x4342;
+            mad.lo.u32 high, high, 16, up;
+            prmt.b32 $0, low, high, 0x7531;
             dp4a.u32.u32 $1, $0, 0x01010101, 0;
-            }""", "=&r,=r,f,f,f,f", [p0, p1, p2, p3], dtype=(tl.int32, tl.int32), is_pure=True, pack=1)
+            }""", "=&r,=r,f,f,f,f,r", [p0, p1, p2, p3, row_bytes], dtype=(tl.int32, tl.int32), is_pure=True, pack=1)
         even = tl.join(packed.to(tl.int8), (packed >> 16).to(tl.int8))  # the compiler sees that this is `packed`
         odd = tl.join((packed >> 8).to(tl.int8), (packed >> 24).to(tl.int8))
         return tl.reshape(tl.join(even, odd), [BLOCK_Q, BLOCK_K]), tl.sum(sums, 1)
     else:
-        rounded = to_int8(p)
+        up = (row_bytes[:, None] >> (8 * (tl.arange(0, BLOCK_K) % 4))[None, :]) & 255
+        rounded = (p + up.to(tl.float32) / 256).to(tl.int8)
         return rounded, tl.sum(rounded.to(tl.int32), 1)
+
+
+@triton.jit
+def _in_order_of_values(x, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
+    """x [BLOCK_Q, BLOCK_K] with its columns permuted inside each 16 as the keys of V are stored."""
+    x = tl.reshape(x, [BLOCK_Q, BLOCK_K // 16, 2, 4, 2])
+    return tl.reshape(tl.permute(x, [0, 1, 3, 2, 4]), [BLOCK_Q, BLOCK_K])
+
+
+@triton.jit
+def _quarters(x, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The first, second, third and last of each four columns of x [BLOCK_Q, BLOCK_K]."""
+    even, odd = tl.split(tl.reshape(x, [BLOCK_Q, BLOCK_K // 4, 2, 2]))
+    x0, x2 = tl.split(even)
+    x1, x3 = tl.split(odd)
+    return x0, x1, x2, x3

@@ -231,7 +231,8 @@ def check_call(q: Tensor, k: Tensor, v: Tensor, *, params: SpargeParams = Sparge
     assert out.shape == q.shape and out.dtype == q.dtype and out.is_contiguous()
     if layout == "BNHD":
         q, k, v, out = (x.transpose(1, 2) for x in (q, k, v, out))
-    check_output(q, k, v, out, stats, maps[0], params=params, pv_dtype=pv_dtype, tight=bool(min_skipped), **call)
+    check_output(q, k, v, out, stats, maps[0], params=params, pv_dtype=pv_dtype,
+                 tight=bool(min_skipped) and pv_dtype == "fp16", **call)
     kept = stats.kept.mean().item()
     assert min_kept <= kept <= max_kept, f"kept {kept}: the case does not test what it is meant to"
     assert stats.pv_skipped.mean().item() >= min_skipped, "the λ test hardly fired"
@@ -273,7 +274,9 @@ def check_output(q: Tensor, k: Tensor, v: Tensor, out: Tensor, stats: SpargeStat
     undecided_rows = torch.cat([x.any(-1) for x in near], 2).repeat_interleave(ROW_GROUP, 2)
     decided = ~undecided_rows[:, :, :out.shape[2], None]
     compared = (x.where(decided, exact.to(x.dtype)) for x in (out, emulated))
-    ratio = assert_within_budget(*compared, exact, rms_slack=rms_slack, max_slack=max_slack, floor=floor)
+    # INT8 rounds each row's P by the last bits of a number, which are others in the emulation.
+    drawn = 0.0 if pv_dtype == "fp16" else max(decided.sum().item(), 1) ** -0.5
+    ratio = assert_within_budget(*compared, exact, rms_slack=rms_slack + drawn, max_slack=max_slack + drawn, floor=floor)
     if tight:
         assert rms(out - emulated) <= 0.5 * rms(emulated - exact) + rms(exact) * torch.finfo(out.dtype).eps
     if stats is not None:
