@@ -234,7 +234,8 @@ def attend(queries: Compressed, keys: Compressed, values: Tensor, mask: Tensor, 
     emulated = call.pv_dtype != "auto"
     in_int8 = emulated and pv_format(call.pv_dtype, None, q.shape[-1]) == "int8"
     if emulated:
-        q, k = _int8(q, dims=(-1,)), _int8(k, dims=(-2, -1))
+        groups = call.mixing_groups(dim)
+        q, k = (_mixed(_int8(_mixed(x, groups), dims), groups) for x, dims in ((q, (-1,)), (k, (-2, -1))))
         # What is subtracted from every value comes back at the end, because the weights of a row sum to one.
         v_centre, spread = _centre_and_spread(v, keys.valid)
         values = (v - v_centre) * keys.valid[..., None]
@@ -308,6 +309,15 @@ def _tail_scores(q: Tensor, keys: Compressed, kept: Tensor, visible: Tensor, rou
     weight = keys.valid.sum(-1).clamp(min=1).to(q.dtype).log2() + keys.mean_bias
     scores = q @ keys.mean.mT + (_to_fp16(weight) if rounded else weight)[:, :, None]
     return scores.masked_fill(~(visible & ~kept)[:, :, None], -math.inf)
+
+
+def _mixed(x: Tensor, groups: int) -> Tensor:
+    """The orthonormal Hadamard transform of the channels of x (…, D) that lie D / groups apart, which undoes itself."""
+    x = x.unflatten(-1, (groups, -1))
+    transform = x.new_ones(1, 1)
+    while len(transform) < groups:
+        transform = torch.kron(x.new_tensor([[1, 1], [1, -1]]), transform)
+    return (transform @ x * groups ** -0.5).flatten(-2)
 
 
 def _int8(x: Tensor, dims: tuple[int, ...]) -> Tensor:

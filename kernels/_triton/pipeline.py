@@ -139,10 +139,12 @@ def _prepare(q: Tensor, k: Tensor, v: Tensor | None, call: CallSpec, config: Att
     q, k, v = (x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     bias, padding = (_contiguous(x) for x in call.bias_and_padding())
     block, scale, pooled = config.block, call.scale_for(q.shape[-1]), call.pooled
+    groups = call.mixing_groups(q.shape[-1])
     queries, statistics = prepare_queries(q, k, v, factor=scale * LOG2E, order=order,
-                                          flags=_flags(call.dense_queries, q), padding=padding, block=block)
+                                          flags=_flags(call.dense_queries, q), padding=padding, block=block,
+                                          groups=groups)
     keys, values = prepare_keys(k, v, statistics, order=order, flags=_flags(call.sink_keys, k), padding=padding,
-                                block=block, pv_int8=pv_int8, pooled=pooled, bias=bias)
+                                block=block, pv_int8=pv_int8, pooled=pooled, bias=bias, groups=groups)
     if call.block_mask is not None:
         lists = lists_from_mask(call.block_mask, keys, values, heads=q.shape[1], q_tokens=q.shape[2],
                                 causal=call.causal, block=block, pooled=pooled)

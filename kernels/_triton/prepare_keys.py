@@ -14,7 +14,10 @@ from .launch import allocate, launch
 from .prepared import PreparedKeys, PreparedValues, SampledStatistics
 from .primitives import (
     block_similarity,
+    channels_in_groups,
+    in_groups,
     mark_forced,
+    mixed,
     order_rows,
     padded_dim,
     round_up,
@@ -46,8 +49,8 @@ def quantise_keys(
         # sizes
         k_block, kv_batch_head, batch, kv_head, order_row, stride_b, stride_h, stride_n, k_tokens, k_blocks, row_stores,
         # constants
-        D: tl.constexpr, PADDED_D: tl.constexpr, PITCH: tl.constexpr, BLOCK: tl.constexpr, STORE: tl.constexpr,
-        ALIGN: tl.constexpr, SPLITS: tl.constexpr):
+        D: tl.constexpr, PADDED_D: tl.constexpr, GROUPS: tl.constexpr, PITCH: tl.constexpr, BLOCK: tl.constexpr,
+        STORE: tl.constexpr, ALIGN: tl.constexpr, SPLITS: tl.constexpr):
     """Centre, pool and quantise one block of keys."""
     channels = tl.arange(0, PADDED_D)
     lane = tl.arange(0, BLOCK)
@@ -80,14 +83,25 @@ def quantise_keys(
     tl.store(similarity_ptr + block, similarity)
     mean = tl.sum(k, 0) / count  # [PADDED_D]
     tl.store(mean_ptr + block * D + channels, mean, mask=channels < D)
+
+    if GROUPS > 1:  # loaded again, so that a thread holds all groups of a channel
+        channels = channels_in_groups(PADDED_D, GROUPS)
+        k = tl.load(rows[None, :, None] + channels, mask=exists[None, :, None], other=0.0).to(tl.float32)
+        k -= in_groups(centre, GROUPS) * exists.to(tl.float32)[None, :, None]
+        k = mixed(x=k, GROUPS=GROUPS)  # [GROUPS, BLOCK, D / GROUPS]
+        mean = mixed(x=in_groups(mean, GROUPS), GROUPS=GROUPS)
     scale = tl.where(finite, tl.maximum(tl.max(tl.abs(k)), 1e-12) / 127.0, float("nan"))
-    tl.store(scale_ptr + block, scale)
-    pointers = quantised_ptr + (block * BLOCK + lane)[:, None] * row_stores * STORE + channels
-    tl.store(pointers, to_int8(k * (1.0 / scale)), mask=(channels < PITCH)[None, :])
+    tl.store(scale_ptr + block, scale / GROUPS)
+    k = to_int8(k * (1.0 / scale))
+    stored = (block * BLOCK + lane) * row_stores * STORE
+    if GROUPS > 1:
+        tl.store(quantised_ptr + stored[None, :, None] + channels, k)
+    else:
+        tl.store(quantised_ptr + stored[:, None] + channels, k, mask=(channels < PITCH)[None, :])
     if pooled_ptr is not None:
         # Two bytes, because the attention kernel would wait for larger ones at a barrier; rounded up to fit.
         pooled_scale = (tl.maximum(tl.max(tl.abs(mean)), 1e-12) / 127.0 * (1 + 2.0 ** -7)).to(tl.bfloat16)
-        tl.store(pooled_scale_ptr + block, pooled_scale)
+        tl.store(pooled_scale_ptr + block, (pooled_scale.to(tl.float32) / GROUPS).to(tl.bfloat16))
         pooled = to_int8(mean / pooled_scale.to(tl.float32))
         tl.store(pooled_ptr + block * PITCH + channels, pooled, mask=channels < PITCH)
 
@@ -176,8 +190,9 @@ def _keys_kernel(
         v_stride_b: tl.int64, v_stride_h: tl.int64, v_stride_n: tl.int64,
         k_tokens, k_blocks, kv_heads, row_stores, order_rows, key_programs,
         # constants
-        D: tl.constexpr, PADDED_D: tl.constexpr, PITCH: tl.constexpr, BLOCK: tl.constexpr, STORE: tl.constexpr,
-        K_ALIGN: tl.constexpr, V_ALIGN: tl.constexpr, PV_INT8: tl.constexpr, SPLITS: tl.constexpr):
+        D: tl.constexpr, PADDED_D: tl.constexpr, GROUPS: tl.constexpr, PITCH: tl.constexpr, BLOCK: tl.constexpr,
+        STORE: tl.constexpr, K_ALIGN: tl.constexpr, V_ALIGN: tl.constexpr, PV_INT8: tl.constexpr,
+        SPLITS: tl.constexpr):
     """Each of the first `key_programs` programs takes a block of keys, each of the others, if any, a block of values.
 
     Keys: x = k - centre; quantised = round(x / scale), scale = max |x| / 127 over the block, mean = Σ x / count.
@@ -206,7 +221,7 @@ def _keys_kernel(
             k_block=k_block, kv_batch_head=kv_batch_head, batch=batch, kv_head=kv_head, order_row=order_row,
             stride_b=k_stride_b, stride_h=k_stride_h, stride_n=k_stride_n, k_tokens=k_tokens, k_blocks=k_blocks,
             row_stores=row_stores,
-            D=D, PADDED_D=PADDED_D, PITCH=PITCH, BLOCK=BLOCK, STORE=STORE, ALIGN=K_ALIGN, SPLITS=SPLITS)
+            D=D, PADDED_D=PADDED_D, GROUPS=GROUPS, PITCH=PITCH, BLOCK=BLOCK, STORE=STORE, ALIGN=K_ALIGN, SPLITS=SPLITS)
     elif values_ptr is not None:
         convert_values(
             v_ptr=v_ptr, order_ptr=order_ptr, padding_ptr=padding_ptr, partial_ptr=partial_ptr,
@@ -220,12 +235,12 @@ def _keys_kernel(
 
 def prepare_keys(k: Tensor, v: Tensor | None, statistics: SampledStatistics, *, order: Tensor | None,
                  flags: Tensor | None, padding: Tensor | None, block: BlockShape, pv_int8: bool, pooled: bool,
-                 bias: Tensor | None = None) -> tuple[PreparedKeys, PreparedValues | None]:
+                 bias: Tensor | None = None, groups: int = 1) -> tuple[PreparedKeys, PreparedValues | None]:
     """Centre, pool and quantise k (B, Hkv, Nk, D) and, unless it is None, centre, scale and convert v of its shape.
 
     statistics: of k and v, from `prepare_queries`. order: int32 (Nk,) or (Hkv, Nk). flags: int8 (Nk,), 1 for sinks.
     padding: bool (B, Nk), True for keys to ignore, those that the bias hides among them. bias: float32 (B, Nk), in log2
-    units. pooled: whether to store the means for the pooled tail.
+    units. pooled: whether to store the means for the pooled tail. groups: `CallSpec.mixing_groups`.
     """
     batch, kv_heads, k_tokens, dim = k.shape
     k_blocks, pitch, padded, store = -(-k_tokens // block.k), round_up(dim, 16), padded_dim(dim), store_bytes(block.k)
@@ -263,7 +278,7 @@ def prepare_keys(k: Tensor, v: Tensor | None, statistics: SampledStatistics, *, 
                    v_stride_b=v_strides[0], v_stride_h=v_strides[1], v_stride_n=v_strides[2],
                    k_tokens=k_tokens, k_blocks=k_blocks, kv_heads=kv_heads, row_stores=pitch // store,
                    order_rows=order_rows(order), key_programs=programs),
-        constants=dict(D=dim, PADDED_D=padded, PITCH=pitch, BLOCK=block.k, STORE=store, K_ALIGN=k_align,
-                       V_ALIGN=v_align, PV_INT8=pv_int8, SPLITS=sample.SPLITS),
+        constants=dict(D=dim, PADDED_D=padded, GROUPS=groups, PITCH=pitch, BLOCK=block.k, STORE=store,
+                       K_ALIGN=k_align, V_ALIGN=v_align, PV_INT8=pv_int8, SPLITS=sample.SPLITS),
         options=dict(num_warps=prepare_warps(block.k, padded)))
     return keys, None if v is None else values

@@ -13,7 +13,9 @@ from .launch import allocate, launch
 from .prepared import PreparedQueries, SampledStatistics
 from .primitives import (
     block_similarity,
+    channels_in_groups,
     mark_forced,
+    mixed,
     order_rows,
     padded_dim,
     round_up,
@@ -35,8 +37,8 @@ def quantise_queries(
         q_block, batch_head, batch, head, stride_b, stride_h, stride_n, q_tokens, q_blocks, row_stores, order_rows,
         group,
         # constants
-        D: tl.constexpr, PADDED_D: tl.constexpr, PITCH: tl.constexpr, BLOCK: tl.constexpr, STORE: tl.constexpr,
-        ALIGN: tl.constexpr):
+        D: tl.constexpr, PADDED_D: tl.constexpr, GROUPS: tl.constexpr, PITCH: tl.constexpr, BLOCK: tl.constexpr,
+        STORE: tl.constexpr, ALIGN: tl.constexpr):
     """Pool and quantise one block of queries."""
     places = q_block * BLOCK + tl.arange(0, BLOCK)
     channels = tl.arange(0, PADDED_D)
@@ -56,11 +58,19 @@ def quantise_queries(
     tl.store(mean_ptr + block * D + channels, tl.sum(q, 0) / count, mask=channels < D)
 
     # The attention kernel finds row maxima before it applies the scales, which therefore have to be positive.
-    largest = tl.maximum(tl.max(tl.abs(q), 1), 1e-12)  # [BLOCK]
-    inverse = tl.where(factor < 0, -127.0, 127.0) / largest
+    most = tl.where(factor < 0, -127.0, 127.0)
     stored = block * BLOCK + tl.arange(0, BLOCK)
-    tl.store(quantised_ptr + stored[:, None] * row_stores * STORE + channels, to_int8(q * inverse[:, None]),
-             mask=(channels < PITCH)[None, :])
+    if GROUPS > 1:  # loaded again, so that a thread holds all groups of a channel
+        channels = channels_in_groups(PADDED_D, GROUPS)
+        q = tl.load(rows[None, :, None] + channels, mask=exists[None, :, None], other=0.0).to(tl.float32)
+        q = mixed(x=q, GROUPS=GROUPS)  # [GROUPS, BLOCK, D / GROUPS]
+        largest = tl.maximum(tl.max(tl.max(tl.abs(q), 0), 1), 1e-12)  # [BLOCK]
+        tl.store(quantised_ptr + stored[None, :, None] * row_stores * STORE + channels,
+                 to_int8(q * (most / largest)[None, :, None]))
+    else:
+        largest = tl.maximum(tl.max(tl.abs(q), 1), 1e-12)  # [BLOCK]
+        tl.store(quantised_ptr + stored[:, None] * row_stores * STORE + channels,
+                 to_int8(q * (most / largest)[:, None]), mask=(channels < PITCH)[None, :])
     # A scale of NaN makes a row NaN, as dense attention would: here all rows of the block, which costs nothing to tell.
     unit = tl.where(finite, tl.maximum(tl.abs(factor), 1e-18) / 127.0, float("nan"))
     tl.store(scale_ptr + stored, largest * unit)
@@ -80,9 +90,9 @@ def _queries_kernel(
         v_stride_b: tl.int64, v_stride_h: tl.int64, v_stride_n: tl.int64,
         q_tokens, k_tokens, q_blocks, heads, kv_heads, sampling_programs, row_stores, order_rows,
         # constants
-        D: tl.constexpr, PADDED_D: tl.constexpr, PITCH: tl.constexpr, BLOCK: tl.constexpr, STORE: tl.constexpr,
-        Q_ALIGN: tl.constexpr, K_ALIGN: tl.constexpr, V_ALIGN: tl.constexpr, TILE: tl.constexpr,
-        SAMPLE: tl.constexpr, SPLITS: tl.constexpr):
+        D: tl.constexpr, PADDED_D: tl.constexpr, GROUPS: tl.constexpr, PITCH: tl.constexpr, BLOCK: tl.constexpr,
+        STORE: tl.constexpr, Q_ALIGN: tl.constexpr, K_ALIGN: tl.constexpr, V_ALIGN: tl.constexpr,
+        TILE: tl.constexpr, SAMPLE: tl.constexpr, SPLITS: tl.constexpr):
     """The first `sampling_programs` programs sample K and V, each of the others takes a block of queries.
 
     quantised = round(q · 127 / max |q|) by row, scale = max |q| / 127 · factor, mean = Σ q / count, similarity = the
@@ -114,16 +124,16 @@ def _queries_kernel(
             q_block=(pid - sampling_programs) % q_blocks, batch_head=batch_head, batch=batch_head // heads,
             head=batch_head % heads, stride_b=q_stride_b, stride_h=q_stride_h, stride_n=q_stride_n, q_tokens=q_tokens,
             q_blocks=q_blocks, row_stores=row_stores, order_rows=order_rows, group=heads // kv_heads,
-            D=D, PADDED_D=PADDED_D, PITCH=PITCH, BLOCK=BLOCK, STORE=STORE, ALIGN=Q_ALIGN)
+            D=D, PADDED_D=PADDED_D, GROUPS=GROUPS, PITCH=PITCH, BLOCK=BLOCK, STORE=STORE, ALIGN=Q_ALIGN)
 
 
 def prepare_queries(q: Tensor, k: Tensor, v: Tensor | None, *, factor: float, order: Tensor | None,
-                    flags: Tensor | None, padding: Tensor | None,
-                    block: BlockShape) -> tuple[PreparedQueries, SampledStatistics]:
+                    flags: Tensor | None, padding: Tensor | None, block: BlockShape,
+                    groups: int = 1) -> tuple[PreparedQueries, SampledStatistics]:
     """Pool and quantise q (B, H, Nq, D), and sample k and, if there is one, v (B, Hkv, Nk, D) for `prepare_keys`.
 
     factor: softmax scale · log2 e, folded into the scales. order: int32 (Nq,) or (Hkv, Nq). flags: int8 (Nq,), 1 for
-    dense queries. padding: bool (B, Nk), True for keys to ignore.
+    dense queries. padding: bool (B, Nk), True for keys to ignore. groups: `CallSpec.mixing_groups`.
     """
     (batch, heads, q_tokens, dim), (_, kv_heads, k_tokens, _) = q.shape, k.shape
     q_blocks, pitch, padded, store = -(-q_tokens // block.q), round_up(dim, 16), padded_dim(dim), store_bytes(block.q)
@@ -145,8 +155,9 @@ def prepare_queries(q: Tensor, k: Tensor, v: Tensor | None, *, factor: float, or
                    v_stride_b=v_strides[0], v_stride_h=v_strides[1], v_stride_n=v_strides[2],
                    q_tokens=q_tokens, k_tokens=k_tokens, q_blocks=q_blocks, heads=heads, kv_heads=kv_heads,
                    sampling_programs=sampling_programs, row_stores=pitch // store, order_rows=order_rows(order)),
-        constants=dict(D=dim, PADDED_D=padded, PITCH=pitch, BLOCK=block.q, STORE=store, Q_ALIGN=q_align,
-                       K_ALIGN=k_align, V_ALIGN=v_align, TILE=min(1024 // padded, sample.SAMPLE // sample.SPLITS),
-                       SAMPLE=sample.SAMPLE, SPLITS=sample.SPLITS),
+        constants=dict(D=dim, PADDED_D=padded, GROUPS=groups, PITCH=pitch, BLOCK=block.q, STORE=store,
+                       Q_ALIGN=q_align, K_ALIGN=k_align, V_ALIGN=v_align,
+                       TILE=min(1024 // padded, sample.SAMPLE // sample.SPLITS), SAMPLE=sample.SAMPLE,
+                       SPLITS=sample.SPLITS),
         options=dict(num_warps=prepare_warps(block.q, padded)))
     return PreparedQueries(quantised, scale, mean, similarity), SampledStatistics(partial, sampled)

@@ -34,7 +34,7 @@ class SampledStatistics:
 class PreparedQueries:
     """Q in INT8, and what stands for each of its blocks.
 
-    quantised: int8 (B, H, q_places, pitch), zero past D.
+    quantised: int8 (B, H, q_places, pitch), zero past D; channels as `mixed` leaves them.
     scale: float32 (B, H, q_places), what a row is multiplied by, with the softmax scale and log2 e folded in.
     mean: float32 (B, H, q_blocks, D), in the units of q.
     similarity: float32 (B, H, q_blocks), mean cosine of a block; `FORCED` where it holds a dense query; NaN where it
@@ -51,7 +51,7 @@ class PreparedQueries:
 class PreparedKeys:
     """K less a constant by channel in INT8, and what stands for each of its blocks.
 
-    quantised: int8 (B, Hkv, k_places, pitch), zero past D and where there is no key.
+    quantised: int8 (B, Hkv, k_places, pitch), zero past D and where there is no key; channels as of the queries.
     scale: float32 (B, Hkv, k_blocks), what the numbers of a block are multiplied by.
     mean: float32 (B, Hkv, k_blocks, D), over the keys that exist, in the units of k.
     similarity: float32 (B, Hkv, k_blocks), as of queries; `FORCED` where the block holds a sink.

@@ -50,8 +50,8 @@ def rows_below(local_max, highest, limit, BLOCK_Q: tl.constexpr, ROW_GROUP: tl.c
 
 @triton.jit
 def rounding_bytes(block_max):
-    """Four bytes for each row of a block, int32 like block_max, by which `to_int8_operand` rounds P up or down: the last
-    bits of the row's maximum, mixed. They are another four in each row, block, head and step."""
+    """Four bytes for each row of a block, int32 like block_max, by which `to_int8_operand` rounds P up or down: the
+    last bits of the row's maximum, mixed. They are others in each row, block, head and sampling step."""
     return block_max.to(tl.int32, bitcast=True) * 0x1E3779B1
 
 

@@ -21,6 +21,7 @@ CASES = {
                        padding=torch.rand(2, N, generator=torch.Generator().manual_seed(0)) < 0.3),
 }
 cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+mixing = pytest.mark.parametrize("groups", (1, 8))
 formats = pytest.mark.parametrize("dtype, dim", [(DTYPES[0], 64), (DTYPES[-1], 72), *((x, 128) for x in DTYPES[1:-1])])
 
 
@@ -61,48 +62,57 @@ def check_int8(quantised, step, expected, what):
                 atol=step.double() * 0.5 * (1 + 1e-3) + expected.abs() * 1e-5, what=what)
 
 
-def check_step(step, expected, dims, factor=1.0):
+def check_step(step, expected, dims, factor=1.0, least=1e-12):
     largest = expected.abs().amax(dims)
-    assert_near(step, largest.clamp(min=1e-12) / 127 * factor, atol=largest * 1e-7 * factor + 1e-18, what="step")
+    assert_near(step, largest.clamp(min=least) / 127 * factor, atol=largest * 3e-7 * factor + 1e-18, what="step")
+
+
+def mixed(x, groups, power):
+    """x (..., D) with its channels mixed as the kernels do; their scales bring it to groups^power times a rotation."""
+    return reference._mixed(x, groups) * groups ** power
 
 
 @cases
 @formats
-def test_queries(dtype, dim, case):
+@mixing
+def test_queries(groups, dtype, dim, case):
+    groups = min(groups, 8 if dim & (dim - 1) == 0 else 1)
     from comfyui_spargeattn.kernels._triton.prepare_queries import prepare_queries
     q, k, v = drifting_qkv(2, 4, N, dim, kv_heads=2, dtype=dtype, device=DEVICE)
     case = {name: value for name, value in case.items() if name != "padding"}
-    found = tensors(prepare_queries(q, k, v, factor=FACTOR, block=BLOCK, **kernel_arguments(**case))[0])
+    found = tensors(prepare_queries(q, k, v, factor=FACTOR, block=BLOCK, groups=groups, **kernel_arguments(**case))[0])
     if case.get("order") is not None and case["order"].ndim == 2:
         case["order"] = case["order"].repeat_interleave(2, 0)  # one row a key head serves two query heads
     expected, _ = expected_tokens(q, BLOCK.q, **case)
     assert_near(found.mean, expected.mean, atol=1e-5, what="mean")
     check_similarity(found.similarity, expected)
-    tokens = expected.tokens.flatten(2, 3)
+    tokens = mixed(expected.tokens.flatten(2, 3), groups, 0.5)
     check_step(found.scale, tokens, -1, FACTOR)
     check_int8(found.quantised, found.scale[..., None] / FACTOR, tokens, "q")
     assert bool((found.quantised.abs().amax(-1) == 127)[:, :, :N].all()), "the range is not used"
 
 
-def prepared_keys(k, v, *, pv_int8, pooled, flags=None, **arguments):
+def prepared_keys(k, v, *, pv_int8, pooled, flags=None, groups=1, **arguments):
     """Keys, values and what the queries' launch sampled of them, as tensors."""
     from comfyui_spargeattn.kernels._triton.prepare_keys import prepare_keys
     from comfyui_spargeattn.kernels._triton.prepare_queries import prepare_queries
     _, statistics = prepare_queries(k, k, v, factor=FACTOR, block=BLOCK, flags=None, **arguments)
-    keys, values = prepare_keys(k, v, statistics, block=BLOCK, pv_int8=pv_int8, pooled=pooled, flags=flags, **arguments)
+    keys, values = prepare_keys(k, v, statistics, block=BLOCK, pv_int8=pv_int8, pooled=pooled, flags=flags,
+                                groups=groups, **arguments)
     return tensors(keys), values and tensors(values), tensors(statistics)
 
 
 @cases
 @formats
-@pytest.mark.parametrize("pv_dtype", PV_FORMATS)
-def test_keys_and_values(pv_dtype, dtype, dim, case):
+@pytest.mark.parametrize("pv_dtype, groups", list(zip(PV_FORMATS, (1, 8))))
+def test_keys_and_values(pv_dtype, groups, dtype, dim, case):
+    groups = min(groups, 8 if dim & (dim - 1) == 0 else 1)
     pv_int8 = pv_dtype == "int8"
     _, k, v = drifting_qkv(2, 2, N, dim, dtype=dtype, device=DEVICE)
     k, v = k + 3, v * torch.linspace(0.1, 30.0, dim, device=DEVICE).to(dtype)
     if case.get("padding") is not None:  # NaN there must reach nothing
         k, v = (x.masked_fill(case["padding"].to(DEVICE)[:, None, :, None], torch.nan) for x in (k, v))
-    keys, values, _ = prepared_keys(k, v, pv_int8=pv_int8, pooled=True, **kernel_arguments(**case))
+    keys, values, _ = prepared_keys(k, v, pv_int8=pv_int8, pooled=True, groups=groups, **kernel_arguments(**case))
 
     expected, order = expected_tokens(k, BLOCK.k, **case, centre=True)
     assert torch.equal(keys.count, expected.valid.sum(-1).expand_as(keys.count))
@@ -112,13 +122,14 @@ def test_keys_and_values(pv_dtype, dtype, dim, case):
         assert torch.equal(keys.valid != 0, expected.valid.flatten(2))
     assert_near(keys.mean, expected.mean, atol=1e-5, what="mean")
     check_similarity(keys.similarity, expected)
-    tokens = expected.tokens
-    check_step(keys.scale, tokens, (-2, -1))
+    tokens, means = (mixed(x, groups, -0.5) for x in (expected.tokens, expected.mean))
+    least = 1e-12 / groups
+    check_step(keys.scale, tokens, (-2, -1), least=least)
     check_int8(keys.quantised.unflatten(2, (-1, BLOCK.k)), keys.scale[..., None, None], tokens, "k")
-    largest = expected.mean.abs().amax(-1).clamp(min=1e-12)
+    largest = means.abs().amax(-1).clamp(min=least)
     assert bool((keys.pooled_scale * 127 >= largest * (1 - 1e-6)).all()), "a pooled key does not fit"
     assert bool((keys.pooled_scale * 127 <= largest * (1 + 2 ** -6)).all()), "the range is not used"
-    check_int8(keys.pooled, keys.pooled_scale[..., None], expected.mean, "pooled k")
+    check_int8(keys.pooled, keys.pooled_scale[..., None], means, "pooled k")
 
     padding = None if case.get("padding") is None else case["padding"].to(DEVICE)[:, None, :, None]
     v = v.double() if padding is None else v.double().masked_fill(padding, 0.0)

@@ -13,8 +13,9 @@ FORMATS = "fp16", "int8"
 
 def variants() -> dict[str, tuple[CallSpec, str]]:
     """Name → a call, and its residual: none, made, or added and then beside a log-sum-exp."""
-    cdf, topk, skipping = (Thresholds(selection, (0.9, 0.5, pv_threshold)) for selection, pv_threshold in
-                           (("cdf", float("inf")), ("topk", float("inf")), ("cdf", 10.0)))
+    never = float("inf")
+    cdf, topk = (Thresholds(selection, (0.9, 0.5, never)) for selection in ("cdf", "topk"))
+    skipping, all_blocks = (Thresholds("cdf", (amount, 0.5, 10.0)) for amount in (0.9, 1.0))
     bias, order = torch.zeros(1, TOKENS), torch.arange(TOKENS, dtype=torch.int32)
     return {
         "plain": (CallSpec(cdf), "none"),
@@ -23,7 +24,7 @@ def variants() -> dict[str, tuple[CallSpec, str]]:
         "λ test, order": (CallSpec(skipping, order=order), "none"),
         "residual, log-sum-exp": (CallSpec(cdf), "added"),
         "residual made": (CallSpec(cdf), "made"),
-        "everything": (CallSpec(skipping, causal=True, skipped="pooled", key_bias=bias, order=order), "added"),
+        "everything": (CallSpec(all_blocks, causal=True, skipped="pooled", key_bias=bias, order=order), "added"),
     }
 
 
