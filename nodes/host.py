@@ -16,6 +16,7 @@ from comfy_execution.utils import get_executing_context
 
 from ..kernels import load_configurations
 from ..kernels.capability import Facts, arch_of, card_name, has_triton, pv_format, triton_declines, triton_version
+from ..kernels.failures import is_of_the_device
 from .log import log
 from .run.host_memory import Memory
 
@@ -48,13 +49,31 @@ def _show_on_node(node_id: str, text: str) -> None:
 def shared_memory() -> Memory:
     """The memory that the pack shares with ComfyUI, by ComfyUI's own books.
 
-    What is free is read off the device each time, and includes what PyTorch keeps for later. So ComfyUI needs no word
-    of tensors on a GPU: it sees them where it asks whether conditions can be evaluated together, or loads a model.
+    What is free is read off the device each time, and includes what PyTorch keeps for later. So ComfyUI sees tensors on
+    a GPU where it asks whether conditions can be evaluated together, or loads a model. Where they have no room, it is
+    asked to unload models that lie idle. Those of the run stay: weights and residuals that have no room both come from
+    the host at each step, so that nothing is gained if one makes way for the other.
+
     Pinned memory has a limit, by which ComfyUI pins the weights that it offloads. Its own functions count towards that
     limit, and unpin weights of idle models where it is reached.
     """
     manager = comfy.model_management
-    return Memory(lambda device: int(manager.get_free_memory(device)), manager.pin_memory, manager.unpin_memory)
+    return Memory(lambda device: int(manager.get_free_memory(device)), manager.pin_memory, manager.unpin_memory,
+                  _unload_idle_models)
+
+
+def _unload_idle_models(device: torch.device, size: int) -> None:
+    """Have ComfyUI unload models that no run uses from a device, until so many bytes more are free there, if it can."""
+    manager = comfy.model_management
+    if device.type == "cpu":
+        return
+    try:
+        in_use = [loaded for loaded in manager.current_loaded_models if loaded.currently_used]
+        manager.free_memory(manager.get_free_memory(device) + size, device, keep_loaded=in_use)
+    except Exception as error:  # these are ComfyUI's internals, and a run does without
+        if is_of_the_device(error):
+            raise
+        log.warning("SpargeAttn: ComfyUI could not unload idle models", exc_info=True)
 
 
 def unrecorded() -> AbstractContextManager:

@@ -100,6 +100,8 @@ class SpargeOverride:
         if site.block is None and self.settings.dense_blocks:
             self.run.say_once("dense_blocks", "dense_blocks has no effect, this model does not number its blocks")
         refreshed = plan if self.run.refresh.due and isinstance(plan, SparsePlan) else None
+        if self.run.refresh.ahead and isinstance(plan, SparsePlan):
+            self.run.residuals.count(call, site, self.run.steps)
         containers = _containers(args)
         if containers and not refreshed:  # which needs the tensors twice
             call = replace(call, owned=True)

@@ -4,7 +4,6 @@ The model goes on with the output of dense attention, so that every call is one 
 """
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -123,10 +122,9 @@ class Tuner:
         """now: the noise level. levels: of all steps."""
         self._refresh.advance(lambda: now)
         self._active = self._step in self._chosen and not self._refresh.due
-        following = max((level for level in self._refresh.levels if level < levels[self._step]), default=-math.inf)
-        self._keeping = self._refresh.due and any(following < levels[step] < now for step in self._chosen)
+        self._keeping = self._refresh.due and any(levels[step] < now for step in self._chosen)
         if self._keeping:
-            self._refreshed.begin()
+            self._refreshed.begin(self._refresh.lead)
 
     def _spread(self, schedule: list[float], percent_to_sigma: Callable[[float], float]) -> list[int]:
         """Indices of the steps to search. schedule: noise levels of the run, with the one that it ends at."""

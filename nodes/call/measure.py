@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from ...kernels import SpargeStats, attention_residual, select_implementation, sparge_attention
+from ...kernels import Residual, SpargeStats, attention_residual, select_implementation, sparge_attention
 from ...kernels.capability import arch_of, pv_format
 from ..tuned.candidates import TunedSetting
 from ..tuned.search import Measured
@@ -22,21 +22,34 @@ class RefreshedCall(NamedTuple):
     """The attention call of a layer and its conditions in the evaluation that last refreshed their residual.
 
     dense: what dense attention gave for it, 4-D in the call's layout.
+    earlier: the same of the refresh before, where the residual is extrapolated from that one.
+    lead: how far, see `leads`.
     """
 
     call: AttentionCall
     dense: Tensor
+    earlier: RefreshedCall | None = None
+    lead: float = 0.0
+
+    def residual(self, how: dict[str, Any]) -> Residual:
+        """What sparse attention lacks of dense attention, extrapolated as in a run. how: as in `attention_residual`.
+
+        A run extrapolates from a residual that may have been extrapolated itself. That takes all refreshes before, so
+        the earlier one counts as it is here.
+        """
+        call = self.call
+        made = attention_residual(call.q, call.k, call.v, self.dense, **how, **call.key_mask or KeyMask())
+        return made if self.earlier is None else made.extrapolated(self.earlier.residual(how), self.lead)
 
 
 class CallMeasure:
     """Runs one attention call with settings, and compares each result with the dense one.
 
     With a `refreshed` call, a setting is measured as a run with refreshes uses it: the call gets the residual that the
-    same setting leaves of the refreshed one. A run extrapolates residuals besides, from two refreshes, which is left
-    out here: it would take twice the memory.
+    same setting leaves of the refreshed one.
 
-    A call is measured where it stands: beside its own tensors and those of the refreshed call there are one output and
-    a slice of it in float32 at a time, and the INT8 residual.
+    A call is measured where it stands: beside its own tensors and those of the refreshed calls there are one output and
+    a slice of it in float32 at a time, and the INT8 residuals.
 
     finite: whether the dense result is finite; otherwise there is nothing to compare with.
     """
@@ -66,10 +79,7 @@ class CallMeasure:
         how: dict[str, Any] = dict(params=setting.params, layout=call.layout, scale=call.scale, order=order,
                                    pv_dtype=setting.pv_dtype, skipped=setting.skipped, impl=self._impl,
                                    **exact_tokens(self._layout, order is not None))
-        residual = None
-        if self._refreshed is not None:
-            before, dense = self._refreshed
-            residual = attention_residual(before.q, before.k, before.v, dense, **how, **before.key_mask or KeyMask())
+        residual = None if self._refreshed is None else self._refreshed.residual(how)
         out, stats = cast(tuple[Tensor, SpargeStats], sparge_attention(
             call.q, call.k, call.v, residual=residual, return_stats=True, **how, **call.key_mask or KeyMask()))
         error = self._sums(out).div_(self._norm).amax(0)  # the worst of the batch

@@ -22,11 +22,13 @@ class Memory:
     free: bytes that a device, or the host, has left.
     pin: locks a tensor of the host, so that a GPU copies it while it computes; False where that can't be.
     unpin: ends that.
+    make_room: has models that no run uses unloaded from a device, until so many bytes more are free there, if it can.
     """
 
     free: Callable[[torch.device], int] = lambda device: 0
     pin: Callable[[Tensor], bool] = lambda tensor: False
     unpin: Callable[[Tensor], Any] = lambda tensor: None
+    make_room: Callable[[torch.device, int], Any] = lambda device, size: None
 
 
 class Part(Protocol):

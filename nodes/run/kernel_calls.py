@@ -15,7 +15,7 @@ from ..call.plan import ALONE, FAR_APART, CallSite, Dense, NodeSettings, SparseP
 from ..call.transformer_blocks import TransformerBlock
 from ..log import log
 from .compile_notice import announced
-from .residuals import NO_MEMORY
+from .residual_memory import ALLOWED
 from .state import RunState
 from .stopwatch import Stopwatch
 
@@ -80,14 +80,14 @@ class KernelCalls:
                                           **_arguments(plan, call))
                 lead = self._run.refresh.lead
                 earlier = store.earlier(keys, call.q.device) if lead else None
-                store.put(keys, made if earlier is None else made.extrapolated(earlier, lead), evaluation)
+                store.put(keys, made if earlier is None else made.extrapolated(earlier, lead))
         except (FastPathError, torch.OutOfMemoryError):  # sparse calls will meet it too, and say why
             store.drop(keys)
         except Exception as error:
             self._lost(error)
             store.drop(keys)
         if store.refused:
-            self._run.say_once("no memory for residuals", f"some layers get no residual: {NO_MEMORY}")
+            self._run.say_once("no memory for residuals", f"some layers get no residual: {ALLOWED}")
 
     def _attend(self, plan: SparsePlan, call: AttentionCall, residual: Residual | None = None,
                 return_stats: bool = False) -> Any:
@@ -115,9 +115,9 @@ class KernelCalls:
 
     def _residual(self, call: AttentionCall, site: CallSite) -> Residual | None:
         """What this layer and condition lacked at the last refresh."""
-        store = self._run.residuals
+        store, run = self._run.residuals, self._run
         try:
-            return store.get(store.keys(call, site), call.q.device) if self._run.refresh.levels else None
+            return store.get(store.keys(call, site), call.q.device, run.steps) if run.refresh.levels else None
         except torch.OutOfMemoryError:  # those of several conditions are put together in new memory
             return None
         except Exception as error:  # pinned memory and streams may fail in ways of their own, and a call can do without

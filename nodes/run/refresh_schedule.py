@@ -141,6 +141,16 @@ class RefreshSchedule:
         self.far_apart = len(inside) < CLOSE
         self._pending = list(zip(self.levels, leads(noise, chosen)))
 
+    @property
+    def ahead(self) -> bool:
+        """Whether the first refresh is still to come."""
+        return len(self._pending) == len(self.levels) > 0
+
+    def give_up(self, problem: str) -> None:
+        """Have no refreshes in this run."""
+        self.due, self.levels, self.far_apart, self.problem = False, (), False, problem
+        self._pending = []
+
     def advance(self, read_sigma: Callable[[], float]) -> None:
         """Go to the next evaluation of the model; `read_sigma` returns its noise level."""
         self.due = False

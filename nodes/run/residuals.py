@@ -9,23 +9,20 @@ import torch
 from ...kernels import Residual
 from ..call.arguments import AttentionCall
 from ..call.plan import CallSite
-from .host_memory import SLOTS, CopyStream, HostTier, Memory
-
-SHARE = 0.5  # of the memory that is free when a run's first residual is made, on the GPU and in the host
-NO_MEMORY = f"they may take {SHARE:.0%} of what was free on the GPU and in the host's memory"
-_HOST = torch.device("cpu")
+from .host_memory import CopyStream, HostTier, Memory
+from .residual_memory import ResidualMemory
 
 
 class _Entry:
-    """One condition's part of a residual: batch entries `first` to `last` of `whole`, made in an evaluation.
+    """One condition's part of a residual: batch entries `first` to `last` of `whole`.
 
     on_host: whether it lies in the host's memory, not on the GPU that uses it.
     """
 
-    __slots__ = ("whole", "first", "last", "evaluation", "on_host")
+    __slots__ = ("whole", "first", "last", "on_host")
 
-    def __init__(self, whole: Residual, first: int, last: int, evaluation: int, on_host: bool):
-        self.whole, self.first, self.last, self.evaluation, self.on_host = whole, first, last, evaluation, on_host
+    def __init__(self, whole: Residual, first: int, last: int, on_host: bool):
+        self.whole, self.first, self.last, self.on_host = whole, first, last, on_host
 
 
 class ResidualStore:
@@ -35,12 +32,18 @@ class ResidualStore:
     evaluated together at a refresh and one by one later, or the other way round. What comes twice in one evaluation
     under one key, such as the tiles of a large picture, can't be told apart: it is not kept for the rest of the run.
 
-    Residuals lie on the GPU as long as they take up to `SHARE` of its memory. The others lie in pinned memory of the
+    Residuals lie on the GPU as long as they take up to a share of its memory. The others lie in pinned memory of the
     host, and are fetched while the call before computes, in the order in which the calls came in the evaluation before.
+
+    room: the memory that they may take.
+    refused: residuals for which there was none.
+    used: sparse calls to which one was added.
+    most_bytes, most_host_bytes: memory that they took at most, on all GPUs and in the host.
     """
 
     def __init__(self, memory: Memory):
         self._memory = memory
+        self.room = ResidualMemory(memory)
         self._lock = threading.Lock()
         self._tiers: dict[torch.device, HostTier] = {}
         self.clear()
@@ -52,13 +55,13 @@ class ResidualStore:
                 tier.close()
             self._tiers = {}
             self._entries: dict[Hashable, _Entry] = {}
+            self._seen: dict[Hashable, int] = {}  # the evaluation in which a key came last
             self._ambiguous: set[Hashable] = set()
-            self._limits: dict[torch.device, int] = {}
-            self._host_limit: int | None = None  # not known yet
+            self.room.clear()
             self._last: dict[torch.device, tuple[Hashable, ...]] = {}  # what the last call asked for
             self._next: dict[tuple[Hashable, ...], tuple[Hashable, ...]] = {}  # what came after that before
-            self.refused = 0  # residuals for which there was no memory
-            self.used = 0  # sparse calls to which one was added
+            self.refused = 0
+            self.used = 0
             self.most_bytes = 0
             self.most_host_bytes = 0
 
@@ -72,30 +75,44 @@ class ResidualStore:
         frames = () if window is None else getattr(window, "index_list", None)
         if frames is None:
             return None
-        replaced = frozenset((options.get("patches_replace") or {}).get("dit") or ())
+        replaced = frozenset((kind, where) for kind, patches in (options.get("patches_replace") or {}).items()
+                             for where in patches)
         shape = call.batch // len(conditions), call.heads[0], call.q_tokens, call.q.shape[-1]
         return [(site.layer, condition, tuple(frames), replaced, call.q.device, shape) for condition in conditions]
 
+    def count(self, call: AttentionCall, site: CallSite, evaluation: int) -> None:
+        """Count the residual that a call will get, in an evaluation before the first refresh."""
+        keys = self.keys(call, site)
+        if keys is not None:
+            with self._lock:
+                self._note(keys, evaluation)
+                self.room.count(tuple(keys), call.q.device, _size(call), evaluation)
+
+    def decide(self) -> str:
+        """Decide about the memory that was counted, before the first refresh. Returns why there will be none, empty
+        where there may be some."""
+        with self._lock:
+            return self.room.decide(self._ambiguous, lambda device: self._tier(device) is not None)
+
     def admits(self, call: AttentionCall, keys: Sequence[Hashable], evaluation: int) -> bool:
         """Whether there is use and memory for the residual of a call."""
-        device, size = call.q.device, call.batch * call.heads[0] * call.q_tokens * (call.q.shape[-1] + 4)
-        free = 0 if device in self._limits else self._memory.free(device)
         with self._lock:
-            self._limits.setdefault(device, int(SHARE * free))
-            for key in keys:
-                if (kept := self._entries.get(key)) is not None and kept.evaluation == evaluation:
-                    self._ambiguous.add(key)
-            if len(set(keys)) < len(keys):
-                self._ambiguous.update(keys)
-            for key in self._ambiguous.intersection(keys):
-                self._entries.pop(key, None)
-            if not self._ambiguous.isdisjoint(keys):
+            if not self._note(keys, evaluation):
                 return False
-            if self._place(device, size, keys):
+            if self._place(call.q.device, _size(call), keys):
                 return True
             self.refused += 1
         self.drop(keys)
         return False
+
+    def _note(self, keys: Sequence[Hashable], evaluation: int) -> bool:
+        """Note that a call came. Returns whether it can be told from all others of its evaluation and those before."""
+        for key in keys:
+            if self._seen.get(key) == evaluation:
+                self._ambiguous.add(key)
+                self._entries.pop(key, None)
+            self._seen[key] = evaluation
+        return self._ambiguous.isdisjoint(keys)
 
     def drop(self, keys: Sequence[Hashable]) -> None:
         """Drop an earlier residual that could not be made anew."""
@@ -103,7 +120,7 @@ class ResidualStore:
             for key in keys:
                 self._entries.pop(key, None)
 
-    def put(self, keys: Sequence[Hashable], residual: Residual, evaluation: int) -> None:
+    def put(self, keys: Sequence[Hashable], residual: Residual) -> None:
         """Keep a residual (B, …) for conditions that follow each other in the batch."""
         each, device = len(residual.scale) // len(keys), residual.scale.device
         with self._lock:
@@ -115,22 +132,24 @@ class ResidualStore:
                 tier.sweep([entry.whole for entry in self._entries.values()])
                 kept = tier.keep(residual)
                 if kept is None:
-                    self._host_limit = 0  # it would fail again
+                    self.room.no_host()  # it would fail again
                     self.refused += 1
                     return
                 residual = kept
             for i, key in enumerate(keys):
-                self._entries[key] = _Entry(residual, i * each, (i + 1) * each, evaluation, on_host)
+                self._entries[key] = _Entry(residual, i * each, (i + 1) * each, on_host)
             self._came(device, tuple(keys))
-            self.most_bytes = max(self.most_bytes, self._bytes(device))
+            self.most_bytes = max(self.most_bytes, sum(self._bytes(device) for device in self._last))
             self.most_host_bytes = max(self.most_host_bytes,
                                        sum(tier.host_bytes for tier in self._tiers.values()))
 
-    def get(self, keys: Sequence[Hashable] | None, device: torch.device) -> Residual | None:
+    def get(self, keys: Sequence[Hashable] | None, device: torch.device, evaluation: int) -> Residual | None:
         """The residual of conditions that follow each other in a batch, for a sparse call to add, None where one of
         them has none."""
         if not keys:
             return None
+        with self._lock:
+            self._note(keys, evaluation)
         residual = self.earlier(keys, device)
         with self._lock:
             self.used += residual is not None
@@ -168,16 +187,14 @@ class ResidualStore:
 
     def _place(self, device: torch.device, size: int, keys: Sequence[Hashable]) -> str:
         """Where there is room for a residual in place of those of some keys: "device", "host", or "" for nowhere."""
-        used, limit, tier = self._bytes(device, without=keys), self._limits[device], self._tier(device)
+        used, limit, tier = self._bytes(device, without=keys), self.room.limit(device), self._tier(device)
         if tier is None:
             return "device" if used + size <= limit else ""
-        if self._host_limit is None:
-            self._host_limit = int(SHARE * self._memory.free(_HOST))
         # Those in the host's memory come through slots, which need room as well.
-        used += max(tier.device_bytes, SLOTS * size if self._host_limit else 0)
+        used += max(tier.device_bytes, self.room.slots(size))
         if used + size <= limit:
             return "device"
-        return "host" if used <= limit and self._bytes(None, without=keys) + size <= self._host_limit else ""
+        return "host" if used <= limit and self._bytes(None, without=keys) + size <= self.room.host_limit() else ""
 
     def _tier(self, device: torch.device) -> HostTier | None:
         """The residuals of a GPU that lie in the host's memory, None where it can't be copied from meanwhile."""
@@ -191,3 +208,8 @@ class ResidualStore:
                    and entry.on_host == (device is None)]
         wholes = {id(entry.whole): entry.whole for entry in entries}
         return sum(whole.bytes for whole in wholes.values() if device is None or whole.scale.device == device)
+
+
+def _size(call: AttentionCall) -> int:
+    """Bytes of the residual of a call."""
+    return call.batch * call.heads[0] * call.q_tokens * (call.q.shape[-1] + 4)

@@ -19,7 +19,8 @@ from ..log import log
 from .block_maps import BlockPictures, MapRequest
 from .host_memory import Memory
 from .refresh_schedule import RefreshSchedule
-from .residuals import NO_MEMORY, ResidualStore
+from .residual_memory import ALLOWED, mib
+from .residuals import ResidualStore
 from .sigma_window import SigmaWindow
 from .stopwatch import Stopwatch
 from .summary import CallRecord, RunSummary
@@ -83,12 +84,26 @@ class RunState:
                 levels = [] if schedule is None else schedule.tolist()
                 self.window.begin(percent_to_sigma, levels)
                 self.refresh.begin(levels, self.window.lowest, self.window.highest, float(percent_to_sigma(0.0)))
-        read = functools.cache(lambda: timestep.flatten()[0].item())
+        read, ahead = functools.cache(lambda: timestep.flatten()[0].item()), self.refresh.ahead
         self.window.advance(read)
         self.refresh.advance(read)
+        if ahead and self.refresh.due:
+            self._decide_about_residuals()
         self._timestep = timestep
         self.steps += 1
         self._calls_of_step = 0
+
+    def _decide_about_residuals(self) -> None:
+        """Before the first refresh, have none if the memory that was counted exceeds what they may take."""
+        problem = self.residuals.decide()
+        if problem:
+            self.refresh.give_up(problem)
+            self.say_once("residuals", f"no refreshes: {problem}")
+        elif self.residuals.room.counted:
+            self.say_once("residuals", f"residuals take {mib(self.residuals.room.counted)}")
+        elif self.steps == 0:
+            self.say_once("residuals", "no step comes before the first refresh, so the memory of residuals is not "
+                                       "counted beforehand")
 
     def add_call(self, call: AttentionCall, block: TransformerBlock | None, watch: Stopwatch,
                  stats: SpargeStats | None = None, tokens: str = "", untuned: str = "") -> TransformerBlock | None:
@@ -194,10 +209,12 @@ class RunState:
             return f"none: {self.refresh.problem}" if self.refresh.problem else ""
         store = self.residuals
         text = (f"refreshed at {len(self.refresh.levels)} noise levels, added to {store.used} sparse calls, "
-                f"{store.most_bytes / 2 ** 20:.0f} MiB")
+                f"{mib(store.most_bytes)}")
         if store.most_host_bytes:
-            text += f" on the GPU, {store.most_host_bytes / 2 ** 20:.0f} MiB in the host's memory"
-        return f"{text}; no memory for {store.refused}: {NO_MEMORY}" if store.refused else text
+            text += f" on the GPU, {mib(store.most_host_bytes)} in the host's memory"
+        if store.room.counted:
+            text += f", {mib(store.room.counted)} counted before"
+        return f"{text}; no memory for {store.refused}: {ALLOWED}" if store.refused else text
 
 
 def _shape(call: AttentionCall) -> tuple:

@@ -115,7 +115,7 @@ def search(model, setting: Setting, grid: tuple[int, int, int], steps: int) -> l
     """The settings of the layers that a search finds."""
     began = time.perf_counter()
     found = model.attention = searching(model, grid, setting.l1, dense_share(steps, setting.start), steps,
-                                        frozenset(refreshes_of(setting, steps)))
+                                        refreshes_of(setting, steps))
     sample(model, prompt(*TUNED_ON)[None], (grid[0], 2 * grid[1], 2 * grid[2]), steps, TUNED_SEED,
            before_step=found.enter_step)
     kept = statistics.fmean(1 - layer.sparsity.mean().item() for layer in found.layers)

@@ -19,14 +19,15 @@ from tests.demo.model import scaled_dot_product
 class Searching:
     """Dense self-attention for `WanT2V.attention` that searches every layer at some steps, as Tune SpargeAttn does.
 
-    refreshes: the steps that a run refreshes at; the others are measured with the residual of the last one.
+    refreshes: the steps that a run refreshes at, and how far it extrapolates the residuals of each; the others are
+        measured with the residual of the last one.
     searched: the steps to search.
     layers: what was found.
     """
 
     layers: list[LayerSearch]
     layout: TokenLayout
-    refreshes: frozenset[int]
+    refreshes: dict[int, float]
     searched: frozenset[int]
     step: int = 0
     calls: int = 0
@@ -37,7 +38,10 @@ class Searching:
         self.calls += 1
         call = AttentionCall(q, k, v, "BHND")
         if self.step in self.refreshes:
-            self.refreshed[layer] = RefreshedCall(call, out)
+            lead, earlier = self.refreshes[self.step], self.refreshed.get(layer)
+            # The one before that is not kept, as in the node.
+            earlier = earlier._replace(earlier=None) if lead and earlier else None
+            self.refreshed[layer] = RefreshedCall(call, out, earlier, lead)
         if self.step in self.searched:
             measure = CallMeasure(call, self.layout, out, refreshed=self.refreshed[layer] if self.refreshes else None)
             self.layers[layer] = self.layers[layer].learn(measure)
@@ -47,8 +51,8 @@ class Searching:
         self.step = step
 
 
-def searching(model, grid: tuple[int, int, int], l1: float, first: int, steps: int, refreshes: frozenset[int],
-              samples: int = 3) -> Searching:
+def searching(model, grid: tuple[int, int, int], l1: float, first: int, steps: int,
+              refreshes: dict[int, float], samples: int = 3) -> Searching:
     """A search of `samples` steps, spread evenly over those from `first` on that are no refreshes."""
     heads = model.config.num_heads
     inside = [step for step in range(first, steps) if step not in refreshes]

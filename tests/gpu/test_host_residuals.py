@@ -6,7 +6,7 @@ from comfyui_spargeattn.kernels import SpargeParams
 from comfyui_spargeattn.nodes.call.plan import NodeSettings
 from comfyui_spargeattn.nodes.override import SLOT, SpargeOverride
 from comfyui_spargeattn.nodes.run.host_memory import SLOTS, Memory
-from comfyui_spargeattn.nodes.run.residuals import SHARE
+from comfyui_spargeattn.nodes.run.residual_memory import SHARE
 from comfyui_spargeattn.tests.cases import drifting_qkv
 from comfyui_spargeattn.tests.gpu.device import needs_gpu
 from comfyui_spargeattn.tests.nodes.stand_ins import sample

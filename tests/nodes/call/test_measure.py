@@ -66,6 +66,19 @@ def test_the_error_is_that_of_the_definition(steps, layout, refreshed, curve, sk
     assert_near(measured(steps, chosen, refreshed, layout).error, expected(steps, chosen, refreshed), atol=1e-5)
 
 
+def test_a_residual_is_extrapolated_from_that_of_the_refresh_before(steps):
+    """A line through three steps that lie on one leads there, but for rounding."""
+    chosen = setting("hilbert", "pooled")
+    order, device = LAYOUT.order("hilbert", torch.device("cpu")), dict(sink_keys=LAYOUT.sink_keys(True))
+    how = dict(params=chosen.params, skipped="pooled", pv_dtype="fp16", order=order, **device)
+    calls = [AttentionCall(*qkv, "BHND", enable_gqa=True) for qkv in steps]
+    before, now = (RefreshedCall(call, dense_attention(call.q, call.k, call.v).float()) for call in calls)
+    first, second = (made.residual(how).tensor() for made in (before, now))
+    led = now._replace(earlier=before, lead=0.5).residual(how).tensor()
+    assert_near(led, second + 0.5 * (second - first), atol=0.02 * second.abs().amax().item())
+    assert (led - second).abs().mean() > 0.1 * (second - first).abs().mean()
+
+
 def test_each_step_has_its_own_mask(steps):
     generator = torch.Generator().manual_seed(2)
     bias = [torch.randn(2, LAYOUT.tokens, generator=generator) for _ in range(2)]

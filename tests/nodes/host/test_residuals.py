@@ -78,15 +78,38 @@ def test_the_last_dense_step_is_a_refresh(comfy_nodes, wan):
     assert run.summary.dense["refresh of the residuals"] == 2 * FAMILY.calls
 
 
-def test_no_memory(comfy_nodes, wan):
-    def fill(patched):
-        override = patched.model_options["transformer_options"]["optimized_attention_override"]
-        residuals = override.run.residuals
-        residuals._memory = replace(residuals._memory, free=lambda device: 0)
+def with_free(size):
+    """So many bytes are free for residuals; returns what ComfyUI is asked to make room for."""
+    asked = []
 
-    run = Run(comfy_nodes, wan, change=fill)
+    def change(patched):
+        room = patched.model_options["transformer_options"]["optimized_attention_override"].run.residuals.room
+        room._memory = replace(room._memory, free=lambda device: size, make_room=lambda *what: asked.append(what))
+
+    return change, asked
+
+
+def test_no_memory(comfy_nodes, wan):
+    """No evaluation comes before the first refresh, to count what is needed."""
+    run = Run(comfy_nodes, wan, change=with_free(0)[0])
     assert run.without == len(run.sparse) > 0
     assert f"no memory for {3 * FAMILY.calls}" in run.summary.residuals
+
+
+def test_memory_is_counted_before(comfy_nodes, wan, caplog):
+    """For two conditions in one batch: with a byte too little there is no refresh, and ComfyUI is asked for room."""
+    needed, found = 2 * 2 * FAMILY.calls * 2 * 512 * (128 + 4), []
+    late = dict(start_percent=0.3, sampling={"steps": 12, "cfg": 3.0})
+    for free, refreshes in ((needed, 4), (needed - 2, 0)):
+        change, asked = with_free(free)
+        with caplog.at_level(logging.INFO):
+            run = Run(comfy_nodes, wan, change=change, **late)
+        assert run.summary.dense.get("refresh of the residuals", 0) == max(0, refreshes - 1) * FAMILY.calls
+        assert run.without == (0 if refreshes else len(run.sparse)) and run.latent.isfinite().all()
+        found.append(asked)
+    assert found == [[], [(torch.device("cpu"), 2)]]
+    assert run.summary.residuals.startswith("none: they need 1 MiB, and they may take 50% of what is free")
+    assert "no refreshes: they need 1 MiB" in caplog.text
 
 
 def apart(patched):
@@ -206,6 +229,23 @@ def test_failing_to_make_one_costs_no_run(comfy_nodes, wan):
     with mock.patch.object(kernel_calls(comfy_nodes), "attention_residual", fails):
         run = Run(comfy_nodes, wan)
     assert run.latent.isfinite().all() and run.without == len(run.sparse) > 0
+
+
+def test_idle_models_are_unloaded_by_comfyui(comfy_nodes, caplog):
+    """Those of the run stay. An error in ComfyUI's functions costs no run."""
+    import comfy.model_management as manager
+
+    make_room = comfy_host.pack_module(comfy_nodes, "nodes.host").shared_memory().make_room
+    loaded, gpu = [mock.Mock(currently_used=used) for used in (True, False)], torch.device("cuda", 0)
+    with (mock.patch.object(manager, "current_loaded_models", loaded),
+          mock.patch.object(manager, "get_free_memory", lambda device: 1000),
+          mock.patch.object(manager, "free_memory") as free):
+        make_room(gpu, 500)
+        make_room(torch.device("cpu"), 500)
+    free.assert_called_once_with(1500, gpu, keep_loaded=loaded[:1])
+    with mock.patch.object(manager, "free_memory", None):
+        make_room(torch.device("meta"), 500)
+    assert "could not unload idle models" in caplog.text
 
 
 def test_memory_by_comfyuis_books(comfy_nodes):

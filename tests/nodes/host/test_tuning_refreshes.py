@@ -95,10 +95,11 @@ def schedule(model, steps=STEPS):
     return comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", steps)[:-1].tolist()
 
 
-def refreshed_levels(comfy_nodes, model):
-    levels = schedule(model)
-    chosen = comfy_host.pack_module(comfy_nodes, "nodes.run.refresh_schedule").refresh_steps([*levels, 0.0], REFRESHES)
-    return [levels[i] for i in chosen]
+def refreshed_levels(comfy_nodes, model, refreshes=REFRESHES):
+    """Noise levels of the refreshes of a run, and how far residuals of each are extrapolated."""
+    module, levels = comfy_host.pack_module(comfy_nodes, "nodes.run.refresh_schedule"), schedule(model)
+    chosen = module.refresh_steps([*levels, 0.0], refreshes)
+    return {levels[i]: lead for i, lead in zip(chosen, module.leads([*levels, 0.0], chosen))}
 
 
 def test_more_is_skipped_at_the_same_error(plain, refreshed):
@@ -118,6 +119,27 @@ def test_steps_between_refreshes_are_searched(comfy_nodes, model, refreshed):
     searched, due = sorted(set(refreshed[2]), reverse=True), refreshed_levels(comfy_nodes, model)
     assert len(searched) == 2 and not set(searched) & set(due)
     assert len(refreshed[2]) == 2 * len(LAYERS)
+
+
+def test_residuals_of_the_search_are_extrapolated_as_those_of_runs(comfy_nodes, model, positive):
+    module, made = comfy_host.pack_module(comfy_nodes, "nodes.tuner"), []
+
+    def look(self, name, call, plan, measure):
+        made.append((call.transformer_options["sigmas"].flatten()[0].item(), measure._refreshed))
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match="no attention call"):
+        patch.setattr(module.Tuner, "_learn_from", look)
+        tune(comfy_nodes, model, positive, refreshes=6, sampled_steps=STEPS)
+    due, led = refreshed_levels(comfy_nodes, model, 6), 0
+    assert len(made) == (STEPS - 6) * len(LAYERS)
+    for level, found in made:
+        lead = due[min(at for at in due if at > level)]
+        assert found.lead == lead and (found.earlier is not None) == (lead != 0)
+        led += lead != 0
+        if found.earlier:
+            assert found.earlier.call.q.shape == found.call.q.shape
+            assert not torch.equal(found.earlier.call.q, found.call.q)
+    assert 0 < led < len(made)
 
 
 def test_errors_on_another_seed_are_measured_between_refreshes_too(comfy_nodes, model, refreshed):
@@ -183,8 +205,8 @@ def test_a_clip_is_closer_to_dense_for_less_work(comfy_nodes, clips, model, posi
 @pytest.mark.parametrize("why", ("few steps", "no memory"))
 def test_calls_without_a_residual_use_the_widgets(comfy_nodes, model, positive, refreshed, caplog, why):
     def no_memory(override):
-        residuals = override.run.residuals
-        residuals._memory = replace(residuals._memory, free=lambda device: 0)
+        room = override.run.residuals.room
+        room._memory = replace(room._memory, free=lambda device: 0)
 
     steps, change = (4, lambda override: None) if why == "few steps" else (STEPS, no_memory)
     with caplog.at_level("INFO"):

@@ -29,8 +29,8 @@ def store(calls=100):
     return RefreshedCalls(lambda device: int(calls * BYTES / SHARE))
 
 
-def refresh(kept, layers, value=0.0):
-    kept.begin()
+def refresh(kept, layers, value=0.0, lead=0.0):
+    kept.begin(lead)
     for layer in range(layers):
         made = call(value + layer)
         kept.keep(made, site(layer), made.give_back(made.q + 9))
@@ -53,7 +53,7 @@ def test_each_layer_gets_its_own_call_of_the_last_refresh(layout):
             for x in (made.q, dense):
                 x.fill_(-1.0)  # as a model does that reuses its memory
     for layer in range(3):
-        found, dense = kept.get(call(layout=layout), site(layer))
+        found, dense = kept.get(call(layout=layout), site(layer))[:2]
         assert [x.mean().item() for x in (found.q, found.k, found.v, dense)] == [20 + layer + i for i in (0, 1, 2, 9)]
         assert found.q.shape == dense.shape == call(layout=layout).q.shape and found.layout == layout
     kept.clear()
@@ -86,6 +86,42 @@ def test_where_memory_is_short_layers_take_turns():
         refresh(kept, 5)
         seen.append(known(kept, 5))
         assert all("take turns" in kept.get(call(), site(layer)) for layer in range(5) if layer not in seen[-1])
+    assert seen == [[0, 1], [2, 3], [4], [0, 1]]
+
+
+def limited(calls):
+    """A store with memory for so many calls altogether."""
+    store = RefreshedCalls(lambda device: int(calls * BYTES / SHARE) - BYTES * len(store._earlier))
+    return store
+
+
+def extrapolated(kept, layers):
+    """(value of the earlier call or None, lead) of each layer."""
+    found = [kept.get(call(), site(layer)) for layer in range(layers)]
+    return [(before and before.call.q.mean().item(), lead) for _, _, before, lead in found]
+
+
+def test_the_refresh_before_comes_with_it_where_residuals_are_extrapolated():
+    kept = limited(100)
+    for value, lead in ((10.0, 0.0), (20.0, 0.5), (30.0, 0.25)):
+        refresh(kept, 2, value, lead)
+    assert extrapolated(kept, 2) == [(20.0, 0.25), (21.0, 0.25)]
+    assert kept.get(call(), site(0)).earlier.dense.mean() == 29.0
+    assert kept.get(call(), site(0)).earlier.earlier is None
+    refresh(kept, 2, 40.0)
+    assert extrapolated(kept, 2) == [(None, 0.0)] * 2
+
+
+def test_the_refresh_before_gives_way_where_memory_is_short():
+    kept = limited(5)
+    for value in (10.0, 20.0, 30.0):
+        refresh(kept, 3, value, 0.5)
+        assert known(kept, 3) == [0, 1, 2]
+    assert extrapolated(kept, 3) == [(20.0, 0.5), (21.0, 0.5), (None, 0.0)]
+    kept, seen = limited(2), []
+    for _ in range(4):
+        refresh(kept, 5, lead=0.5)
+        seen.append(known(kept, 5))
     assert seen == [[0, 1], [2, 3], [4], [0, 1]]
 
 

@@ -1,4 +1,5 @@
 """Which call gets which residual: layers, conditions, windows, batches, memory."""
+from itertools import count
 from types import SimpleNamespace
 
 import pytest
@@ -7,19 +8,21 @@ import torch
 from comfyui_spargeattn.kernels import Residual
 from comfyui_spargeattn.nodes.call.arguments import AttentionCall
 from comfyui_spargeattn.nodes.call.plan import CallSite
-from comfyui_spargeattn.nodes.run import residuals
+from comfyui_spargeattn.nodes.run import residual_memory
 from comfyui_spargeattn.nodes.run.host_memory import HostTier, Memory
-from comfyui_spargeattn.nodes.run.residuals import SHARE, ResidualStore
+from comfyui_spargeattn.nodes.run.residual_memory import SHARE
+from comfyui_spargeattn.nodes.run.residuals import ResidualStore
 from comfyui_spargeattn.tests.nodes.run.test_host_memory import Eager, Pins
 
 HEADS, TOKENS, DIM = 2, 10, 8
 BYTES = HEADS * TOKENS * (DIM + 4)
 CPU = torch.device("cpu")
+_sparse_evaluations = count(10 ** 6)
 
 
-def call(*conditions, each=1, window=None, replaced=(), tokens=TOKENS):
+def call(*conditions, each=1, window=None, replaced=(), of="dit", tokens=TOKENS):
     q = torch.zeros(each * max(1, len(conditions)), tokens, HEADS, DIM)
-    options = {"uuids": list(conditions), "patches_replace": {"dit": dict.fromkeys(replaced)}}
+    options = {"uuids": list(conditions), "patches_replace": {of: dict.fromkeys(replaced)}}
     if window is not None:
         options["context_window"] = SimpleNamespace(index_list=window)
     return AttentionCall(q, q, q, "BNHD", transformer_options=options)
@@ -42,13 +45,14 @@ def refresh(kept, made, evaluation=1, layer="single:0"):
     batch = made.batch
     residual = Residual.empty((batch, HEADS, made.q_tokens, DIM), torch.device("cpu"))
     residual.scale[:] = torch.arange(batch)[:, None, None] + 100 * evaluation
-    kept.put(keys, residual, evaluation)
+    kept.put(keys, residual)
     return True
 
 
-def got(kept, asked, layer="single:0"):
-    """The numbers of the batch entries that a call gets."""
-    residual = kept.get(kept.keys(asked, site(layer)), asked.q.device)
+def got(kept, asked, layer="single:0", evaluation=None):
+    """The numbers of the batch entries that a call gets, by default in an evaluation of its own."""
+    evaluation = next(_sparse_evaluations) if evaluation is None else evaluation
+    residual = kept.get(kept.keys(asked, site(layer)), asked.q.device, evaluation)
     if residual is None:
         return None
     assert residual.quantised.shape == (asked.batch, HEADS, asked.q_tokens, DIM)
@@ -70,8 +74,9 @@ def test_whole_batches_are_not_copied():
     kept = store()
     refresh(kept, call("positive", "negative"))
     keys = kept.keys(call("positive", "negative"), site())
-    assert kept.get(keys, CPU).quantised.data_ptr() == kept.get(keys, CPU).quantised.data_ptr()
-    assert kept.get(keys[1:], CPU).scale.data_ptr() == kept.get(keys, CPU).scale[1:].data_ptr()
+    whole, again, last = (kept.get(x, CPU, i) for i, x in enumerate((keys, keys, keys[1:]), 2))
+    assert whole.quantised.data_ptr() == again.quantised.data_ptr()
+    assert last.scale.data_ptr() == whole.scale[1:].data_ptr()
 
 
 @pytest.mark.parametrize("other, layer", [
@@ -81,8 +86,9 @@ def test_whole_batches_are_not_copied():
     (call("positive", tokens=TOKENS + 1), "single:0"),
     (call("positive", window=[0, 1]), "single:0"),
     (call("positive", replaced=[("double_block", 3)]), "single:0"),
+    (call("positive", replaced=[("middle", 0, 0)], of="attn1"), "single:0"),
     (call("positive", "other"), "single:0"),
-], ids=("condition", "layer", "batch", "tokens", "window", "replaced", "one of two"))
+], ids=("condition", "layer", "batch", "tokens", "window", "replaced", "replaced attention", "one of two"))
 def test_nothing_for_what_is_not_the_same(other, layer):
     kept = store()
     refresh(kept, call("positive"))
@@ -108,7 +114,7 @@ def test_windows_have_their_own():
                    transformer_options={"uuids": ["a"], "context_window": object()}), site()),
 ], ids=("no layer", "doubt", "no conditions", "batch of no conditions", "unknown window"))
 def test_what_can_not_be_recognised(made, place):
-    assert store().keys(made, place) is None and store().get(None, CPU) is None
+    assert store().keys(made, place) is None and store().get(None, CPU, 1) is None
 
 
 def test_the_same_twice_in_one_evaluation_is_never_used():
@@ -122,6 +128,23 @@ def test_the_same_twice_in_one_evaluation_is_never_used():
     assert not refresh(kept, call("both", "both"), evaluation=2)
     kept.clear()
     assert refresh(kept, call("positive"))
+
+
+def test_the_same_twice_where_the_first_was_not_kept():
+    """For want of memory, or because making it failed: the second one's residual is not the first one's."""
+    kept = store(calls=0)
+    assert not refresh(kept, call("positive"))
+    kept.room._limits[CPU] = 1 << 30
+    assert not refresh(kept, call("positive")) and got(kept, call("positive")) is None
+
+
+def test_the_same_twice_between_refreshes_only():
+    """As with a guidance that evaluates a condition anew from some step on."""
+    kept = store()
+    refresh(kept, call("positive"))
+    assert got(kept, call("positive"), evaluation=2) == [100]
+    assert got(kept, call("positive"), evaluation=3) == [100] and got(kept, call("positive"), evaluation=3) is None
+    assert got(kept, call("positive"), evaluation=4) is None and not refresh(kept, call("positive"), evaluation=5)
 
 
 def test_memory():
@@ -170,7 +193,7 @@ class TieredStore(ResidualStore):
 
 @pytest.fixture(autouse=True)
 def host(monkeypatch):
-    monkeypatch.setattr(residuals, "_HOST", torch.device("meta"))
+    monkeypatch.setattr(residual_memory, "_HOST", torch.device("meta"))
 
 
 def layers(kept, count, evaluation=1, conditions=("positive",)):
