@@ -80,8 +80,9 @@ class SpargeAttnTune(io.ComfyNode):
                     "refreshes", default=0, min=0, max=MOST_REFRESHES, step=1, optional=True, advanced=True,
                     tooltip="As you will use it on Apply SpargeAttn. The error is then measured where it is used, on "
                             "steps between refreshes with what the refresh found missing, so that far more can be "
-                            "skipped. The parameters hold for runs with refreshes alone. The search takes twice as "
-                            "long and keeps the calls of a refresh in ordinary memory, up to half of what is free."),
+                            "skipped. The parameters hold for runs with refreshes alone. The search takes two to "
+                            "three times as long and keeps the calls of up to two refreshes in ordinary memory, up to "
+                            "half of what is free."),
                 SPARGE_PARAMS.Input(
                     "params", optional=True,
                     tooltip="Parameters of an earlier search, to go on with on this prompt: what is found then holds "

@@ -80,7 +80,7 @@ class KernelCalls:
                                           **_arguments(plan, call))
                 lead = self._run.refresh.lead
                 earlier = store.earlier(keys, call.q.device) if lead else None
-                store.put(keys, made if earlier is None else made.extrapolated(earlier, lead))
+                store.put(keys, made if earlier is None else made.extrapolated(earlier, lead), evaluation)
         except (FastPathError, torch.OutOfMemoryError):  # sparse calls will meet it too, and say why
             store.drop(keys)
         except Exception as error:

@@ -14,15 +14,15 @@ from .residual_memory import ResidualMemory
 
 
 class _Entry:
-    """One condition's part of a residual: batch entries `first` to `last` of `whole`.
+    """One condition's part of a residual: batch entries `first` to `last` of `whole`, made in an evaluation.
 
     on_host: whether it lies in the host's memory, not on the GPU that uses it.
     """
 
-    __slots__ = ("whole", "first", "last", "on_host")
+    __slots__ = ("whole", "first", "last", "evaluation", "on_host")
 
-    def __init__(self, whole: Residual, first: int, last: int, on_host: bool):
-        self.whole, self.first, self.last, self.on_host = whole, first, last, on_host
+    def __init__(self, whole: Residual, first: int, last: int, evaluation: int, on_host: bool):
+        self.whole, self.first, self.last, self.evaluation, self.on_host = whole, first, last, evaluation, on_host
 
 
 class ResidualStore:
@@ -31,6 +31,11 @@ class ResidualStore:
     A residual is used by the layer, condition, context window and shape that it was made for. Conditions may be
     evaluated together at a refresh and one by one later, or the other way round. What comes twice in one evaluation
     under one key, such as the tiles of a large picture, can't be told apart: it is not kept for the rest of the run.
+
+    Which residual a call gets is decided on the host, before its thresholds are chosen. A test on the device, whether Q
+    agrees with that of the refresh, would come too late: with thresholds that count on a residual, a call without one
+    is as far from dense attention as with a foreign one. Nor does pooled Q tell, most of which is the position of the
+    tokens (tests/bench/README.md, "Refreshes").
 
     Residuals lie on the GPU as long as they take up to a share of its memory. The others lie in pinned memory of the
     host, and are fetched while the call before computes, in the order in which the calls came in the evaluation before.
@@ -99,8 +104,10 @@ class ResidualStore:
         with self._lock:
             if not self._note(keys, evaluation):
                 return False
-            if self._place(call.q.device, _size(call), keys):
-                return True
+            for _ in range(2):
+                if self._place(call.q.device, _size(call), keys):
+                    return True
+                self._keep_only(evaluation)  # what was not made anew yet makes way
             self.refused += 1
         self.drop(keys)
         return False
@@ -120,7 +127,15 @@ class ResidualStore:
             for key in keys:
                 self._entries.pop(key, None)
 
-    def put(self, keys: Sequence[Hashable], residual: Residual) -> None:
+    def end_refresh(self, evaluation: int) -> None:
+        """Drop what an evaluation did not make anew, such as of context windows that have moved on."""
+        with self._lock:
+            self._keep_only(evaluation)
+
+    def _keep_only(self, evaluation: int) -> None:
+        self._entries = {key: entry for key, entry in self._entries.items() if entry.evaluation == evaluation}
+
+    def put(self, keys: Sequence[Hashable], residual: Residual, evaluation: int) -> None:
         """Keep a residual (B, …) for conditions that follow each other in the batch."""
         each, device = len(residual.scale) // len(keys), residual.scale.device
         with self._lock:
@@ -137,7 +152,7 @@ class ResidualStore:
                     return
                 residual = kept
             for i, key in enumerate(keys):
-                self._entries[key] = _Entry(residual, i * each, (i + 1) * each, on_host)
+                self._entries[key] = _Entry(residual, i * each, (i + 1) * each, evaluation, on_host)
             self._came(device, tuple(keys))
             self.most_bytes = max(self.most_bytes, sum(self._bytes(device) for device in self._last))
             self.most_host_bytes = max(self.most_host_bytes,

@@ -84,6 +84,8 @@ class RunState:
                 levels = [] if schedule is None else schedule.tolist()
                 self.window.begin(percent_to_sigma, levels)
                 self.refresh.begin(levels, self.window.lowest, self.window.highest, float(percent_to_sigma(0.0)))
+        if self.refresh.due:
+            self.residuals.end_refresh(self.steps)
         read, ahead = functools.cache(lambda: timestep.flatten()[0].item()), self.refresh.ahead
         self.window.advance(read)
         self.refresh.advance(read)

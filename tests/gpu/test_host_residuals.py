@@ -48,8 +48,10 @@ def backend(q, k, v, heads, **kwargs):
     return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
-def outputs(qkv, on_gpu, pins, watched=False):
+def outputs(qkv, on_gpu, pins, watched=False, counted=None):
     """All results of a run with room on the GPU for so many residuals of one condition, and how it went.
+
+    counted: a list that gets the bytes that residuals were counted to take, at each evaluation.
 
     The conditions are evaluated together in the first half of the run, and then one after the other.
     """
@@ -59,6 +61,8 @@ def outputs(qkv, on_gpu, pins, watched=False):
 
     def evaluate(options):
         step = override.run.steps
+        if counted is not None:
+            counted.append(override.run.residuals.room.counted)
         for batch in ((0, 2),) if step <= STEPS // 2 else ((0, 1), (1, 2)):
             inner = {**options, "uuids": ["positive", "negative"][slice(*batch)]}
             override.names.count(attend, None, None, None, None, None, inner, batch=batch, step=step)
@@ -108,6 +112,21 @@ def test_memory_on_the_gpu_is_bounded(qkv):
         peaks[on_gpu] = torch.cuda.max_memory_allocated()
     assert peaks[2 * SLOTS] - peaks[0] <= (2 * SLOTS + 2) * BYTES + 2 ** 21, peaks
     assert peaks[100] - peaks[0] >= (2 * LAYERS - 2) * BYTES, peaks
+
+
+def test_memory_is_what_was_counted(qkv):
+    """Against a run without refreshes, beside the residual of a call that is made while the old one is in use."""
+    peaks = []
+    for on_gpu in (0, 100, 0, 100):  # the first two compile
+        counted = []
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        _, summary = outputs(qkv, on_gpu, Pins(), counted=counted)
+        peaks.append(torch.cuda.max_memory_allocated())
+        assert summary.residuals.startswith("none:") == (on_gpu == 0)
+        assert counted[-1] == 2 * LAYERS * BYTES and counted[0] == 0
+    call = 2 * BYTES
+    assert counted[-1] - call <= peaks[3] - peaks[2] <= counted[-1] + 2 * call + 2 ** 21, peaks
 
 
 def test_an_error_in_a_run_gives_all_back(qkv):

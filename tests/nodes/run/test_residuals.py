@@ -45,7 +45,7 @@ def refresh(kept, made, evaluation=1, layer="single:0"):
     batch = made.batch
     residual = Residual.empty((batch, HEADS, made.q_tokens, DIM), torch.device("cpu"))
     residual.scale[:] = torch.arange(batch)[:, None, None] + 100 * evaluation
-    kept.put(keys, residual)
+    kept.put(keys, residual, evaluation)
     return True
 
 
@@ -156,9 +156,9 @@ def test_memory():
     # Making one anew takes the place of the old one.
     assert refresh(kept, call("positive", "negative"), evaluation=2, layer="single:0")
     assert got(kept, call("positive", "negative"), "single:0") == [200, 201]
-    # Part of an old one keeps all of its memory.
-    assert not refresh(kept, call("positive"), evaluation=3, layer="single:0")
-    assert got(kept, call("positive"), "single:0") is None and got(kept, call("negative"), "single:0") == [201]
+    # Part of an old one keeps all of its memory, until that is needed for new ones.
+    assert refresh(kept, call("positive"), evaluation=3, layer="single:0")
+    assert got(kept, call("positive"), "single:0") == [300] and got(kept, call("negative"), "single:0") is None
 
 
 def test_free_memory_is_asked_for_once_a_run():
@@ -170,6 +170,18 @@ def test_free_memory_is_asked_for_once_a_run():
     kept.clear()
     refresh(kept, call("positive"))
     assert len(asked) == 2
+
+
+def test_what_the_last_refresh_did_not_make_goes():
+    """Windows that move on from step to step take the memory of one evaluation."""
+    kept = store(calls=2)
+    for evaluation in (1, 2, 3):
+        for window in ([evaluation], [evaluation + 10]):
+            assert refresh(kept, call("positive", window=window), evaluation)
+        kept.end_refresh(evaluation)
+        assert got(kept, call("positive", window=[evaluation])) == [100 * evaluation]
+        assert got(kept, call("positive", window=[evaluation - 1])) is None
+    assert kept.most_bytes == 2 * BYTES and kept.refused == 0
 
 
 def test_dropped():
