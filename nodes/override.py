@@ -101,7 +101,7 @@ class SpargeOverride:
             self.run.say_once("dense_blocks", "dense_blocks has no effect, this model does not number its blocks")
         refreshed = plan if self.run.refresh.due and isinstance(plan, SparsePlan) else None
         if self.run.refresh.ahead and isinstance(plan, SparsePlan):
-            self.run.residuals.count(call, site, self.run.steps)
+            self._kernels.count_residual(call, site)
         containers = _containers(args)
         if containers and not refreshed:  # which needs the tensors twice
             call = replace(call, owned=True)

@@ -67,6 +67,13 @@ class KernelCalls:
         self._run.add_quantised(call, site.block, watch.stop(), why)
         return call.give_back(out)
 
+    def count_residual(self, call: AttentionCall, site: CallSite) -> None:
+        """Count the memory that a residual of this call will take, before the first refresh."""
+        try:
+            self._run.residuals.count(call, site, self._run.steps)
+        except Exception as error:
+            self._lost(error)
+
     def keep_residual(self, plan: SparsePlan, call: AttentionCall, site: CallSite, dense: Tensor) -> None:
         """Keep what sparse attention lacks of the result of a dense call, in the caller's form."""
         plan = self._for_distant_steps(plan)

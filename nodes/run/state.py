@@ -12,6 +12,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from ...kernels import SpargeStats
+from ...kernels.failures import is_of_the_device
 from ..call.arguments import AttentionCall
 from ..call.plan import Dense
 from ..call.transformer_blocks import TransformerBlock
@@ -97,7 +98,13 @@ class RunState:
 
     def _decide_about_residuals(self) -> None:
         """Before the first refresh, have none if the memory that was counted exceeds what they may take."""
-        problem = self.residuals.decide()
+        try:
+            problem = self.residuals.decide()
+        except Exception as error:
+            if is_of_the_device(error):
+                raise
+            self.say_once("residuals", f"the memory of residuals is not known: {type(error).__name__}: {error}")
+            return
         if problem:
             self.refresh.give_up(problem)
             self.say_once("residuals", f"no refreshes: {problem}")

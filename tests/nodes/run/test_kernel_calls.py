@@ -81,6 +81,18 @@ def test_a_lost_residual_ends_no_run(reached, monkeypatch, caplog, stage):
     assert caplog.text.count("a residual was lost: RuntimeError: no more pages to pin") == 1
 
 
+@pytest.mark.parametrize("stage, says", (("count", "a residual was lost: RuntimeError: no driver"),
+                                         ("decide", "the memory of residuals is not known: RuntimeError: no driver")))
+def test_what_can_not_be_counted_is_kept_as_it_comes(reached, monkeypatch, caplog, stage, says):
+    def fails(*args):
+        raise RuntimeError("no driver")
+
+    monkeypatch.setattr(ResidualStore, stage, fails)
+    with caplog.at_level("INFO"):
+        run(replace(SETTINGS, start_percent=0.3))
+    assert set(reached) == {("topk", 0.25, True)} and caplog.text.count(says) == 1
+
+
 def test_an_error_of_the_device_is_not_hidden(monkeypatch):
     def fails(*args):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
