@@ -138,22 +138,6 @@ def test_additive_mask_over_queries_goes_dense(in_sampling):
     check(in_sampling, tensors(1, 2, 2, TOKENS, 64, split=True), 2, bias, skip_reshape=True, goes_dense=True)
 
 
-@pytest.mark.parametrize("name", ("qwen_image", "hunyuan_video", "hunyuan_video_1.5"))
-def test_padded_prompts(comfy_nodes, tmp_path, monkeypatch, name):
-    """The models turn the padding of a prompt into a floating mask over keys."""
-    family = checkpoints.FAMILIES[name]
-    checkpoints.write(family, tmp_path / "model.safetensors")
-    model = checkpoints.load(family, tmp_path / "model.safetensors", monkeypatch)
-    mask = torch.ones(1, family.context[0], dtype=torch.int64)
-    mask[:, 30:] = 0
-    positive = condition(family, mask=mask)
-    dense, unpadded = sample(model, family, positive=positive), sample(model, family)
-    below, probe = probed(model)
-    patched = sample(apply(comfy_nodes, below), family, positive=positive)
-    assert probe.declined == [] and relative_l1(patched, dense) <= BOUND
-    assert relative_l1(dense, unpadded) > 10 * relative_l1(patched, dense)  # the mask matters
-
-
 @pytest.mark.parametrize("strength", (1.0, 0.5))
 @pytest.mark.parametrize("name", ("ltxv", "ltx2"))
 def test_guides_of_ltx(comfy_nodes, tmp_path, name, strength):

@@ -317,14 +317,15 @@ def test_a_wrong_number_of_heads_is_an_error(comfy_nodes, tuned, model, positive
     sample(apply(comfy_nodes, model, params=replace(params, lenient=True)), positive, steps=1)
 
 
-@pytest.mark.parametrize("name", ("flux", "lumina2", "mochi"))
+@pytest.mark.parametrize("name", ("minimax_h3", "ltx2", "flux", "lumina2", "mochi"))
 def test_other_families(comfy_nodes, tmp_path, monkeypatch, name):
     """Text, several kinds of blocks, shared heads of K, blocks without numbers."""
     family = checkpoints.FAMILIES[name]
     path = tmp_path / "model.safetensors"
     checkpoints.write(family, path)
     model = checkpoints.load(family, path, monkeypatch)
-    params = tune(comfy_nodes, model, condition(family), family.latent, steps=1, l1=0.3, l2=0.35)[0]
+    latent = family.latents(torch.zeros(family.latent)) if family.audio else family.latent
+    params = tune(comfy_nodes, model, condition(family), latent, steps=1, l1=0.3, l2=0.35)[0]
     assert len(params.layers) == family.calls
     loaded = load(comfy_nodes, save(comfy_nodes, params, name))
     assert loaded.sparsity == pytest.approx(params.sparsity) and loaded.sparsity > 0
