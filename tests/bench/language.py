@@ -81,7 +81,7 @@ def main() -> None:
     parser.add_argument("--title", default="Persuasion", help="which novel of Rdata.rdb")
     parser.add_argument("--tokens", type=int, nargs="*", default=[2048, 4096, 8192], help="lengths for the perplexity")
     parser.add_argument("--windows", type=int, default=1, help="stretches of the text for each length")
-    parser.add_argument("--needle-tokens", type=int, default=2048)
+    parser.add_argument("--needle-tokens", type=int, nargs="*", default=[2048], help="lengths for the passkeys")
     parser.add_argument("--depths", type=int, default=11, help="from the start of the text to its end; 0 leaves it out")
     parser.add_argument("--impl", default="triton" if torch.cuda.is_available() else "reference")
     parser.add_argument("--pv-dtype", default="auto", help="auto is exact in the reference; int8 and fp16 emulate")
@@ -92,6 +92,9 @@ def main() -> None:
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     tokenizer, model, name = smollm2.load(device, dtype)
     ids = smollm2.token_ids(tokenizer, args.text, args.title, device)
+    longest = max([args.windows * tokens for tokens in args.tokens] + args.needle_tokens, default=0)
+    if longest > len(ids):
+        parser.error(f"the text must have {longest} tokens; got {len(ids)}")
     attention = Attention(model, args.impl, args.pv_dtype)
     rows = []
 
@@ -109,21 +112,19 @@ def main() -> None:
 
     for setting, params in {"dense": None, **SETTINGS}.items():
         for tokens in args.tokens:
-            if args.windows * tokens > len(ids):
-                parser.error(f"the text must have {args.windows * tokens} tokens; got {len(ids)}")
             attention.use(params)
             start = time.perf_counter()
             # As many tokens count in each window.
             mean = sum(math.log(perplexity(model, ids[None, i * tokens:(i + 1) * tokens])) for i in range(args.windows))
             record(setting=setting, tokens=tokens, perplexity=round(math.exp(mean / args.windows), 4),
                    kept=round(attention.share, 4), seconds=round(time.perf_counter() - start, 1))
-        if args.depths:
+        for tokens in args.needle_tokens if args.depths else ():
             attention.use(params)
             found = {}
             for i in range(args.depths):
                 depth, key = i / max(args.depths - 1, 1), str(10007 + 7919 * (i + 1))
-                found[f"{depth:.2f}"] = finds_needle(model, tokenizer, ids[:args.needle_tokens], depth, key)
-            record(setting=setting, needle_tokens=args.needle_tokens, found=found, kept=round(attention.share, 4))
+                found[f"{depth:.2f}"] = finds_needle(model, tokenizer, ids[:tokens], depth, key)
+            record(setting=setting, needle_tokens=tokens, found=found, kept=round(attention.share, 4))
 
 
 if __name__ == "__main__":

@@ -46,29 +46,36 @@ def host_us(run: Callable, calls: int = 100) -> float:
 
 
 def error(out: Tensor, exact: Tensor) -> dict[str, float]:
-    """Relative L1 and cosine similarity."""
-    return dict(L1=relative_l1(out, exact),
+    """Relative L1 and L2, and cosine similarity."""
+    return dict(L1=relative_l1(out, exact), L2=((out - exact).float().norm() / exact.float().norm()).item(),
                 cos=F.cosine_similarity(out.float().flatten(), exact.float().flatten(), dim=0).item())
 
 
-def exact_sample(q: Tensor, k: Tensor, v: Tensor, chosen: BlockMap | None, start: int, rows: int) -> Tensor:
-    """float32 attention of query rows [start, start + rows), over the chosen blocks if `chosen` is given."""
+def exact_sample(q: Tensor, k: Tensor, v: Tensor, chosen: BlockMap | None, start: int, rows: int,
+                 skipped: str = "drop") -> Tensor:
+    """float32 attention of query rows [start, start + rows), over the chosen blocks if `chosen` is given; with
+    `skipped` "pooled", the tokens of the others all have the mean score of their block."""
     scores = q[:, :, start:start + rows].float() @ k.float().mT * q.shape[-1] ** -0.5
     if chosen is not None:
-        i, k_blocks = start // chosen.block.q, chosen.indices.shape[-1]
+        i, size, k_tokens = start // chosen.block.q, chosen.block.k, k.shape[2]
         listed = BlockMap(chosen.indices[:, :, i:i + 1], chosen.counts[:, :, i:i + 1], chosen.block)
-        mask = listed.mask().repeat_interleave(chosen.block.k, -1)[..., :min(k.shape[2], k_blocks * chosen.block.k)]
-        scores.masked_fill_(~mask, float("-inf"))
+        mask = listed.mask().repeat_interleave(size, -1)[..., :k_tokens]
+        if skipped == "pooled":
+            sums = F.pad(scores, (0, -k_tokens % size)).unflatten(-1, (-1, size)).sum(-1)
+            tokens = (k_tokens - torch.arange(0, k_tokens, size, device=k.device)).clamp(max=size)
+            scores = scores.where(mask, (sums / tokens).repeat_interleave(size, -1)[..., :k_tokens])
+        else:
+            scores.masked_fill_(~mask, float("-inf"))
     return scores.softmax(-1).nan_to_num_(0.0) @ v.float()
 
 
-def gate_error(out: Tensor, q: Tensor, k: Tensor, v: Tensor, chosen: BlockMap | None) -> float:
+def gate_error(out: Tensor, q: Tensor, k: Tensor, v: Tensor, chosen: BlockMap | None, skipped: str = "drop") -> float:
     """The worst L1 of three blocks of queries of all heads, against exact arithmetic over the same blocks."""
     rows = 64 if chosen is None else chosen.block.q
     worst = 0.0
     for start in (0, q.shape[2] // 2 // rows * rows, (q.shape[2] - 1) // rows * rows):
         sample = out[:, :, start:start + rows]
-        worst = max(worst, relative_l1(sample, exact_sample(q, k, v, chosen, start, sample.shape[2])))
+        worst = max(worst, relative_l1(sample, exact_sample(q, k, v, chosen, start, sample.shape[2], skipped)))
     return worst
 
 

@@ -18,12 +18,13 @@ BASELINE = "SDPA cuDNN"
 @dataclass
 class Method:
     """run(q, k, v) → output; gate: a key of `measure.GATES`, None for sparse peers, whose blocks are not known;
-    params: the map's parameters, None for all but this project."""
+    params: the map's parameters, None for all but this project. skipped: what becomes of the other blocks, likewise."""
 
     name: str
     run: Callable[[Tensor, Tensor, Tensor], Tensor]
     gate: str | None
     params: SpargeParams | None = None
+    skipped: str = "drop"
 
 
 def sdpa(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -51,10 +52,12 @@ def methods() -> list[Method]:
             found += peer()
         except (ImportError, OSError):  # not installed, or its binary is built for another torch
             continue
-    settings = [(f"topk {topk}", fixed_share(topk)) for topk in (1.0, 0.5, 0.3, 0.2, 0.1)]
-    settings.append(("defaults", SpargeParams()))
-    return found + [Method(f"ours {pv_dtype} {label}", ours(params, pv_dtype), pv_dtype, params)
-                    for label, params in settings for pv_dtype in ("int8", "fp16")]
+    settings = [(f"topk {topk}", fixed_share(topk), "drop") for topk in (1.0, 0.5, 0.3, 0.2, 0.1)]
+    settings += [(f"topk {topk}, pooled", fixed_share(topk), "pooled") for topk in (0.3, 0.2, 0.1)]
+    settings.append(("defaults", SpargeParams(), "drop"))
+    return found + [
+        Method(f"ours {pv_dtype} {label}", ours(params, pv_dtype, skipped=skipped), pv_dtype, params, skipped)
+        for label, params, skipped in settings for pv_dtype in ("int8", "fp16")]
 
 
 def _flash_attn() -> list[Method]:
@@ -72,15 +75,19 @@ def _comfy_kitchen() -> list[Method]:
 
 
 def _sol_attn() -> list[Method]:
-    """comfy-kitchen's sparse attention at several thresholds, with and without single tokens beside its blocks."""
+    """comfy-kitchen's sparse attention, which pools what it skips: at several thresholds with and without single tokens
+    beside its blocks, and at fixed shares of blocks."""
     from comfy_kitchen import sol_attn, sol_attn_is_available
 
     def run(q, k, v, **settings):
         return sol_attn(*(x.transpose(1, 2) for x in (q, k, v)), **settings).transpose(1, 2)
 
-    settings = ((1.0, 256), (1.3, 256), (2.0, 256), (1.3, 0)) if sol_attn_is_available() else ()
-    return [Method(f"sol_attn τ={tau}, {tokens} tokens", partial(run, tau=tau, token_aug=tokens), None)
-            for tau, tokens in settings]
+    settings = {f"τ={tau}, {tokens} tokens": dict(tau=tau, token_aug=tokens)
+                for tau, tokens in ((1.0, 256), (1.3, 256), (2.0, 256), (1.3, 0))}
+    settings |= {f"topk {topk}": dict(topk_ratio=topk) for topk in (0.3, 0.2, 0.1)}
+    if not sol_attn_is_available():
+        settings = {}
+    return [Method(f"sol_attn {name}", partial(run, **each), None) for name, each in settings.items()]
 
 
 def _sageattention() -> list[Method]:

@@ -3,6 +3,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from comfyui_spargeattn.kernels import (
     BlockShape,
@@ -35,27 +36,39 @@ CALLS = {
     "padding": lambda n, device: dict(params=HALF, key_padding_mask=padded(n, device)),
     "bias": lambda n, device: dict(params=HALF, key_bias=torch.linspace(-4, 9, n, device=device).expand(2, -1)),
     "order": lambda n, device: dict(params=HALF, order=torch.arange(n, device=device).roll(37)),
+    "pooled": lambda n, device: dict(params=HALF, skipped="pooled"),
+    "pooled, padding, bias, order": lambda n, device: dict(
+        params=HALF, skipped="pooled", key_padding_mask=padded(n, device),
+        key_bias=torch.linspace(-4, 9, n, device=device).expand(2, -1), order=torch.arange(n, device=device).roll(37)),
     "lambda": lambda n, device: dict(params=SpargeParams(cdf_threshold=0.9, pv_threshold=1.0)),
 }
 
 
 def exact_lse(q, k, mask, block: BlockShape, *, params, scale=None, causal=False, key_padding_mask=None, key_bias=None,
-              order=None):
-    """float64 (B, H, N): by the definition, over the blocks of a map."""
+              order=None, skipped="drop"):
+    """float64 (B, H, N): by the definition, over the blocks of a map, with a mean score for each skipped one if pooled.
+    """
     n = k.shape[2]
     scores = q.double() @ k.double().repeat_interleave(q.shape[1] // k.shape[1], 1).mT
     scores = scores * (q.shape[-1] ** -0.5 if scale is None else scale)
-    attended = mask.repeat_interleave(block.q, 2)[:, :, :n].repeat_interleave(block.k, 3)[..., :n]
-    if order is not None:
-        place = order.argsort()
-        attended = attended[:, :, place][..., place]
+    allowed = torch.ones_like(scores, dtype=torch.bool)
     if causal:
-        attended = attended & torch.ones(n, n, dtype=torch.bool, device=q.device).tril()
+        allowed = allowed.tril()
     if key_padding_mask is not None:
-        attended = attended & ~key_padding_mask[:, None, None]
+        allowed = allowed & ~key_padding_mask[:, None, None]
     if key_bias is not None:
         scores = scores + key_bias[:, None, None].double()
-    return scores.masked_fill(~attended, -math.inf).logsumexp(-1)
+    if order is not None:
+        scores, allowed = (x[:, :, order][..., order] for x in (scores, allowed))
+    kept = mask.repeat_interleave(block.q, 2)[:, :, :n].repeat_interleave(block.k, 3)[..., :n]
+    if skipped == "pooled":
+        one, of = (F.pad(x, (0, -n % block.k)).unflatten(-1, (-1, block.k)) for x in (scores * allowed, allowed))
+        mean = one.sum(-1) / of.sum(-1).clamp(min=1)
+        scores = scores.where(kept, mean.repeat_interleave(block.k, -1)[..., :n])
+    else:
+        allowed = allowed & kept
+    lse = scores.masked_fill(~allowed, -math.inf).logsumexp(-1)
+    return lse if order is None else lse[:, :, order.argsort()]
 
 
 @pytest.mark.parametrize("layout", ("BHND", "BNHD"))
@@ -63,7 +76,7 @@ def exact_lse(q, k, mask, block: BlockShape, *, params, scale=None, causal=False
 def test_definition(name, layout):
     q, k, v = drifting_qkv(2, 4, 300, 16, kv_heads=2)
     call = CALLS[name](300, "cpu")
-    found = block_map(q, k, **call)
+    found = block_map(q, k, **{name: value for name, value in call.items() if name != "skipped"})
     given = [x if layout == "BHND" else x.transpose(1, 2) for x in (q, k, v)]
     _, lse = sparge_attention(*given, layout=layout, return_lse=True, **call)
     expected = exact_lse(q, k, found.mask(), found.block, **call)
@@ -82,14 +95,6 @@ def test_parts_of_the_keys_merge():
     weights = torch.stack([lse for _, lse in parts]).softmax(0)
     merged = sum(weight[..., None] * out for weight, (out, _) in zip(weights, parts))
     assert_near(merged, dense_attention(q, k, v), atol=1e-5)
-
-
-def test_the_pooled_tail_is_part_of_it():
-    """A skipped block counts as its mean key, once for each of its keys; where its keys are alike, that is exact."""
-    q, k, v = drifting_qkv(1, 1, 256, 16)
-    k = k[:, :, ::64].repeat_interleave(64, 2)
-    _, lse = sparge_attention(q, k, v, params=SpargeParams(topk=0.5), skipped="pooled", return_lse=True)
-    assert_near(lse, (q.double() @ k.double().mT / 4).logsumexp(-1), atol=1e-4)
 
 
 def test_what_is_returned():
