@@ -1,5 +1,6 @@
 """yunchang's attention over several processes with SpargeAttn inside."""
 import logging
+import os
 
 import pytest
 import torch
@@ -110,3 +111,17 @@ def test_two_processes(library, kind, tmp_path):
         assert found["every block"] < BOUND and BOUND < found["sparse"] < 0.5
         if kind == "ulysses":  # the same heads and the same map
             assert found["against one process"] < 1e-6
+
+
+@pytest.mark.skipif("RAYLIGHT_PATH" not in os.environ, reason="set RAYLIGHT_PATH to a checkout of raylight")
+@pytest.mark.skipif(DEVICE == "cuda" and torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("kind", ("ulysses", "ring"))
+def test_raylight(kind, tmp_path):
+    """Its own attention function, of the type that is registered here."""
+    needs("xfuser")
+    both = found_by_two("two_raylight", kind, tmp_path)
+    assert len(both) == 2
+    for found in both:
+        assert found["calls"] == {"sparse": 3 if kind == "ulysses" else 4}
+        assert max(found["flat"], found["split"]) < (1e-6 if kind == "ulysses" else 0.1)
+        assert kind == "ring" or found["joint"] < BOUND
