@@ -192,20 +192,21 @@ COSMOS_CONFIG = {"num_heads": 2, "crossattn_emb_channels": 64, "adaln_lora_dim":
                  "max_frames": 16, "num_blocks": 2}
 
 
-def cosmos():
+def cosmos(in_channels=16):
+    """With 17 channels it has a mask beside the noise and starts from a picture; so has the next."""
     from comfy.ldm.cosmos.model import GeneralDIT
 
-    return GeneralDIT(in_channels=16, out_channels=16, patch_spatial=2, patch_temporal=1, model_channels=256,
+    return GeneralDIT(in_channels=in_channels, out_channels=16, patch_spatial=2, patch_temporal=1, model_channels=256,
                       block_config="FA-CA-MLP", concat_padding_mask=True, pos_emb_cls="rope3d",
                       pos_emb_learnable=False, block_x_format="THWBD", affline_emb_norm=True, use_adaln_lora=True,
                       extra_per_block_abs_pos_emb=True, extra_per_block_abs_pos_emb_type="learnable",
                       **COSMOS_CONFIG, **operations())
 
 
-def cosmos_predict2():
+def cosmos_predict2(in_channels=16):
     from comfy.ldm.cosmos.predict2 import MiniTrainDIT
 
-    return MiniTrainDIT(in_channels=16, out_channels=16, patch_spatial=2, patch_temporal=1, model_channels=256,
+    return MiniTrainDIT(in_channels=in_channels, out_channels=16, patch_spatial=2, patch_temporal=1, model_channels=256,
                         concat_padding_mask=True, pos_emb_cls="rope3d", pos_emb_learnable=True,
                         use_adaln_lora=True, **COSMOS_CONFIG, **operations())
 

@@ -89,7 +89,11 @@ FAMILIES = {family.name: family for family in (
     Family("kandinsky5", builders.kandinsky5, (1, 16, 3, 32, 32), 768, 2, (48, 64), pooled=32,
            detected=builders.KANDINSKY5_CONFIG),
     Family("cosmos", builders.cosmos, (1, 16, 3, 32, 32), 768, 2, (48, 64), detected=builders.COSMOS_CONFIG),
+    Family("cosmos_image", partial(builders.cosmos, 17), (1, 16, 3, 32, 32), 768, 2, (48, 64),
+           detected=builders.COSMOS_CONFIG),
     Family("cosmos_predict2", builders.cosmos_predict2, (1, 16, 3, 32, 32), 768, 2, (48, 64),
+           detected=builders.COSMOS_CONFIG),
+    Family("cosmos_predict2_image", partial(builders.cosmos_predict2, 17), (1, 16, 3, 32, 32), 768, 2, (48, 64),
            detected=builders.COSMOS_CONFIG),
 )}
 

@@ -58,7 +58,8 @@ CASES = {
     ("flux2", "references"): lambda: {"reference_latents": [noise(1, 128, 10, 15), noise(1, 128, 8, 8)]},
     ("z_image", "reference"): lambda: {"reference_latents": [noise(1, 16, 20, 32)]},
     ("kandinsky5", "first frame"): lambda: {"time_dim_replace": noise(1, 16, 1, 32, 32)},
-    ("cosmos_predict2", "first frame"): lambda: {"concat_mask": first_frame(16, 3, 32)["concat_mask"]},
+    ("cosmos_image", "picture and mask"): lambda: first_frame(16, 3, 32),
+    ("cosmos_predict2_image", "picture and mask"): lambda: first_frame(16, 3, 32),
 }
 
 
