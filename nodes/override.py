@@ -99,7 +99,7 @@ class SpargeOverride:
         call, site, plan = entered
         if site.block is None and self.settings.dense_blocks:
             self.run.say_once("dense_blocks", "dense_blocks has no effect, this model does not number its blocks")
-        refreshed = plan if self.run.refresh.due and isinstance(plan, SparsePlan) else None
+        refreshed = plan if self.run.refresh.serves and isinstance(plan, SparsePlan) else None
         if self.run.refresh.ahead and isinstance(plan, SparsePlan):
             self._kernels.count_residual(call, site)
         containers = _containers(args)

@@ -82,6 +82,7 @@ class RefreshSchedule:
     evaluations, and then only with samplers that don't take one evaluation a step.
 
     due: whether this evaluation refreshes.
+    serves: whether it also makes residuals; at the last step none would be used.
     lead: how far the residuals that this evaluation makes are to be extrapolated, see `leads`.
     levels: noise levels of the refreshes of this run; none where there are none.
     far_apart: whether there are refreshes and the steps lie far apart.
@@ -140,6 +141,13 @@ class RefreshSchedule:
         self.levels = tuple(schedule[step] for step in chosen)
         self.far_apart = len(inside) < CLOSE
         self._pending = list(zip(self.levels, leads(noise, chosen)))
+
+    @property
+    def serves(self) -> bool:
+        if not self.due:
+            return False
+        *_, last, end = self._schedule
+        return bool(self._pending) or self.levels[-1] > last or end > 0
 
     @property
     def ahead(self) -> bool:

@@ -50,9 +50,11 @@ class Setting(NamedTuple):
 
 SETTINGS = (
     [Setting(dict(cdf_threshold=1.0))]
-    + [Setting(dict(cdf_threshold=tau), start) for start in (0.0, 0.1, 0.2) for tau in (0.9, 0.95, 0.98, 0.99, 0.995)]
-    + [Setting(amount, start, refreshes) for start in (0.1, 0.2) for refreshes in (3, 4, 6, 7)
-       for amount in (dict(topk=0.1), dict(topk=0.2), dict(cdf_threshold=0.8), dict(cdf_threshold=0.9))])
+    + [Setting(dict(cdf_threshold=tau)) for tau in (0.9, 0.95, 0.98, 0.99, 0.995)]
+    + [Setting(dict(cdf_threshold=tau), 0.1) for tau in (0.98, 0.99, 0.995)]
+    + [Setting(amount, 0.2, refreshes) for refreshes in (3, 4, 5, 6, 7)
+       for amount in (dict(topk=0.05), dict(topk=0.1), dict(topk=0.2),
+                      dict(cdf_threshold=0.8), dict(cdf_threshold=0.9), dict(cdf_threshold=0.95))])
 TUNED = [Setting(None, refreshes=refreshes, l1=l1)
          for refreshes, l1 in ((0, 0.02), (0, 0.05), (4, 0.05), (4, 0.1), (6, 0.05), (6, 0.1))]
 TUNED_ON, TUNED_SEED = ("circle white stripes right", "purple checker up"), 1
@@ -63,6 +65,7 @@ class Refreshed(Attention):
     """Attention that goes sparse after `dense_steps` and adds the residual of the last refresh.
 
     refreshes: as of `refreshes_of`.
+    last_step: of the run, after which no residual is used.
     layers: how many calls the model makes a step.
     tuned: the setting of each layer, in place of `params` and `skipped`.
     layout: of the tokens.
@@ -71,6 +74,7 @@ class Refreshed(Attention):
 
     skipped: str = "pooled"
     refreshes: dict[int, float] = field(default_factory=dict)
+    last_step: int = 0
     layers: int = 1
     tuned: list[TunedSetting | None] | None = None
     layout: TokenLayout = TokenLayout((1, 1, 1))
@@ -87,7 +91,7 @@ class Refreshed(Attention):
         start = self._now(q)
         if how is None or self.step < self.dense_steps or self.step in self.refreshes:
             out = sparge_attention(q, k, v, params=EVERY_BLOCK)
-            if how is not None and self.step in self.refreshes:
+            if how is not None and self.step in self.refreshes and self.step < self.last_step:
                 made = attention_residual(q, k, v, out, **how)
                 if layer in self.residuals and self.refreshes[self.step]:
                     made = made.extrapolated(self.residuals[layer], self.refreshes[self.step])
@@ -130,7 +134,7 @@ def clips(model, setting: Setting, tuned: list[TunedSetting | None] | None, grid
     params = None if setting.amount is None else SpargeParams(**setting.amount, similarity_threshold=-1.0)
     attention = model.attention = Refreshed(
         params, dense_share(steps, setting.start), skipped=setting.skipped, refreshes=refreshes_of(setting, steps),
-        layers=len(model.blocks), tuned=tuned, layout=TokenLayout(grid))
+        last_step=steps - 1, layers=len(model.blocks), tuned=tuned, layout=TokenLayout(grid))
     latents = sample(model, torch.stack([prompt(*words) for words in SCENES.values()]),
                      (grid[0], 2 * grid[1], 2 * grid[2]), steps, seed, before_step=attention.enter_step).cpu()
     computed = torch.stack(attention.computed).mean().item() if attention.computed else 1.0

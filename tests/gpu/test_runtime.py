@@ -100,7 +100,8 @@ def test_no_synchronisation(pv_dtype):
 @pytest.mark.parametrize("pv_dtype", PV_FORMATS)
 @pytest.mark.parametrize("kind", ("plain", "everything"))
 def test_no_recompilation(kind, pv_dtype, monkeypatch):
-    """A call with another length, batch, number of heads, threshold or scale compiles no kernel."""
+    """A call with another length, batch, number of heads, threshold or scale compiles no kernel. (One that keeps every
+    block has a preparation of its own.)"""
     import triton
 
     from comfyui_spargeattn.kernels._triton import launch, prepare_queries
@@ -123,7 +124,7 @@ def test_no_recompilation(kind, pv_dtype, monkeypatch):
         run(n, 4, 1, 0.9, 0.5, None)
     for heads, batch in ((2, 1), (6, 3), (16, 2), (32, 1)):
         run(1000, heads, batch, 0.9, 0.5, None)
-    for tau, theta, scale in ((1.0, 0.5, None), (0.5, -1.0, 1.0), (0.25, 1.0, 16.0), (0.125, 0.0, 0.0)):
+    for tau, theta, scale in ((0.99, 0.5, None), (0.5, -1.0, 1.0), (0.25, 1.0, 16.0), (0.125, 0.0, 0.0)):
         run(1000, 4, 1, tau, theta, scale)
     assert not compiled, f"compiled again: {compiled}"
 

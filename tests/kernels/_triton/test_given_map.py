@@ -67,7 +67,7 @@ def test_agrees_with_the_reference(name, pv_dtype):
     out = out if layout == "BHND" else out.transpose(1, 2)
     call.setdefault("params", SpargeParams(topk=1.0, pv_threshold=call.pop("pv_threshold", math.inf)))
     check_output(q, k, v, out, stats, maps[0], block_mask=mask, pv_dtype=pv_dtype,
-                 tight=call["params"].pv_threshold < math.inf, **call)
+                 tight=call["params"].pv_threshold < math.inf and pv_dtype == "fp16", **call)
     assert maps[0].block == block and (stats.pv_skipped.max() > 0.02) == (call["params"].pv_threshold < math.inf)
     if "skipped" not in call and "order" not in call:
         assert not out[:, :, :block.q].any() and out.any()

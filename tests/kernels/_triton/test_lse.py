@@ -13,7 +13,7 @@ from comfyui_spargeattn.tests.kernels.test_lse import CALLS, exact_lse
 N = 1500 if ON_GPU else 150
 # What INT8 may move a score of these q and k by at head_dim 64 and a scale of one, in natural units. It grows with the
 # root of head_dim, as a sum of independent roundings does.
-QUANTISED = 0.5
+QUANTISED = 0.6
 
 
 @pytest.mark.parametrize("pv_dtype", PV_FORMATS)

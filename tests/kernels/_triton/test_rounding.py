@@ -26,7 +26,7 @@ def one_large(bits: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("impl", ["triton", "reference"])
-@pytest.mark.parametrize("bits", [6, 9, 11])
+@pytest.mark.parametrize("bits", [6, 9])
 def test_small_probabilities_count(bits, impl):
     q, k, v = one_large(bits)
     out = sparge_attention(q, k, v, params=EVERY_BLOCK, pv_dtype="int8", impl=impl)[..., 0].double()

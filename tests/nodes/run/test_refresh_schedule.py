@@ -88,6 +88,19 @@ def test_the_last_dense_evaluation_refreshes_at_no_cost():
     assert Followed(schedule, schedule[:-1], 3).refreshed == refresh_steps(schedule, 3)
 
 
+@pytest.mark.parametrize("schedule, serves", [(shifted(20), False), (shifted(20)[:-1] + [0.1], True)])
+def test_no_residuals_at_the_last_step(schedule, serves):
+    """Only a second evaluation at a level above zero could use them."""
+    refresh = RefreshSchedule(6)
+    refresh.begin(schedule, -math.inf, schedule[4], 1.0)
+    served = []
+    for level in schedule[:-1]:
+        refresh.advance(lambda level=level: level)
+        if refresh.due:
+            served.append(refresh.serves)
+    assert refresh.levels[-1] == schedule[19] and served == [True] * 6 + [serves]
+
+
 def test_none_after_the_end_of_the_window():
     schedule = shifted(20)
     run = Followed(schedule, schedule[:-1], 5, lowest=schedule[11])
