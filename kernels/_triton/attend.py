@@ -16,7 +16,7 @@ from .launch import HAS_DESCRIPTORS, descriptor, launch
 from .output import Target, write_lse, write_output
 from .pooled_tail import add_pooled_tail
 from .prepared import PreparedKeys, PreparedQueries, PreparedValues
-from .primitives import order_rows, padded_dim, threshold_of, token_strides
+from .primitives import order_rows, padded_dim, threshold_of, token_strides, warp_uniform
 from .softmax import INT8_UNIT, mask_scores, online_softmax_update, rounding_bytes, rows_below, to_int8_operand
 from .tiles import load_channels, load_tile
 
@@ -116,7 +116,7 @@ def _attend_kernel(
         last = n_kept if CARE else n_plain
         if PV_INT8 and CARE:  # where a maximum rose too far, which is rare, this loop takes all blocks
             again = tl.max(total, 0) > _MOST_TOTAL
-            first = tl.where(again, 0, first)
+            first = warp_uniform(tl.where(again, 0, first), PTX=P_UNIT != 0)
             acc = tl.where(again, 0.0, acc)
             total = tl.where(again, 0.0, total)
             running_max = tl.where(again, -1e30, running_max)

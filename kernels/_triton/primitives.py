@@ -103,6 +103,16 @@ def mixed(x, GROUPS: tl.constexpr):
 
 
 @triton.jit
+def warp_uniform(number, PTX: tl.constexpr):
+    """`number`, an int32 scalar that is the same in all threads; under PTX the assembler learns that, and keeps what
+    follows from it, such as a loop's counter and addresses, in registers of a warp and not of each thread."""
+    if PTX:
+        number = tl.inline_asm_elementwise("shfl.sync.idx.b32 $0, $1, 0, 31, 0xffffffff;", "=r,r", [number],
+                                           dtype=tl.int32, is_pure=True, pack=1)
+    return number
+
+
+@triton.jit
 def block_similarity(x, count):
     """Mean cosine over all pairs of rows of x [N, D], of which `count` are not zero; NaN if x holds NaN or infinity."""
     inverse_norm = tl.rsqrt(tl.maximum(tl.sum(x * x, 1), 1e-24))
