@@ -25,16 +25,17 @@ from comfyui_spargeattn.kernels import capability
 def compile_calls(arch: str, dims, dtypes, thin: bool = False):
     """Yield (call, name of the kernel, compiled kernel or exception) over head_dims, dtypes, formats and variants.
 
-    thin: every configuration in the plain variant, and every other variant at one of the head_dims only; of kernels
-    other than attention's, the plain variant and the one with everything.
+    thin: every configuration in the plain variant and in the one with everything, and every other variant at one of the
+    head_dims only; of kernels other than attention's, the plain variant, and the one with everything at one head_dim.
     """
-    variant = ""
-    compiled = compile_launches(arch, lambda kernel: not thin or kernel == "_attend_kernel"
-                                or variant in ("plain", "everything"))
+    chosen, everywhere = True, ("plain", "everything")
+    compiled = compile_launches(arch, lambda kernel: chosen or kernel == "_attend_kernel")
     calls = itertools.product(range(len(dims)), dtypes, FORMATS, enumerate(variants().items()))
     for i, dtype, pv_dtype, (j, (variant, call)) in calls:
-        if thin and j > 0 and j % len(dims) != i:
+        here = j % len(dims) == i
+        if thin and not here and variant not in everywhere:
             continue
+        chosen = not thin or variant == "plain" or variant == "everything" and here
         run(dims[i], dtype, pv_dtype, *call)
         for name, kernel in compiled:
             yield dict(dim=dims[i], dtype=str(dtype), pv_dtype=pv_dtype, variant=variant), name, kernel
