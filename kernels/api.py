@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from . import dispatch, ops
-from .call import CallSpec, Thresholds
+from ._triton import replay
+from .call import CallSpec, Thresholds, inputs_of
 from .inputs import (
     IMPLEMENTATIONS,
     PV_DTYPES,
@@ -69,11 +70,20 @@ def sparge_attention(q: Tensor, k: Tensor, v: Tensor, *, params: SpargeParams = 
     something fails, such as memory. NaN or infinity in q, k or v makes at least those rows NaN that dense attention
     makes NaN.
     """
+    form = None
+    if not (return_lse or overwrite_v or key_bias is not None or impl == "reference"
+            or not isinstance(params, SpargeParams) or torch.compiler.is_compiling()):
+        tensors = inputs_of(q, k, v, order, key_padding_mask, params.per_head, residual)
+        form = replay.form_of(tensors, (layout, scale, causal, sink_keys, dense_queries, pv_dtype, skipped, impl,
+                                        return_stats, params.selection, params.numbers))
+        repeated = replay.repeat(form, tensors)
+        if repeated is not None:
+            return repeated
     check_tensors(q, k, v, layout, params)
     call = CallSpec(Thresholds.of(params, q.device), scale=scale, causal=causal, key_padding_mask=key_padding_mask,
                     key_bias=key_bias, order=order, sink_keys=sink_keys, dense_queries=dense_queries,
                     pv_dtype=pv_dtype, skipped=skipped, return_stats=return_stats, return_lse=return_lse,
-                    residual=residual)
+                    residual=residual, form=form)
     check_call(call, q, k, layout, impl)
     return _attention(q, k, v, call, layout, impl, overwrite_v)
 

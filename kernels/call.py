@@ -16,9 +16,7 @@ class Thresholds:
     """`SpargeParams` in the form that the kernels read.
 
     selection: "cdf" or "topk".
-    numbers: amount, similarity_threshold and pv_threshold where they are the same for all heads. Otherwise zeros, but
-        for a pv_threshold of infinity, which switches the λ test off for all heads.
-    per_head: float32 (3, H) on the device of the call, the same thresholds by query head; None where `numbers` holds.
+    numbers, per_head: as of `SpargeParams`, on the device of the call.
     """
 
     selection: str
@@ -27,15 +25,9 @@ class Thresholds:
 
     @classmethod
     def of(cls, params: SpargeParams, device: torch.device) -> Thresholds:
-        """The thresholds for a call on `device`. Does not wait for the device."""
-        amount, similarity, pv = params.amount, params.similarity_threshold, params.pv_threshold
-        heads = params.heads
-        if heads is None:
-            return cls(params.selection, (float(amount), float(similarity), float(pv)))
-        never_skips = not isinstance(pv, Tensor) and pv == math.inf
-        rows = [x.to(device, torch.float32) if isinstance(x, Tensor) else torch.full((heads,), x, device=device)
-                for x in (amount, similarity, pv)]
-        return cls(params.selection, (0.0, 0.0, math.inf if never_skips else 0.0), torch.stack(rows))
+        """The thresholds for a call on `device`. Does not wait for the device where they are there."""
+        per_head = params.per_head
+        return cls(params.selection, params.numbers, None if per_head is None else per_head.to(device))
 
     @property
     def amount(self) -> Threshold:
@@ -60,6 +52,7 @@ class CallSpec:
     thresholds: `params`, packed.
     block_mask: bool (B or 1, H or 1, q_blocks, k_blocks), the map that the caller gives; None predicts one.
     mask_block: the block shape that `block_mask` was made for, None where the caller did not say.
+    form: under which its launches are recorded, see _triton/replay.py; None where they are not.
     """
 
     thresholds: Thresholds
@@ -77,6 +70,11 @@ class CallSpec:
     block_mask: Tensor | None = None
     mask_block: BlockShape | None = None
     residual: Residual | None = None
+    form: tuple | None = None
+
+    def inputs(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor | None, ...]:
+        """The tensors of the call in the order in which its form has them."""
+        return inputs_of(q, k, v, self.order, self.key_padding_mask, self.thresholds.per_head, self.residual)
 
     @property
     def pooled(self) -> bool:
@@ -147,6 +145,13 @@ class CallSpec:
             residual = residual.heads(of_queries.start, of_queries.stop)
         return replace(self, thresholds=replace(self.thresholds, per_head=per_head), order=order, block_mask=mask,
                        residual=residual)
+
+
+def inputs_of(q: Tensor, k: Tensor, v: Tensor, order: Tensor | None, padding: Tensor | None, per_head: Tensor | None,
+              residual: Residual | None) -> tuple[Tensor | None, ...]:
+    """The tensors of a call whose launches may be repeated."""
+    quantised, scale = (None, None) if residual is None else (residual.quantised, residual.scale)
+    return q, k, v, order, padding, per_head, quantised, scale
 
 
 def largest_bias(bias: Tensor, padding: Tensor | None) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from ._triton import replay
 from ._triton.measured import give_up
 from .call import CallSpec
 from .capability import select_implementation
@@ -81,6 +82,7 @@ def _run(impl: str, q: Tensor, run: Callable[[Implementation], _Result], falls_b
                 return _run_kernels(run, q.device)
             except FastPathError as error:
                 remember(q, error)
+                replay.forget()
                 if impl == "triton" or not falls_back:
                     raise
         elif impl == "triton":

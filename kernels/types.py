@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -23,20 +23,27 @@ _RANGES = {
 _DEFAULT_CDF = 0.99
 
 
-def _check_threshold(name: str, value: object) -> None:
+def _rule(name: str) -> str:
     low, closed, high = _RANGES[name]
     interval = f"{'[' if closed else '('}{low:g}, {high:g}]"
-    rule = f"{name} must be a number or a 1-D tensor of one number a head, in {interval}"
+    return f"{name} must be a number or a 1-D tensor of one number a head, in {interval}"
+
+
+def _check_kind(name: str, value: object) -> None:
     if isinstance(value, Tensor):
         if value.ndim != 1 or value.numel() == 0 or not value.is_floating_point():
-            raise ValueError(f"{rule}; got a {value.dtype} tensor of shape {tuple(value.shape)}")
+            raise ValueError(f"{_rule(name)}; got a {value.dtype} tensor of shape {tuple(value.shape)}")
+    elif isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{_rule(name)}; got {type(value).__name__}")
+
+
+def _check_range(name: str, value: Threshold) -> None:
+    low, closed, high = _RANGES[name]
+    smallest = largest = value
+    if isinstance(value, Tensor):
         smallest, largest = value.min().item(), value.max().item()  # NaN makes both NaN
-    elif isinstance(value, (int, float)) and not isinstance(value, bool):
-        smallest = largest = float(value)
-    else:
-        raise TypeError(f"{rule}; got {type(value).__name__}")
     if not (largest <= high and (smallest >= low if closed else smallest > low)):
-        raise ValueError(f"{rule}; got {smallest:g}" + ("" if smallest == largest else f" … {largest:g}"))
+        raise ValueError(f"{_rule(name)}; got {smallest:g}" + ("" if smallest == largest else f" … {largest:g}"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +62,11 @@ class SpargeParams:
     pv_threshold: -λ ≥ 0, in log2 units. A group of rows skips P·V of a block where all its probabilities are below
         2^-pv_threshold of the running maximum (the authors' `pvthreshd`). `math.inf` switches the test off.
 
+    numbers: amount, similarity_threshold and pv_threshold where they are the same for all heads. Otherwise zeros, but
+        for a pv_threshold of infinity, which switches the λ test off for all heads.
+    per_head: float32 (3, H), the same three by query head, on the device of the first tensor among them; None where
+        `numbers` holds.
+
     Source: SpargeAttn (arXiv 2502.18137), sections 3.3-3.5. Raises ValueError or TypeError for values out of range
     and for NaN; the check of a GPU tensor waits for the device once, here, and never on the call path.
     """
@@ -63,6 +75,8 @@ class SpargeParams:
     topk: Threshold | None = None
     similarity_threshold: Threshold = 0.5
     pv_threshold: Threshold = math.inf
+    numbers: tuple[float, float, float] = field(init=False, repr=False)
+    per_head: Tensor | None = field(init=False, repr=False)
 
     def __post_init__(self):
         if self.cdf_threshold is not None and self.topk is not None:
@@ -71,10 +85,27 @@ class SpargeParams:
         if self.cdf_threshold is None and self.topk is None:
             object.__setattr__(self, "cdf_threshold", _DEFAULT_CDF)
         for name, value in self.items():
-            _check_threshold(name, value)
+            _check_kind(name, value)
         sizes = {name: len(value) for name, value in self.items() if isinstance(value, Tensor)}
         if len(set(sizes.values())) > 1:
             raise ValueError(f"per-head thresholds must have one length; got {sizes}")
+        numbers, per_head = self._packed()
+        object.__setattr__(self, "numbers", numbers)
+        object.__setattr__(self, "per_head", per_head)
+        for name, value in self.items():  # waits for the device, after which `per_head` is there for all streams
+            _check_range(name, value)
+
+    def _packed(self) -> tuple[tuple[float, float, float], Tensor | None]:
+        values = self.amount, self.similarity_threshold, self.pv_threshold
+        tensors = [x for x in values if isinstance(x, Tensor)]
+        if not tensors:
+            amount, similarity, pv = values
+            return (float(amount), float(similarity), float(pv)), None
+        first, pv = tensors[0], self.pv_threshold
+        never_skips = not isinstance(pv, Tensor) and pv == math.inf
+        rows = [x.to(first.device, torch.float32) if isinstance(x, Tensor) else
+                torch.full((len(first),), x, device=first.device) for x in values]
+        return (0.0, 0.0, math.inf if never_skips else 0.0), torch.stack(rows)
 
     def items(self) -> list[tuple[str, Threshold]]:
         """(name, value) of the three thresholds that are in use."""
@@ -95,9 +126,7 @@ class SpargeParams:
     @property
     def heads(self) -> int | None:
         """Number of heads the thresholds are given for, None where all are plain numbers."""
-        values = self.amount, self.similarity_threshold, self.pv_threshold
-        lengths = [len(value) for value in values if isinstance(value, Tensor)]
-        return lengths[0] if lengths else None
+        return None if self.per_head is None else self.per_head.shape[1]
 
     def to(self, device: torch.device | str) -> SpargeParams:
         """The same parameters with their tensors on `device`."""

@@ -206,7 +206,7 @@ class SpargeOverride:
 
 def _containers(args: tuple) -> tuple:
     """The containers of q, k and v, where they came in some."""
-    return args[:3] if args and hasattr(args[0], "peek") else ()
+    return args[:3] if args and not isinstance(args[0], Tensor) and hasattr(args[0], "peek") else ()
 
 
 def _opened(func: Callable, args: tuple) -> tuple[Callable, tuple]:

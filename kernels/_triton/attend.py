@@ -12,7 +12,7 @@ from ..formats import INT8_MAX, ROW_GROUP
 from ..types import Residual
 from .block_lists import BlockLists
 from .config import AttendConfig
-from .launch import HAS_DESCRIPTORS, descriptor, launch
+from .launch import HAS_DESCRIPTORS, Region, allocate, descriptor, launch
 from .output import Target, write_lse, write_output
 from .pooled_tail import add_pooled_tail
 from .prepared import PreparedKeys, PreparedQueries, PreparedValues
@@ -236,7 +236,7 @@ def _attend_kernel(
 
 def attend(queries: PreparedQueries, keys: PreparedKeys, values: PreparedValues, lists: BlockLists, target: Target, *,
            residual: Residual | None, k_tokens: int, order: Tensor | None, per_head: Tensor | None,
-           pv_threshold: float, causal: bool, config: AttendConfig, count_skips: bool) -> Tensor | None:
+           pv_threshold: float, causal: bool, config: AttendConfig, count_skips: bool) -> Region | None:
     """Write the attention of prepared tensors, with the residual added, into its target.
 
     Returns int32 (B, H, q_blocks), the row groups whose P·V was skipped; None where the λ test is off or not counted.
@@ -249,7 +249,7 @@ def attend(queries: PreparedQueries, keys: PreparedKeys, values: PreparedValues,
     skip_pv = pv_threshold < float("inf")
     skips = None
     if skip_pv and count_skips:
-        skips = torch.empty((batch, heads, q_blocks), dtype=torch.int32, device=out.device)
+        skips, = allocate(out.device, ((batch, heads, q_blocks), torch.int32))
     k, v, pooled_k, pooled_v = keys.quantised, values.values, keys.pooled, values.pooled
     tma = config.tma and HAS_DESCRIPTORS
     if tma:

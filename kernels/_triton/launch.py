@@ -7,19 +7,26 @@ constants.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
+import triton
 from torch import Tensor
+from triton.runtime import driver
 
 from ..failures import raise_failed
 from ..triton_package import triton_version
+from . import replay
 
 try:
     from triton.tools.tensor_descriptor import TensorDescriptor
 except ModuleNotFoundError:  # before Triton 3.4
     TensorDescriptor = None
 
-_RELAUNCHES = (triton_version() or (0, 0)) >= (3, 6)
+_VERSION = triton_version() or (0, 0)
+_RELAUNCHES = _VERSION >= (3, 6)
+_KNOWN = (3, 6) <= _VERSION <= (3, 9)  # versions whose way from a compiled kernel to the driver is known to be the same
 HAS_DESCRIPTORS = TensorDescriptor is not None
 _ALIGNMENT = 256
 _compiled: dict[tuple, object] = {}
@@ -30,7 +37,7 @@ class Region:
 
     __slots__ = ("memory", "offset", "shape", "dtype", "address")
 
-    def __init__(self, memory: Tensor, base: int, offset: int, shape: tuple[int, ...], dtype: torch.dtype):
+    def __init__(self, memory: Tensor | None, base: int, offset: int, shape: tuple[int, ...], dtype: torch.dtype):
         self.memory, self.offset, self.shape, self.dtype, self.address = memory, offset, shape, dtype, base + offset
 
     def data_ptr(self) -> int:
@@ -58,6 +65,8 @@ def allocate(device: torch.device, *wanted: tuple[tuple[int, ...], torch.dtype] 
             size += -(-math.prod(item[0]) * item[1].itemsize // _ALIGNMENT) * _ALIGNMENT
     memory = torch.empty(size, dtype=torch.uint8, device=device)
     base = memory.data_ptr()
+    if (recording := replay.recording()) is not None:
+        recording.allocated(base, size)
     return [None if item is None else Region(memory, base, offset, *item) for item, offset in zip(wanted, offsets)]
 
 
@@ -73,22 +82,25 @@ def launch(kernel, grid: tuple[int, ...], device: torch.device, *, inputs: dict,
     inputs, outputs: tensors, `Region`s, descriptors, None, and plain numbers. sizes: run-time integers. constants:
     tl.constexpr. options: num_warps and the like. Raises FastPathError where the kernel does not compile or start.
     """
-    values, key = [], [kernel, device, *constants.values(), *options.values()]
+    values, key, addresses = [], [kernel, device, *constants.values(), *options.values()], []
     for x in (*inputs.values(), *outputs.values()):
         kind = type(x)
         if kind is Region:
             key.append(x.dtype)
             x = x.address
+            addresses.append((len(values), x, None))
         elif x is None:
             key.append(None)
         elif kind is TensorDescriptor:
             key.append((x.base.dtype, *x.block_shape))
+            addresses.append((len(values), x.base.data_ptr(), partial(_moved, x)))
         elif kind is not int and kind is not float:
             address = x.data_ptr()
             key.append((x.dtype, address % 16 == 0))
             x = address
+            addresses.append((len(values), x, None))
         values.append(x)
-    key = tuple(key)
+    key, grid = tuple(key), (*grid, 1, 1)[:3]
     compiled = _compiled.get(key)
     if compiled is None:
         arguments = {name: _materialise(x) for name, x in (inputs | outputs).items()} | sizes | constants
@@ -100,13 +112,52 @@ def launch(kernel, grid: tuple[int, ...], device: torch.device, *, inputs: dict,
         # Nothing is kept from the interpreter, and from versions whose compiled kernels take other arguments.
         if hasattr(compiled, "function") and _RELAUNCHES:
             _compiled[key] = compiled
+        else:
+            compiled = None
     else:
-        compiled[(*grid, 1, 1)[:3]](*values, *sizes.values(), *constants.values())
+        compiled[grid](*values, *sizes.values(), *constants.values())
+    if (recording := replay.recording()) is not None:
+        recording.launched(None if compiled is None else _starter(compiled, grid),
+                           [*values, *sizes.values(), *constants.values()], addresses)
+
+
+def current_stream(index: int) -> int:
+    """The stream of a device that torch launches on, as Triton takes it."""
+    return driver.active.get_current_stream(index)
 
 
 def forget() -> None:
     """Drop what `launch` remembers."""
     _compiled.clear()
+    replay.forget()
+
+
+def _starter(compiled, grid: tuple[int, int, int]) -> Callable[[int, list], None]:
+    """A function that launches a compiled kernel on a stream with a list of arguments.
+
+    Triton's own takes twice as long, because it prepares for hooks of profilers every time. So it serves where there
+    are some, and with versions that no one has looked at.
+    """
+    knobs = triton.knobs.runtime
+    run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
+
+    def start(stream: int, arguments: list) -> None:
+        if _KNOWN and not (_hooks(knobs.launch_enter_hook) or _hooks(knobs.launch_exit_hook)):
+            run(*grid, stream, function, metadata, None, None, None, *arguments)
+        else:
+            compiled[grid](*arguments, stream=stream)
+
+    return start
+
+
+def _hooks(hook) -> object:
+    """Something true where a hook of Triton's does anything: a function, or a chain that holds some."""
+    return getattr(hook, "calls", hook)
+
+
+def _moved(x: TensorDescriptor, address: int) -> TensorDescriptor:
+    """A descriptor of the same matrix at another address."""
+    return TensorDescriptor(Region(None, address, 0, x.base.shape, x.base.dtype), x.shape, x.strides, x.block_shape)
 
 
 def _name_of(kernel) -> str:

@@ -15,7 +15,7 @@ import torch
 
 from ..capability import card_name
 from ..triton_package import triton_version
-from . import measured_file
+from . import measured_file, replay
 from .config import AttendConfig
 from .measured_file import Launch, Measured, MeasuredFileError
 
@@ -101,6 +101,7 @@ def give_up(device: torch.device) -> bool:
         if took:
             _given_up.add(device)
             _taken.clear()
+            replay.forget()
     if took:
         _log.warning("SpargeAttn: a launch configuration that was measured on this card fails; the pack's own is taken "
                      "in its place. Run Benchmark SpargeAttn again")
@@ -112,7 +113,8 @@ def trial() -> Iterator[Trial]:
     """Inside, calls of this thread take `Trial.config`."""
     outer, _thread.trial = _thread.trial, Trial()
     try:
-        yield _thread.trial
+        with replay.off():
+            yield _thread.trial
     finally:
         _thread.trial = outer
 
@@ -128,6 +130,7 @@ def _use(known: dict[tuple, Measured]) -> None:
     _taken.clear()
     _given_up.clear()
     _said.clear()
+    replay.forget()
 
 
 def _choose(device: torch.device, entry: AttendConfig, padded_dim: int, pv_format: str) -> AttendConfig:

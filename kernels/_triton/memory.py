@@ -8,7 +8,7 @@ from ..types import BlockShape
 from .primitives import round_up
 
 # Inputs up to this size are taken whole, whatever is free.
-_SMALL = 256 << 20
+SMALL = 256 << 20
 # What the copies of a group of heads may take where memory is short, as a share of the bytes of q, k and v.
 SHARE = 0.25
 
@@ -38,7 +38,7 @@ def free_bytes(device: torch.device) -> int:
 
 def is_short(q: Tensor, k: Tensor, pv_int8: bool, block: BlockShape, pooled: bool) -> bool:
     """Whether the copies of a whole call would take more than half of what is free."""
-    if input_bytes(q, k) <= _SMALL or q.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+    if input_bytes(q, k) <= SMALL or q.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         return False
     return copied_bytes(q, k, pv_int8, block, pooled) > free_bytes(q.device) // 2
 
@@ -54,4 +54,4 @@ def groups_of_heads(q: Tensor, k: Tensor, pv_int8: bool, block: BlockShape, pool
 
 def groups_where_long(q: Tensor, k: Tensor, pv_int8: bool, block: BlockShape, pooled: bool) -> list[tuple[int, int]]:
     """The same where the inputs are large; all heads of others, for which more launches would take longer."""
-    return [(0, k.shape[1])] if input_bytes(q, k) <= _SMALL else groups_of_heads(q, k, pv_int8, block, pooled)
+    return [(0, k.shape[1])] if input_bytes(q, k) <= SMALL else groups_of_heads(q, k, pv_int8, block, pooled)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..types import Residual
+from ..types import Residual, SpargeStats
 from .primitives import row_pointers, to_int8, tokens_at
 
 
@@ -18,16 +18,19 @@ class Target:
     out: (B, H, Nq, D), any strides with a contiguous last dimension.
     residual: takes what `out`, which then is dense attention and stays as it is, has beyond the result; or None.
     lse: takes the log-sum-exp of the scores with the constant of K missing, float32 (B, H, Nq); or None.
+    stats: takes the statistics; or None.
     """
 
     out: Tensor
     residual: Residual | None = None
     lse: Tensor | None = None
+    stats: SpargeStats | None = None
 
     def heads(self, which: slice) -> Target:
         """The same for some of the heads."""
         return Target(self.out[:, which], self.residual and self.residual.heads(which.start, which.stop),
-                      None if self.lse is None else self.lse[:, which])
+                      None if self.lse is None else self.lse[:, which],
+                      self.stats and SpargeStats(self.stats.kept[:, which], self.stats.pv_skipped[:, which]))
 
 
 @triton.jit

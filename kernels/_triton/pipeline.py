@@ -7,15 +7,18 @@ from torch import Tensor
 from ..call import CallSpec
 from ..capability import arch_of, pv_format
 from ..failures import FastPathError
-from ..formats import LOG2E, ROW_GROUP
+from ..formats import LOG2E
 from ..types import BlockMap, BlockShape, Residual, SpargeStats, TokenRanges
+from . import replay
 from .attend import attend
 from .block_lists import BlockLists
 from .blockmap import select_blocks
 from .config import AttendConfig, attend_config
+from .count import count
 from .given_map import lists_from_mask
+from .launch import Region, current_stream
 from .measured import configuration
-from .memory import groups_of_heads, groups_where_long, is_short
+from .memory import SMALL, groups_of_heads, groups_where_long, input_bytes, is_short
 from .output import Target
 from .prepare_keys import prepare_keys
 from .prepare_queries import prepare_queries
@@ -29,9 +32,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, 
 
     Takes the heads in groups where memory is short. `out` may be v itself; then it does wherever the sequence is long.
     """
+    stats = replay.statistics(q.shape[:2], q.device) if call.return_stats else None
     if out is v:
-        return _over_values(q, k, v, Target(out), call)
-    return _in_memory(q, k, v, Target(out, lse=lse), call)
+        _over_values(q, k, v, Target(out, stats=stats), call)
+    else:
+        _in_memory(q, k, v, Target(out, lse=lse, stats=stats), call)
+    return stats
 
 
 def residual(q: Tensor, k: Tensor, v: Tensor, dense: Tensor, call: CallSpec) -> Residual:
@@ -41,7 +47,7 @@ def residual(q: Tensor, k: Tensor, v: Tensor, dense: Tensor, call: CallSpec) -> 
     return made
 
 
-def _over_values(q: Tensor, k: Tensor, v: Tensor, target: Target, call: CallSpec) -> SpargeStats | None:
+def _over_values(q: Tensor, k: Tensor, v: Tensor, target: Target, call: CallSpec) -> None:
     """Attention of q, k and v, all of one shape, whose target is v.
 
     A group of heads is written where its own v was, which is quantised by then. So beside q, k and v there are the
@@ -50,24 +56,24 @@ def _over_values(q: Tensor, k: Tensor, v: Tensor, target: Target, call: CallSpec
     """
     config, pv_int8 = _configure(q, call.pv_dtype)
     call.check_blocks(config.block, q.shape[2], k.shape[2])
-    stats, written = [], False
+    written = False
     with torch.cuda.device_of(q):
         for first, last in groups_where_long(q, k, pv_int8, config.block, call.pooled):
             of_group = slice(first, last)
             try:
-                made = _attention(q[:, of_group], k[:, of_group], v[:, of_group], target.heads(of_group),
-                                  call.heads(first, last, 1), config, pv_int8)
+                part = target.heads(of_group)
+                made = _attention(q[:, of_group], k[:, of_group], v[:, of_group], part, call.heads(first, last, 1),
+                                  config, pv_int8)
                 written = True
-                stats.append(_statistics(*made, call, config.block))
+                _count(*made, part, config.block)
             except (FastPathError, torch.OutOfMemoryError) as error:
                 if not written:
                     raise
                 raise RuntimeError(f"attention failed after it had overwritten some of v: {error}") from error
             del made  # before the next group takes memory
-    return _joined(stats)
 
 
-def _in_memory(q: Tensor, k: Tensor, v: Tensor, target: Target, call: CallSpec) -> SpargeStats | None:
+def _in_memory(q: Tensor, k: Tensor, v: Tensor, target: Target, call: CallSpec) -> None:
     """`_attention` of all heads, together or in groups, as memory allows."""
     config, pv_int8 = _configure(q, call.pv_dtype)
     call.check_blocks(config.block, q.shape[2], k.shape[2])
@@ -75,17 +81,19 @@ def _in_memory(q: Tensor, k: Tensor, v: Tensor, target: Target, call: CallSpec) 
     with torch.cuda.device_of(q):  # Triton launches on the current GPU
         if not is_short(*size):
             try:
-                return _statistics(*_attention(q, k, v, target, call, config, pv_int8), call, config.block)
+                # Longer calls keep the device busy, and find memory in several pieces more easily.
+                form = call.form if input_bytes(q, k) <= SMALL else None
+                with replay.recorded(form, call.inputs(q, k, v), target.out, target.stats, current_stream):
+                    _count(*_attention(q, k, v, target, call, config, pv_int8), target, config.block)
+                return
             except torch.OutOfMemoryError:
                 pass  # what the attempt held is free once this handler is left
         group = q.shape[1] // k.shape[1]
-        stats = []
         for first, last in groups_of_heads(*size):
             of_queries, of_keys = slice(first * group, last * group), slice(first, last)
-            stats.append(_statistics(*_attention(
-                q[:, of_queries], k[:, of_keys], v[:, of_keys], target.heads(of_queries),
-                call.heads(first, last, group), config, pv_int8), call, config.block))
-    return _joined(stats)
+            part = target.heads(of_queries)
+            _count(*_attention(q[:, of_queries], k[:, of_keys], v[:, of_keys], part, call.heads(first, last, group),
+                               config, pv_int8), part, config.block)
 
 
 def predict(q: Tensor, k: Tensor, call: CallSpec) -> BlockMap:
@@ -116,7 +124,7 @@ def _configure(q: Tensor, pv_dtype: str) -> tuple[AttendConfig, bool]:
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, target: Target, call: CallSpec, config: AttendConfig,
-               pv_int8: bool) -> tuple[BlockLists, Tensor | None]:
+               pv_int8: bool) -> tuple[BlockLists, Region | None]:
     """Attention of all heads together, into its target; what its statistics are made of.
 
     The target is written by the last launch alone, after which only a log-sum-exp takes memory.
@@ -125,7 +133,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, target: Target, call: CallSpec, 
     queries, statistics, keys, values, lists = _prepare(q, k, v, call, config, pv_int8, order)
     skips = attend(queries, keys, values, lists, target, residual=call.residual, k_tokens=k.shape[2], order=order,
                    per_head=call.thresholds.per_head, pv_threshold=call.thresholds.numbers[2], causal=call.causal,
-                   config=config, count_skips=call.return_stats)
+                   config=config, count_skips=target.stats is not None)
     if target.lse is not None:
         centre = statistics.key_centre(q.shape[-1]).repeat_interleave(q.shape[1] // k.shape[1], 1)
         target.lse.add_(call.shared_score(q, centre))
@@ -156,23 +164,10 @@ def _prepare(q: Tensor, k: Tensor, v: Tensor | None, call: CallSpec, config: Att
     return queries, statistics, keys, values, lists
 
 
-def _statistics(lists: BlockLists, skips: Tensor | None, call: CallSpec, block: BlockShape) -> SpargeStats | None:
-    """None where the call asks for none. skips: int32 (B, H, q_blocks), the row groups whose P·V was skipped; None
-    where none could be."""
-    if not call.return_stats:
-        return None
-    _, n_kept, n_visible = lists.counts.tensor().sum(2, dtype=torch.float32).unbind(-1)
-    kept = n_kept / n_visible.clamp(min=1)
-    if skips is None:
-        return SpargeStats(kept, torch.zeros_like(kept))
-    return SpargeStats(kept, skips.sum(-1) / (n_kept * (block.q // ROW_GROUP)).clamp(min=1))
-
-
-def _joined(stats: list[SpargeStats | None]) -> SpargeStats | None:
-    """Statistics of all heads from those of groups of them."""
-    found = [x for x in stats if x is not None]
-    return SpargeStats(torch.cat([x.kept for x in found], 1),
-                       torch.cat([x.pv_skipped for x in found], 1)) if found else None
+def _count(lists: BlockLists, skips: Region | None, target: Target, block: BlockShape) -> None:
+    """Write the statistics, if the target takes some, of what `_attention` returned."""
+    if target.stats is not None:
+        count(lists, skips, target.stats, block)
 
 
 def _contiguous(x: Tensor | None) -> Tensor | None:
@@ -186,4 +181,6 @@ def _flags(ranges: TokenRanges | None, x: Tensor) -> Tensor | None:
     flags = torch.zeros(x.shape[2], dtype=torch.int8, device=x.device)
     for start, stop in ranges:
         flags[start:stop] = 1
+    if (recording := replay.recording()) is not None:
+        recording.keeps(flags)
     return flags

@@ -33,7 +33,7 @@ class KeyMask(TypedDict, total=False):
     key_bias: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)  # frozen, it would take twice as long to make
 class AttentionCall:
     """One attention call.
 
@@ -46,6 +46,7 @@ class AttentionCall:
     low_precision: False where the model refuses quantised attention.
     transformer_options: what ComfyUI tells of the evaluation.
     owned: whether the caller has given q, k and v away, so that v may be overwritten.
+    batch, q_tokens, k_tokens: sizes. heads: of q, and of k and v.
     """
 
     q: Tensor
@@ -58,6 +59,15 @@ class AttentionCall:
     low_precision: bool = True
     transformer_options: dict[str, Any] = field(default_factory=dict)
     owned: bool = False
+    batch: int = field(init=False)
+    q_tokens: int = field(init=False)
+    k_tokens: int = field(init=False)
+    heads: tuple[int, int] = field(init=False)
+
+    def __post_init__(self):
+        q, k, tokens = self.q.shape, self.k.shape, 2 if self.layout == "BHND" else 1
+        self.batch, self.q_tokens, self.k_tokens = q[0], q[tokens], k[tokens]
+        self.heads = q[3 - tokens], k[3 - tokens]
 
     @classmethod
     def parse(cls, args: tuple, kwargs: dict[str, Any]) -> AttentionCall:
@@ -66,19 +76,17 @@ class AttentionCall:
             raise UnsupportedCall(f"{len(args)} positional arguments")
         given = dict(zip(_POSITIONAL, args)) | kwargs
         # An argument of a newer ComfyUI may change what attention means, unless it is switched off.
-        unknown = sorted(name for name in given.keys() - _KEYWORDS if given[name] is not None
-                         and given[name] is not False)
-        if unknown:
-            raise UnsupportedCall(f"unknown argument '{unknown[0]}'")
+        unknown = given.keys() - _KEYWORDS
+        for name in sorted(unknown):
+            if given[name] is not None and given[name] is not False:
+                raise UnsupportedCall(f"unknown argument '{name}'")
         try:
-            q, k, v, heads = (given[name] for name in ("q", "k", "v", "heads"))
+            q, k, v, heads = given["q"], given["k"], given["v"], given["heads"]
         except KeyError as missing:
             raise UnsupportedCall(f"no argument {missing}") from None
-        q, k, v = (x.peek() if hasattr(x, "peek") else x for x in (q, k, v))
-        mask = given.get("mask")
-        for name, x in {"q": q, "k": k, "v": v, **({} if mask is None else {"mask": mask})}.items():
-            if not isinstance(x, Tensor):
-                raise UnsupportedCall(f"{name} is a {type(x).__name__}")
+        q, k, v, mask = _tensor("q", q), _tensor("k", k), _tensor("v", v), given.get("mask")
+        if mask is not None and not isinstance(mask, Tensor):
+            raise UnsupportedCall(f"mask is a {type(mask).__name__}")
         if not isinstance(heads, int) or heads < 1:
             raise UnsupportedCall(f"heads is {heads!r}")
         if q.ndim not in (3, 4):
@@ -86,31 +94,10 @@ class AttentionCall:
         skip_reshape = bool(given.get("skip_reshape"))
         layout = "BHND" if given.get("skip_output_reshape") else "BNHD"
         head_dim = q.shape[-1] if skip_reshape else q.shape[-1] // heads
-        q, k, v = (_split_heads(x, head_dim, skip_reshape, layout) for x in (q, k, v))
-        return cls(q, k, v, layout, mask=mask, scale=given.get("scale"), enable_gqa=bool(given.get("enable_gqa")),
-                   low_precision=given.get("low_precision_attention") is not False,
-                   transformer_options=given.get("transformer_options") or {})
-
-    @property
-    def batch(self) -> int:
-        return self.q.shape[0]
-
-    @property
-    def q_tokens(self) -> int:
-        return self.q.shape[self._token_axis]
-
-    @property
-    def k_tokens(self) -> int:
-        return self.k.shape[self._token_axis]
-
-    @property
-    def heads(self) -> tuple[int, int]:
-        """Heads of q, and of k and v."""
-        return self.q.shape[3 - self._token_axis], self.k.shape[3 - self._token_axis]
-
-    @property
-    def _token_axis(self) -> int:
-        return 2 if self.layout == "BHND" else 1
+        return cls(_split_heads(q, head_dim, skip_reshape, layout), _split_heads(k, head_dim, skip_reshape, layout),
+                   _split_heads(v, head_dim, skip_reshape, layout), layout, mask, given.get("scale"),
+                   bool(given.get("enable_gqa")), given.get("low_precision_attention") is not False,
+                   given.get("transformer_options") or {})
 
     @functools.cached_property
     def key_mask(self) -> KeyMask | None:
@@ -146,7 +133,16 @@ class AttentionCall:
 
     def give_back(self, out: Tensor) -> Tensor:
         """The kernel's result, in `layout`, as the caller wants it."""
-        return out if self.layout == "BHND" else out.reshape(*out.shape[:2], -1)
+        return out if self.layout == "BHND" else out.flatten(2)
+
+
+def _tensor(name: str, x: Any) -> Tensor:
+    """q, k or v, which may stand in a container."""
+    if not isinstance(x, Tensor):
+        x = x.peek() if hasattr(x, "peek") else x
+        if not isinstance(x, Tensor):
+            raise UnsupportedCall(f"{name} is a {type(x).__name__}")
+    return x
 
 
 def _split_heads(x: Tensor, head_dim: int, skip_reshape: bool, layout: str) -> Tensor:

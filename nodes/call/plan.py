@@ -1,6 +1,7 @@
 """Which attention calls go sparse, and how: a pure decision, made before anything is launched."""
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, field, replace
 
@@ -119,13 +120,7 @@ class SparsePlan:
 
     def keeping(self, least: float) -> SparsePlan:
         """With blocks kept for at least this share of the predicted attention, in place of a fixed share of them."""
-        params = self.params
-        if params.selection == "topk":
-            amount = least
-        else:
-            amount = params.amount.clamp(min=least) if isinstance(params.amount, Tensor) else max(params.amount, least)
-        return replace(self, params=SpargeParams(cdf_threshold=amount, pv_threshold=params.pv_threshold,
-                                                 similarity_threshold=params.similarity_threshold))
+        return replace(self, params=_keeping(self.params, least))
 
 
 @dataclass(frozen=True)
@@ -142,6 +137,16 @@ class Dense:
 _ALL_BLOCKS = {"cdf": SpargeParams(cdf_threshold=1.0), "topk": SpargeParams(topk=1.0)}
 OUTSIDE = Dense("outside start_percent … end_percent")
 REFRESH = Dense("refresh of the residuals")
+
+
+@functools.lru_cache(maxsize=16)  # every call of a run asks for the same
+def _keeping(params: SpargeParams, least: float) -> SpargeParams:
+    if params.selection == "topk":
+        amount = least
+    else:
+        amount = params.amount.clamp(min=least) if isinstance(params.amount, Tensor) else max(params.amount, least)
+    return SpargeParams(cdf_threshold=amount, pv_threshold=params.pv_threshold,
+                        similarity_threshold=params.similarity_threshold)
 
 
 def plan_call(call: AttentionCall, settings: NodeSettings, site: CallSite = CallSite()) -> SparsePlan | Dense:
@@ -206,16 +211,16 @@ def _not_wanted(call: AttentionCall, settings: NodeSettings, site: CallSite) -> 
 
 def _no_implementation_takes(call: AttentionCall) -> Dense | None:
     q, k, v, mask = call.q, call.k, call.v, call.mask
-    q_heads, k_heads = call.heads
-    tensors = {"q": q, "k": k, "v": v} | ({} if mask is None else {"mask": mask})
-    if q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:
-        return Dense("unsupported dtype", f"q {q.dtype}, k {k.dtype}, v {v.dtype}")
-    if len({x.device for x in tensors.values()}) > 1:
+    (q_heads, k_heads), dtype, device, of_q, of_k = call.heads, q.dtype, q.device, q.shape, k.shape
+    if dtype not in DTYPES or k.dtype != dtype or v.dtype != dtype:
+        return Dense("unsupported dtype", f"q {dtype}, k {k.dtype}, v {v.dtype}")
+    if k.device != device or v.device != device or (mask is not None and mask.device != device):
+        tensors = {"q": q, "k": k, "v": v} | ({} if mask is None else {"mask": mask})
         return Dense("tensors on different devices", ", ".join(f"{name} {x.device}" for name, x in tensors.items()))
-    if q.shape[-1] > MAX_HEAD_DIM:
-        return Dense("unsupported head_dim", f"{q.shape[-1]} > {MAX_HEAD_DIM}")
-    if k.shape != v.shape or k.shape[0] != q.shape[0] or k.shape[-1] != q.shape[-1] or 0 in q.shape + k.shape:
-        return Dense("shapes of q, k and v do not fit", f"{tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
+    if of_q[-1] > MAX_HEAD_DIM:
+        return Dense("unsupported head_dim", f"{of_q[-1]} > {MAX_HEAD_DIM}")
+    if of_k != v.shape or of_k[0] != of_q[0] or of_k[-1] != of_q[-1] or 0 in of_q or 0 in of_k:
+        return Dense("shapes of q, k and v do not fit", f"{tuple(of_q)}, {tuple(of_k)}, {tuple(v.shape)}")
     if k_heads != q_heads and not (call.enable_gqa and q_heads % k_heads == 0):
         return Dense("unsupported numbers of heads", f"{q_heads} of q, {k_heads} of k")
     if mask is not None and call.key_mask is None:
@@ -224,7 +229,7 @@ def _no_implementation_takes(call: AttentionCall) -> Dense | None:
                      f"{mask.dtype} {tuple(mask.shape)}")
     if call.scale is not None and not (isinstance(call.scale, (int, float)) and math.isfinite(call.scale)):
         return Dense("unsupported scale", f"{type(call.scale).__name__}")
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return Dense("gradients are needed")
     return None
 

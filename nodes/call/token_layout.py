@@ -5,6 +5,7 @@ confirms or refutes it.
 """
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -71,6 +72,10 @@ class TokenLayout:
         return sequence_order(self.grid, before=self.before, after=self.after, curve=curve, device=device)
 
     def __str__(self) -> str:
+        return self._text
+
+    @functools.cached_property
+    def _text(self) -> str:
         parts = self.before, "×".join(map(str, self.grid)), self.after
         return " + ".join(str(part) for part in parts if part)
 
@@ -99,21 +104,27 @@ class Expectation:
         grid = self.grid or grid_of((transformer_options.get("activations_shape") or ())[2:])
         if grid is None:
             return "the model does not tell the shape of this layer"
-        known = TokenLayout(grid, self.before or 0, self.after or 0)
-        remaining = tokens - known.tokens
-        open_ended = self.before is None or self.after is None
-        if remaining < 0 or 0 < remaining < self.least or (remaining and not open_ended):
-            return f"{tokens} tokens do not fit {known} with {self.text} of text"
-        if tokens == self.text:
-            return f"{tokens} tokens fit {known}, and the text as well"
-        if self.before is not None:
-            return replace(known, after=known.after + remaining)
-        return replace(known, before=remaining, exact=self._exact(remaining) if self.exact else ())
+        return _fitted(self, tokens, grid)
 
-    def _exact(self, before: int) -> tuple[tuple[int, int], ...]:
-        """The first `before` tokens without the clips."""
+    def exact_before(self, before: int) -> tuple[tuple[int, int], ...]:
+        """Those of the first `before` tokens that stay exact: all but the clips, or none."""
         edges = [0, *(min(edge, before) for clip in self.clips for edge in clip), before]
-        return tuple((start, stop) for start, stop in zip(edges[::2], edges[1::2]) if start < stop)
+        return tuple((start, stop) for start, stop in zip(edges[::2], edges[1::2]) if self.exact and start < stop)
+
+
+@functools.lru_cache(maxsize=64)  # the calls of a run ask for a few
+def _fitted(expected: Expectation, tokens: int, grid: Grid) -> TokenLayout | str:
+    """The layout of a call over `tokens` tokens with a grid, or why it is not certain."""
+    known = TokenLayout(grid, expected.before or 0, expected.after or 0)
+    remaining = tokens - known.tokens
+    open_ended = expected.before is None or expected.after is None
+    if remaining < 0 or 0 < remaining < expected.least or (remaining and not open_ended):
+        return f"{tokens} tokens do not fit {known} with {expected.text} of text"
+    if tokens == expected.text:
+        return f"{tokens} tokens fit {known}, and the text as well"
+    if expected.before is not None:
+        return replace(known, after=known.after + remaining)
+    return replace(known, before=remaining, exact=expected.exact_before(remaining))
 
 
 def token_layout(tokens: int, transformer_options: dict[str, Any]) -> TokenLayout | str:

@@ -1,6 +1,7 @@
 """Transformer blocks of a diffusion model: how ComfyUI names them, and how a user lists them."""
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -25,11 +26,11 @@ class TransformerBlock:
         """The block that is running, None where the model does not number its blocks."""
         unet_block = transformer_options.get("block")
         if isinstance(unet_block, tuple) and len(unet_block) >= 2:
-            return cls(unet_block[0], unet_block[1])
+            return _block(unet_block[0], unet_block[1])
         index = transformer_options.get("block_index")
         if not isinstance(index, int):
             return None
-        return cls(transformer_options.get("block_type") or "", index)
+        return _block(transformer_options.get("block_type") or "", index)
 
     def names(self, other: TransformerBlock) -> bool:
         """Whether this names `other`; a block without a kind names that index of any kind."""
@@ -37,6 +38,9 @@ class TransformerBlock:
 
     def __str__(self) -> str:
         return f"{self.kind}:{self.index}" if self.kind else str(self.index)
+
+
+_block = functools.lru_cache(maxsize=1024)(TransformerBlock)
 
 
 @dataclass(frozen=True)

@@ -6,22 +6,28 @@ import os
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 PATIENCE = 1.5  # seconds; kernels that were compiled before load in less
 _started: set[Hashable] = set()
 
 
-@contextmanager
-def announced(kind: Hashable, say: Callable[[str], None]) -> Iterator[None]:
+_silent = nullcontext()
+
+
+def announced(kind: Hashable, say: Callable[[str], None]) -> AbstractContextManager:
     """Wrap a call that only hands work to a GPU. The first of a kind that takes longer than `PATIENCE` is compiling.
 
     say: shows the user a line; it may be called from another thread, in the context of this one.
     """
     if kind in _started:
-        yield
-        return
+        return _silent
     _started.add(kind)
+    return _watched(say)
+
+
+@contextmanager
+def _watched(say: Callable[[str], None]) -> Iterator[None]:
     cache = os.environ.get("TRITON_CACHE_DIR")
     place = f" and kept in {cache}" if cache else ""
     message = f"compiling kernels for this model and GPU. This happens once; they are loaded from then on{place}"

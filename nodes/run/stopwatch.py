@@ -14,6 +14,9 @@ class Stopwatch:
 
     def __init__(self, device: torch.device):
         self.device = device
+        # Events of a graph that is being captured belong to the graph and tell no time.
+        self._stream = (torch.cuda.current_stream(device)
+                        if device.type == "cuda" and not torch.cuda.is_current_stream_capturing() else None)
         self._start = self._now()
         self._stop: float | torch.cuda.Event | None = None
 
@@ -34,9 +37,8 @@ class Stopwatch:
     def _now(self) -> float | torch.cuda.Event | None:
         if self.device.type == "cpu":
             return time.perf_counter()
-        # Events of a graph that is being captured belong to the graph and tell no time.
-        if self.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        if self._stream is None:
             return None
         event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self.device))
+        event.record(self._stream)
         return event

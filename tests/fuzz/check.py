@@ -88,7 +88,7 @@ def over_v(call: Call) -> Tensor:
     memory_of_v = call.v.untyped_storage().clone()  # with the strides of v, whose alignment decides how sums round
     v = torch.empty(0, dtype=call.v.dtype, device=call.v.device)
     v.set_(memory_of_v, call.v.storage_offset(), call.v.shape, call.v.stride())
-    with poisoned_memory(), mock.patch.object(memory, "_SMALL", 0):
+    with poisoned_memory(), mock.patch.object(memory, "SMALL", 0):
         result = sparge_attention(call.q, call.k, v, params=call.params, overwrite_v=True,
                                   **call.arguments | {"impl": "triton"})
     return result[0] if isinstance(result, tuple) else result

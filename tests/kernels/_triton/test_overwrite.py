@@ -24,7 +24,7 @@ PER_HEAD = SpargeParams(cdf_threshold=torch.linspace(0.3, 0.9, HEADS), similarit
 def pipeline(monkeypatch, small_blocks):
     """The module, to which every sequence is long and nothing has failed yet."""
     from comfyui_spargeattn.kernels._triton import memory, pipeline
-    monkeypatch.setattr(memory, "_SMALL", 0)
+    monkeypatch.setattr(memory, "SMALL", 0)
     monkeypatch.setattr(failures, "_failed", {})
     return pipeline
 
@@ -74,7 +74,7 @@ def test_the_same_result(name, groups):
 
 def test_short_sequences_are_not_split(groups, monkeypatch):
     from comfyui_spargeattn.kernels._triton import memory
-    monkeypatch.setattr(memory, "_SMALL", 1 << 30)
+    monkeypatch.setattr(memory, "SMALL", 1 << 30)
     q, k, v = tensors()
     expected, _ = attend(q, k, v.clone())
     assert torch.equal(attend(q, k, v, overwrite_v=True)[0], expected) and groups == [HEADS] * 2
@@ -139,7 +139,7 @@ def test_statistics_that_find_no_room(pipeline, monkeypatch):
     def fail(*args):
         raise torch.OutOfMemoryError("no room")
 
-    monkeypatch.setattr(pipeline, "_statistics", fail)
+    monkeypatch.setattr(pipeline, "count", fail)
     with pytest.raises(RuntimeError, match="overwritten some of v"):
         attend(*tensors(), overwrite_v=True)
 
@@ -197,5 +197,5 @@ def test_map_of_a_long_sequence(pipeline, monkeypatch):
     q, k, _ = tensors(heads=6, kv_heads=3)
     call = dict(params=PER_HEAD.to(DEVICE), order=torch.stack([ORDER, ORDER.flip(0), ORDER.roll(7)]).to(DEVICE))
     found = block_map(q, k, impl="triton", **call)
-    monkeypatch.setattr(memory, "_SMALL", 1 << 30)
+    monkeypatch.setattr(memory, "SMALL", 1 << 30)
     assert torch.equal(found.mask(), block_map(q, k, impl="triton", **call).mask())

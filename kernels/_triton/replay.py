@@ -1,0 +1,231 @@
+"""Calls that were made before, launched again: what their form decides was decided the first time.
+
+What a call launches depends on its form alone: shapes, strides, dtypes and alignment of its tensors, and its plain
+arguments. So its launches are recorded, with the places where addresses of its tensors and of its memory stand. A later
+call of the same form takes memory, puts its own addresses there and launches, which spares the host most of its work.
+Importing this imports no Triton.
+"""
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..types import SpargeStats
+
+_MOST = 256  # recordings; a new form beyond them makes room by dropping all
+_MOST_BASES = 8  # addresses of memory that a recording keeps arguments for
+_recordings: dict[tuple, Recording] = {}
+
+
+class Launch(NamedTuple):
+    """A recorded launch.
+
+    start: launches on a stream with arguments. arguments: those of the recorded call. inputs: (place, number of the
+    input) of addresses among them. memory: (place, offset) of addresses in memory of the call. moved: makes the
+    argument at a place of `memory` from its new address, where that is not the argument itself.
+    """
+
+    start: Callable[[int, list], None]
+    arguments: list
+    inputs: list[tuple[int, int]]
+    memory: list[tuple[int, int]]
+    moved: dict[int, Callable[[int], Any]]
+
+    def at(self, base: int) -> tuple[Callable[[int, list], None], list, list[tuple[int, int]]]:
+        """The launch with the memory of the call at an address: start, arguments, inputs."""
+        arguments = self.arguments.copy()
+        for place, offset in self.memory:
+            moved = self.moved.get(place)
+            arguments[place] = base + offset if moved is None else moved(base + offset)
+        return self.start, arguments, self.inputs
+
+
+class Recording:
+    """The launches of one call."""
+
+    def __init__(self, inputs: Sequence[Tensor | None], heads: tuple[int, int] | None,
+                 stream_of: Callable[[int], int]):
+        """
+        inputs: all tensors of the call, the results last.
+        heads: (B, H) of the statistics, None without them.
+        stream_of: the current stream of a device.
+        """
+        self.heads = heads
+        addresses = [0 if x is None else x.data_ptr() for x in inputs]
+        self._inputs = {address: number for number, address in enumerate(addresses) if address}
+        self._memory: list[tuple[int, int, int]] = []  # (address, bytes, offset in the memory of a repetition)
+        self._bytes = 0
+        self._launches: list[Launch] = []
+        self._stream_of = stream_of
+        self._at: dict[int, list[tuple]] = {}  # the launches by address of the memory
+        self._constants: dict[int, Tensor] = {}  # by address
+        self._stream: int | None = None  # on which the constants were made
+        # Two inputs in one place could lie in two places the next time.
+        self.complete = len(self._inputs) == sum(map(bool, addresses))
+
+    def allocated(self, address: int, size: int) -> None:
+        """Memory that the call takes for itself."""
+        self._memory.append((address, size, self._bytes))
+        self._bytes += size
+
+    def keeps(self, constant: Tensor) -> None:
+        """A tensor that the form determines, and that was made on the current stream."""
+        # What is made while a graph is captured belongs to the graph, and holds nothing yet.
+        if constant.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+            self.complete = False
+            return
+        self._constants[constant.data_ptr()] = constant
+        self._stream = self._stream_of(constant.device.index)
+
+    def launched(self, start: Callable[[int, list], None] | None, arguments: list,
+                 addresses: Sequence[tuple[int, int, Callable[[int], Any] | None]]) -> None:
+        """A launch. start: None where it can't be repeated. addresses: (place, address, how to make the argument)."""
+        inputs, memory, moved = [], [], {}
+        for place, address, make in addresses:
+            number, offset = self._inputs.get(address), self._offset(address)
+            if make is not None:
+                moved[place] = make
+            if offset is not None:
+                memory.append((place, offset))
+            elif number is not None and make is None:
+                inputs.append((place, number))
+            elif address not in self._constants:
+                self.complete = False  # a tensor that another call would not know
+        if start is None:
+            self.complete = False
+        else:
+            self._launches.append(Launch(start, arguments, inputs, memory, moved))
+
+    def serves(self, device: torch.device) -> bool:
+        """Whether it can be launched on the current stream. Only the stream that made its constants is sure to have
+        them, and a graph that is being captured would need them for longer than they live here."""
+        return not self._constants or (self._stream == self._stream_of(device.index)
+                                       and not torch.cuda.is_current_stream_capturing())
+
+    def __call__(self, inputs: Sequence[Tensor | None], device: torch.device) -> None:
+        """Launch for other inputs of the same form. Raises OutOfMemoryError before anything is launched."""
+        memory = torch.empty(self._bytes, dtype=torch.uint8, device=device)
+        launches = self._launches_at(memory.data_ptr())
+        addresses = [0 if x is None else x.data_ptr() for x in inputs]
+        stream = self._stream_of(device.index)
+        for start, arguments, places in launches:
+            arguments = arguments.copy()
+            for place, number in places:
+                arguments[place] = addresses[number]
+            start(stream, arguments)
+
+    def _launches_at(self, base: int) -> list[tuple]:
+        launches = self._at.get(base)
+        if launches is None:
+            launches = [launch.at(base) for launch in self._launches]
+            if len(self._at) >= _MOST_BASES:
+                self._at.clear()
+            self._at[base] = launches
+        return launches
+
+    def _offset(self, address: int) -> int | None:
+        for start, size, offset in self._memory:
+            if start <= address < start + size:
+                return offset + address - start
+        return None
+
+
+class _Thread(threading.local):
+    recording: Recording | None = None
+    off = False
+
+
+_thread = _Thread()
+
+
+def form_of(inputs: Sequence[Tensor | None], arguments: tuple) -> tuple | None:
+    """The form of a call: what it must share with an earlier one to be a repetition of it. None where it never is."""
+    device = getattr(inputs[0], "device", None)
+    form = [arguments, device]
+    for x in inputs:
+        if x is None:
+            form.append(None)
+        elif type(x) is Tensor and x.device == device:
+            form.append((x.dtype, x.shape, x.stride(), x.data_ptr() % 16 == 0))
+        else:  # of other types, the memory may be their own affair
+            return None
+    return tuple(form)
+
+
+def repeat(form: tuple | None, inputs: Sequence[Tensor | None]) -> Tensor | tuple[Tensor, SpargeStats] | None:
+    """What a call returns whose form was recorded: the result, and the statistics if it asks for some. None where it
+    has to take the long way.
+
+    inputs: q first.
+    """
+    try:
+        recording = _recordings.get(form)
+    except TypeError:  # an argument that can't be hashed; the checks will tell
+        return None
+    if recording is None or _thread.off:
+        return None
+    q, device = inputs[0], inputs[0].device
+    try:
+        with torch.cuda.device_of(q):
+            if not recording.serves(device):
+                return None
+            out = torch.empty_like(q, memory_format=torch.contiguous_format)
+            if recording.heads is None:
+                recording((*inputs, out), device)
+                return out
+            stats = statistics(recording.heads, device)
+            recording((*inputs, out, stats.kept, stats.pv_skipped), device)
+            return out, stats
+    except torch.OutOfMemoryError:  # the long way takes the heads in groups
+        return None
+
+
+def statistics(shape: tuple[int, int], device: torch.device) -> SpargeStats:
+    """Room for the statistics of a call of `shape` (B, H)."""
+    kept = torch.empty(shape, dtype=torch.float32, device=device)
+    return SpargeStats(kept, torch.empty_like(kept))
+
+
+@contextmanager
+def recorded(form: tuple | None, inputs: Sequence[Tensor | None], out: Tensor, stats: SpargeStats | None,
+             stream_of: Callable[[int], int]) -> Iterator[None]:
+    """Record the launches of this thread inside, unless something there fails."""
+    if form is None or _thread.off:
+        yield
+        return
+    results = (out,) if stats is None else (out, stats.kept, stats.pv_skipped)
+    recording = _thread.recording = Recording((*inputs, *results), stats and tuple(stats.kept.shape), stream_of)
+    try:
+        yield
+    finally:
+        _thread.recording = None
+    if recording.complete:
+        if len(_recordings) >= _MOST:
+            _recordings.clear()
+        with suppress(TypeError):  # an argument that can't be hashed
+            _recordings[form] = recording
+
+
+def recording() -> Recording | None:
+    """That of this thread."""
+    return _thread.recording
+
+
+@contextmanager
+def off() -> Iterator[None]:
+    """Inside, calls of this thread take the long way and are not recorded."""
+    outer, _thread.off = _thread.off, True
+    try:
+        yield
+    finally:
+        _thread.off = outer
+
+
+def forget() -> None:
+    """Drop all recordings: something else than the form of a call has changed."""
+    _recordings.clear()
