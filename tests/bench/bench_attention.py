@@ -2,7 +2,8 @@
 
 Every method of a case runs in one process on the same tensors. A method's time is printed only after its output passed
 the gate: dense methods against float32 attention, ours against exact attention over the very blocks that it chose,
-so that an error of a kernel can't hide behind the error of the map. `--sweep` and `--breakdown` are other modes.
+so that an error of a kernel can't hide behind the error of the map. `--sweep`, `--breakdown` and `--host` are other
+modes.
 """
 from __future__ import annotations
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from comfyui_spargeattn.kernels import block_map, sparge_attention
 from tests.bench.breakdown import breakdown
+from tests.bench.host import host
 from tests.bench.measure import GATES, card, device_ms, error, gate_error, host_us
 from tests.bench.peers import BASELINE, Method, cudnn, methods
 from tests.bench.sweeps import SWEEPS
@@ -108,11 +110,12 @@ def main() -> None:
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--sweep", choices=list(SWEEPS))
     mode.add_argument("--breakdown", action="store_true")
+    mode.add_argument("--host", action="store_true")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, help="JSON file for the rows")
     args = parser.parse_args()
-    name = args.sweep or ("breakdown" if args.breakdown else "cases")
-    run = SWEEPS | {"breakdown": breakdown, "cases": partial(six_cases, parts=args.methods)}
+    name = args.sweep or ("breakdown" if args.breakdown else "host" if args.host else "cases")
+    run = SWEEPS | {"breakdown": breakdown, "host": host, "cases": partial(six_cases, parts=args.methods)}
     cases = CASES if args.sweep == "sparsity" else {case: (CASES | LONG_CASES)[case] for case in args.cases}
     report = card() | dict(mode=name, rows=run[name](cases, args.repeats))
     print(f"{report['card']}, torch {report['torch']}, Triton {report['triton']}\n\n{table(report['rows'])}")

@@ -2,7 +2,8 @@
 import pytest
 import torch
 
-from comfyui_spargeattn.kernels import SpargeParams, block_shape, block_sparse_attention, sparge_attention
+from comfyui_spargeattn.kernels import Residual, SpargeParams, block_shape, block_sparse_attention, sparge_attention
+from comfyui_spargeattn.kernels._triton import replay
 from comfyui_spargeattn.tests.cases import drifting_qkv
 from comfyui_spargeattn.tests.gpu.device import needs_gpu
 from comfyui_spargeattn.tests.kernels._triton.harness import PV_FORMATS, recorded_maps
@@ -35,6 +36,50 @@ def test_repeats_bit_for_bit(pv_dtype):
         others = [sparge_attention(*qkv, params=SPARSE, pv_dtype=pv_dtype, impl="triton") for _ in range(5)]
     torch.cuda.current_stream().wait_stream(stream)
     assert all(torch.equal(other, first) for other in others)
+
+
+@pytest.mark.parametrize("kind", ("plain", "everything", "λ test, tail", "causal", "residual"))
+def test_repeated_calls(kind, monkeypatch):
+    """A call of a known form, for other tensors, on any stream and inside a graph, gives what the long way gives."""
+    from comfyui_spargeattn.kernels._triton import pipeline
+    n, shape = 2000, (1, 4, 2000, 128)
+    call = {"plain": dict(params=SPARSE), "causal": dict(causal=True), "everything": everything(n),
+            "λ test, tail": dict(params=SpargeParams(topk=0.3, pv_threshold=4.0), skipped="pooled"),
+            "residual": dict(residual=Residual.of(torch.randn(shape, device="cuda")))}[kind]
+    call = call | dict(sink_keys=((0, 5),), impl="triton", return_stats=True)
+    long_ways, attention = [], pipeline.attention
+    monkeypatch.setattr(pipeline, "attention", lambda *args: (long_ways.append(1), attention(*args))[1])
+
+    def check(repeated, qkv):
+        with replay.off():
+            out, stats = sparge_attention(*qkv, **call)
+        assert torch.equal(repeated[0], out)
+        assert torch.equal(repeated[1].kept, stats.kept) and torch.equal(repeated[1].pv_skipped, stats.pv_skipped)
+
+    call["dense_queries"] = ()
+    replay.forget()
+    sparge_attention(*inputs(), **call)
+    for seed in (1, 2):
+        qkv = inputs(seed=seed)
+        long_ways.clear()
+        repeated = sparge_attention(*qkv, **call)
+        assert not long_ways
+        check(repeated, qkv)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        repeated = [sparge_attention(*qkv, **call) for _ in range(3)]
+    torch.cuda.current_stream().wait_stream(stream)
+    for result in repeated:
+        check(result, qkv)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = sparge_attention(*qkv, **call)
+    replay.forget()  # the graph keeps what it reads
+    for static, fresh in zip(qkv, inputs(seed=3), strict=True):
+        static.copy_(fresh)
+    graph.replay()
+    check(captured, qkv)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

@@ -1,4 +1,4 @@
-"""Recorded launches: which calls repeat them, and with which arguments. On a GPU, tests/gpu/test_runtime.py runs them."""
+"""Recorded launches: which calls repeat them, and with which arguments. tests/gpu/test_runtime.py launches them."""
 from contextlib import contextmanager
 
 import pytest
