@@ -6,6 +6,7 @@ constants.
 """
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from functools import partial
@@ -157,7 +158,9 @@ def _hooks(hook) -> object:
 
 def _moved(x: TensorDescriptor, address: int) -> TensorDescriptor:
     """A descriptor of the same matrix at another address."""
-    return TensorDescriptor(Region(None, address, 0, x.base.shape, x.base.dtype), x.shape, x.strides, x.block_shape)
+    moved = copy.copy(x)
+    moved.base = Region(None, address, 0, x.base.shape, x.base.dtype)
+    return moved
 
 
 def _name_of(kernel) -> str:

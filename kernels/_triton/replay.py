@@ -18,7 +18,7 @@ from torch import Tensor
 from ..types import SpargeStats
 
 _MOST = 256  # recordings; a new form beyond them makes room by dropping all
-_MOST_BASES = 8  # addresses of memory that a recording keeps arguments for
+_MOST_BASES = 16  # addresses of memory that a recording keeps arguments for
 _recordings: dict[tuple, Recording] = {}
 
 
@@ -26,22 +26,23 @@ class Launch(NamedTuple):
     """A recorded launch.
 
     start: launches on a stream with arguments. arguments: those of the recorded call. inputs: (place, number of the
-    input) of addresses among them. memory: (place, offset) of addresses in memory of the call. moved: makes the
-    argument at a place of `memory` from its new address, where that is not the argument itself.
+    input) of addresses among them. memory: (place, offset) of addresses in memory of the call. made: (place, offset,
+    how to make it) of arguments that hold such an address.
     """
 
     start: Callable[[int, list], None]
     arguments: list
     inputs: list[tuple[int, int]]
     memory: list[tuple[int, int]]
-    moved: dict[int, Callable[[int], Any]]
+    made: list[tuple[int, int, Callable[[int], Any]]]
 
     def at(self, base: int) -> tuple[Callable[[int, list], None], list, list[tuple[int, int]]]:
         """The launch with the memory of the call at an address: start, arguments, inputs."""
         arguments = self.arguments.copy()
         for place, offset in self.memory:
-            moved = self.moved.get(place)
-            arguments[place] = base + offset if moved is None else moved(base + offset)
+            arguments[place] = base + offset
+        for place, offset, make in self.made:
+            arguments[place] = make(base + offset)
         return self.start, arguments, self.inputs
 
 
@@ -85,12 +86,12 @@ class Recording:
     def launched(self, start: Callable[[int, list], None] | None, arguments: list,
                  addresses: Sequence[tuple[int, int, Callable[[int], Any] | None]]) -> None:
         """A launch. start: None where it can't be repeated. addresses: (place, address, how to make the argument)."""
-        inputs, memory, moved = [], [], {}
+        inputs, memory, made = [], [], []
         for place, address, make in addresses:
             number, offset = self._inputs.get(address), self._offset(address)
-            if make is not None:
-                moved[place] = make
-            if offset is not None:
+            if offset is not None and make is not None:
+                made.append((place, offset, make))
+            elif offset is not None:
                 memory.append((place, offset))
             elif number is not None and make is None:
                 inputs.append((place, number))
@@ -99,7 +100,7 @@ class Recording:
         if start is None:
             self.complete = False
         else:
-            self._launches.append(Launch(start, arguments, inputs, memory, moved))
+            self._launches.append(Launch(start, arguments, inputs, memory, made))
 
     def serves(self, device: torch.device) -> bool:
         """Whether it can be launched on the current stream. Only the stream that made its constants is sure to have

@@ -166,7 +166,7 @@ def plan_call(call: AttentionCall, settings: NodeSettings, site: CallSite = Call
         plan = replace(plan, untuned=tuned)
     if settings.curve is None or isinstance(layout, str):
         return plan
-    return replace(plan, order=layout.order(settings.curve, call.q.device), curve=settings.curve)
+    return replace(plan, order=order_of((settings.curve,), layout, call.q.device), curve=settings.curve)
 
 
 def _tuned_plan(call: AttentionCall, tuned: TunedParams, layer: str | None, layout: TokenLayout | str,

@@ -14,7 +14,7 @@ from ..tuned.params import TunedParams
 from .arguments import AttentionCall
 from .token_layout import TokenLayout
 
-_orders = OrderCache(capacity=1 << 24)  # 64 MiB of orders that differ from head to head
+_orders = OrderCache(capacity=1 << 24)  # 64 MiB of orders, for all heads or one for each
 _on_device: WeakKeyDictionary[TunedSetting, dict[torch.device, SpargeParams]] = WeakKeyDictionary()
 
 
@@ -54,10 +54,14 @@ def order_of(curves: tuple[str, ...], layout: TokenLayout | str, device: torch.d
         return None
     if isinstance(layout, str):
         return layout
-    if len(set(curves)) == 1:
-        return layout.order(curves[0], device)
-    device = torch.empty(0, device=device).device  # "cuda" means the current one: give it its number
-    return _orders.get((curves, layout, device), lambda: torch.stack([layout.order(c, device) for c in curves]))
+    if device.index is None:
+        device = torch.empty(0, device=device).device  # "cuda" means the current one: give it its number
+
+    def build() -> Tensor:
+        orders = [layout.order(curve, device) for curve in curves]
+        return orders[0] if len(set(curves)) == 1 else torch.stack(orders)
+
+    return _orders.get((curves, layout, device), build)
 
 
 def free_device_tensors() -> None:

@@ -1,4 +1,6 @@
 """The first launch of a kernel that fails, and formats that the hardware lacks."""
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -37,3 +39,35 @@ def test_what_is_raised_as_it_is(error):
     with pytest.raises(type(error)) as raised:
         launch(error)
     assert raised.value is error
+
+
+class Compiled:
+    """A compiled kernel of Triton's, which notes how it is launched."""
+
+    function, packed_metadata = "function", "metadata"
+
+    def __init__(self):
+        self.direct, self.public = [], []
+
+    def run(self, *arguments):
+        self.direct.append(arguments)
+
+    def __getitem__(self, grid):
+        return lambda *arguments, stream: self.public.append((grid, stream, arguments))
+
+
+@pytest.mark.parametrize("hook", ("launch_enter_hook", "launch_exit_hook", ""))
+@pytest.mark.parametrize("chain", (False, True))
+def test_a_profiler_sees_repeated_launches(hook, chain, monkeypatch):
+    knobs = pytest.importorskip("triton.knobs")
+    from comfyui_spargeattn.kernels._triton import launch as module
+    monkeypatch.setattr(module, "_KNOWN", True)
+    for name in ("launch_enter_hook", "launch_exit_hook"):
+        calls = [print] if name == hook else []
+        monkeypatch.setattr(knobs.runtime, name, SimpleNamespace(calls=calls) if chain else calls and calls[0])
+    compiled = Compiled()
+    module._starter(compiled, (4, 1, 1))(9, [1, None])
+    if hook:
+        assert compiled.public == [((4, 1, 1), 9, (1, None))] and not compiled.direct
+    else:
+        assert compiled.direct == [(4, 1, 1, 9, "function", "metadata", None, None, None, 1, None)]
