@@ -94,7 +94,7 @@ def launch(kernel, grid: tuple[int, ...], device: torch.device, *, inputs: dict,
             key.append(None)
         elif kind is TensorDescriptor:
             key.append((x.base.dtype, *x.block_shape))
-            addresses.append((len(values), x.base.data_ptr(), partial(_moved, x)))
+            addresses.append((len(values), x.base.data_ptr(), x))
         elif kind is not int and kind is not float:
             address = x.data_ptr()
             key.append((x.dtype, address % 16 == 0))
@@ -118,8 +118,21 @@ def launch(kernel, grid: tuple[int, ...], device: torch.device, *, inputs: dict,
     else:
         compiled[grid](*values, *sizes.values(), *constants.values())
     if (recording := replay.recording()) is not None:
-        recording.launched(None if compiled is None else _starter(compiled, grid),
-                           [*values, *sizes.values(), *constants.values()], addresses)
+        _record(recording, None if compiled is None else _starter(compiled, grid),
+                [*values, *sizes.values(), *constants.values()], addresses)
+
+
+def _record(recording: replay.Recording, start: Callable[[int, list], None] | None, arguments: list,
+            addresses: list[tuple[int, int, TensorDescriptor | None]]) -> None:
+    """Record a launch without what its descriptors hold: the memory of this call."""
+    makers = []
+    for place, address, described in addresses:
+        if described is None:
+            makers.append((place, address, None))
+        else:
+            arguments[place] = None
+            makers.append((place, address, partial(_moved, _moved(described, 0))))
+    recording.launched(start, arguments, makers)
 
 
 def current_stream(index: int) -> int:

@@ -255,6 +255,8 @@ def check_output(q: Tensor, k: Tensor, v: Tensor, out: Tensor, stats: SpargeStat
     assert torch.equal(found.indices.where(listed, 0), lists.indices.where(listed, 0)), "not ascending"
 
     call["block"] = found.block
+    if block_mask is not None:  # with a map that was given, channels are not mixed, whatever the thresholds
+        params = SpargeParams(topk=0.5, pv_threshold=params.pv_threshold)
     constant = sampled_mean(k.double(), hidden_keys(call))
     unskipped = SpargeParams(**dict(params.items()) | dict(pv_threshold=float("inf")))
     with keys_less(constant):

@@ -1,4 +1,5 @@
 """The first launch of a kernel that fails, and formats that the hardware lacks."""
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -71,3 +72,19 @@ def test_a_profiler_sees_repeated_launches(hook, chain, monkeypatch):
         assert compiled.public == [((4, 1, 1), 9, (1, None))] and not compiled.direct
     else:
         assert compiled.direct == [(4, 1, 1, 9, "function", "metadata", None, None, None, 1, None)]
+
+
+def test_a_record_holds_no_memory_of_its_call():
+    from comfyui_spargeattn.kernels._triton import launch as module
+    if not module.HAS_DESCRIPTORS:
+        pytest.skip("this Triton has no descriptors")
+    [region] = module.allocate(torch.device("cpu"), ((64, 64), torch.int8))
+    described, memory, kept = module.descriptor(region, 64, 64, [16, 64]), weakref.ref(region.memory), []
+    recording = SimpleNamespace(launched=lambda *record: kept.append(record))
+    address = region.data_ptr()
+    module._record(recording, None, [described, address, 3], [(0, address, described), (1, address, None)])
+    del region, described
+    assert memory() is None
+    [(_, arguments, [(_, _, moved), plain])] = kept
+    assert arguments == [None, address, 3] and plain == (1, address, None)
+    assert moved(4096).base.data_ptr() == 4096 and moved(4096).shape == [64, 64]
