@@ -114,7 +114,8 @@ class SparsePlan:
     def over_all_blocks(self) -> SparsePlan:
         """Quantised as here, with nothing skipped, for which an order would do nothing.
 
-        The selection is the same, so that the same compiled kernels serve. They search no threshold at an amount of 1.
+        The selection is the same, so that the same compiled kernels serve, but for preparation, which mixes channels.
+        They search no threshold at an amount of 1.
         """
         return SparsePlan(_ALL_BLOCKS[self.params.selection], self.impl, pv_dtype=self.pv_dtype)
 
