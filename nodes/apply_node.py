@@ -13,7 +13,7 @@ from .call.transformer_blocks import ListedBlocks
 from .host import line_on_running_node, running_prompt, shared_memory, unrecorded
 from .log import log
 from .override import CALLBACK_KEY, SLOT, SpargeOverride, describe
-from .presets import CUSTOM, DEFAULTS, OF_A_NEW_NODE, PRESETS, chosen
+from .presets import CUSTOM, DEFAULTS, OF_A_NEW_NODE, PRESETS, WITHOUT, chosen
 from .report.advice import about_refreshes
 from .schema import (
     CATEGORY,
@@ -123,7 +123,7 @@ class ApplySpargeAttn(io.ComfyNode):
                 io.Combo.Input(  # last, where it leaves the others in their places; the editor shows it first
                     "preset", options=[*PRESETS, CUSTOM], default=CUSTOM,
                     extra_dict={"presets": {name: preset.widgets for name, preset in PRESETS.items()},
-                                "of_a_new_node": OF_A_NEW_NODE},
+                                "of_a_new_node": OF_A_NEW_NODE, "without": WITHOUT.widgets},
                     tooltip="Sets selection, its thresholds, start_percent, skipped_blocks and refreshes, as you see. "
                             "quality is the closest to dense attention, fast skips the most, balanced lies between. "
                             "Turn one of these widgets, and it becomes custom: the widgets as they are. In a prompt "

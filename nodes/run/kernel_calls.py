@@ -111,8 +111,8 @@ class KernelCalls:
             return Dense("out of memory", f"{call.q_tokens} tokens")
 
     def _for_distant_steps(self, plan: SparsePlan) -> SparsePlan:
-        """The plan of a refresh and of the calls that it serves. What was tuned and a fixed share stay as they are."""
-        if not self._run.refresh.far_apart or plan.params.selection == "topk" or self._tuned(plan):
+        """The plan of a refresh and of the calls that it serves. What was tuned stays as it is."""
+        if not self._run.refresh.far_apart or self._tuned(plan):
             return plan
         self._run.say_once("far apart", f"few steps: calls keep at least {FAR_APART:.0%} of the attention")
         return plan.keeping(FAR_APART)

@@ -6,8 +6,9 @@
 import { app } from "../../scripts/app.js"
 
 const NODE = "ApplySpargeAttn", PRESET = "preset", CUSTOM = "custom"
-// From the node's definition: its inputs, {preset: {widget: value}}, the preset of a new node, what a preset sets.
-let inputs, presets, ofNewNode, names
+// From the node's definition: its inputs, {preset: {widget: value}}, the preset of a new node, {widget: value} of what
+// has no preset, and the names of all widgets that presets set. Those inside selection come and go with its choice.
+let inputs, presets, ofNewNode, without, names
 
 const find = (node, name) => node.widgets.find(widget => widget.name === name)
 
@@ -65,18 +66,16 @@ function watch(node) {
   }
 }
 
-// What a file or a prompt lacks has the definition's value, not that of a new node.
-function reset(node, lacking) {
-  for (const name of lacking) {
-    const value = inputs[name]?.[1].default
-    if (value !== undefined) set(node, { [name]: value })
-  }
+// What a file or a prompt lacks has the value that it means there, not that of a new node.
+function reset(node, given) {
+  const lacking = Object.entries({ ...without, [PRESET]: CUSTOM }).filter(([name]) => !(name in given))
+  set(node, Object.fromEntries(lacking))
 }
 
 function extend(prototype) {
   const { configure, onSerialize, onConnectionsChange } = prototype
   prototype.configure = function (info) {
-    if (info.widgets_values?.length) reset(this, [PRESET, ...names])
+    if (info.widgets_values?.length) reset(this, {})
     sort(this, placeInFiles)
     configure.call(this, info)
     sort(this, placeOnNode)
@@ -98,8 +97,8 @@ app.registerExtension({
   beforeRegisterNodeDef(nodeType, nodeData) {
     if (nodeData.name !== NODE) return
     inputs = { ...nodeData.input.required, ...nodeData.input.optional };
-    ({ presets, of_a_new_node: ofNewNode } = inputs[PRESET][1])
-    names = Object.keys(presets[ofNewNode])
+    ({ presets, of_a_new_node: ofNewNode, without } = inputs[PRESET][1])
+    names = Object.keys(Object.assign({}, ...Object.values(presets)))
     extend(nodeType.prototype)
   },
   nodeCreated(node) {
@@ -115,7 +114,7 @@ app.registerExtension({
       for (const [id, { class_type, inputs: given }] of Object.entries(prompt)) {
         const node = class_type === NODE && app.graph.getNodeById(isNaN(id) ? id : Number(id))
         if (!node) continue
-        reset(node, [PRESET, ...names].filter(name => !(name in given)))
+        reset(node, given)
         choose(node, presets[given[PRESET]] ? given[PRESET] : CUSTOM)
       }
     }

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from comfyui_spargeattn.nodes.call.plan import DENSE_STEPS
-from comfyui_spargeattn.nodes.presets import CUSTOM, DEFAULTS, OF_A_NEW_NODE, PRESETS
+from comfyui_spargeattn.nodes.presets import CUSTOM, DEFAULTS, OF_A_NEW_NODE, PRESETS, WITHOUT
 from comfyui_spargeattn.tests.browser.editor import Editor, browser
 from comfyui_spargeattn.tests.nodes.host import comfy_server
 
@@ -17,7 +17,8 @@ SAVED = sorted(path.relative_to(HOST) for path in HOST.glob("*/workflows/*.json"
 NODE = "ApplySpargeAttn"
 FIND = f"const node = app.graph._nodes.find(node => node.type === '{NODE}')"
 NEWER = {"refreshes": 0, "dense_steps": DENSE_STEPS[0]}  # than some of the files here, with what they mean there
-OTHER = next(name for name in PRESETS if name != OF_A_NEW_NODE)
+OTHER, TOPK = (next(name for name, preset in PRESETS.items() if preset.inputs["selection"]["selection"] == selection)
+               for selection in ("cdf", "topk"))
 
 
 @pytest.fixture(scope="module")
@@ -110,10 +111,11 @@ def test_a_preset_sets_the_widgets_and_a_turned_widget_makes_it_custom(editor, k
     assert values(editor)["preset"] == CUSTOM and "selection.keep_percent" in values(editor)
     type_number(editor, kind, "selection.keep_percent", 12)
     screenshot(editor, f"preset_topk_{kind}")
-    choose(editor, kind, "preset", OF_A_NEW_NODE)
-    assert shows(editor, OF_A_NEW_NODE) and "selection.keep_percent" not in values(editor)
-    type_number(editor, kind, "selection.similarity_threshold", 0.25)  # made anew by the preset
-    assert values(editor)["preset"] == CUSTOM
+    for preset, name, gone in ((OTHER, "cdf_threshold", "keep_percent"), (TOPK, "keep_percent", "cdf_threshold")):
+        choose(editor, kind, "preset", preset)
+        assert shows(editor, preset) and f"selection.{gone}" not in values(editor)
+        type_number(editor, kind, f"selection.{name}", 0.25)  # made anew by the preset
+        assert values(editor)["preset"] == CUSTOM and values(editor)[f"selection.{name}"] == 0.25
 
 
 def test_other_widgets_leave_the_preset(editor):
@@ -146,7 +148,7 @@ def test_a_linked_widget_makes_it_custom(editor):
     editor.run(f"""() => {{ {FIND}
         const number = LiteGraph.createNode('PrimitiveFloat')
         app.graph.add(number)
-        number.connect(0, node, node.inputs.findIndex(input => input.name === 'selection.cdf_threshold'))
+        number.connect(0, node, node.inputs.findIndex(input => input.name === 'selection.keep_percent'))
     }}""")
     assert values(editor)["preset"] == CUSTOM
 
@@ -243,34 +245,51 @@ def test_values_that_a_file_has_are_kept(editor):
     assert values(editor)["refreshes"] == 7 and values(editor)["preset"] == CUSTOM
 
 
-def test_a_preset_in_a_file_has_the_values_of_today(editor):
+@pytest.mark.parametrize("by_name", (False, True), ids=("by place", "by name"))
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_in_a_file_has_the_values_of_today(editor, preset, by_name):
     """As on the server, whatever the preset was when the file was saved."""
     editor.place(NODE)
+    choose(editor, "canvas", "preset", CUSTOM)
+    choose(editor, "canvas", "selection", "cdf")
     workflow, _ = editor.export()
     [node] = workflow["nodes"]
-    for name, value in (("selection.cdf_threshold", 0.321), ("start_percent", 0.654)):
+    for name, value in (("selection.cdf_threshold", 0.321), ("start_percent", 0.654), ("preset", preset)):
         at = node["widgets_values"].index(node["widgets_values_named"][name])
         node["widgets_values"][at] = node["widgets_values_named"][name] = value
+    editor.setting("Comfy.Workflow.NamedValuesRestore", by_name)
     reload(editor, workflow)
-    assert shows(editor, OF_A_NEW_NODE)
+    editor.setting("Comfy.Workflow.NamedValuesRestore", False)
+    assert shows(editor, preset)
 
 
-@pytest.mark.parametrize("change, expected", (
-    ({}, {"preset": CUSTOM}), ({"preset": OTHER}, {"preset": OTHER, **PRESETS[OTHER].widgets})))
-def test_a_prompt_opens_as_it_runs(editor, change, expected):
+@pytest.mark.parametrize("preset", (*PRESETS, None))
+def test_a_prompt_opens_as_it_runs(editor, preset):
     """The editor makes nodes of a prompt (API). One of today has no preset, older ones have no refreshes."""
     path = HOST / "0.1.0/prompts/wan2.1_text_to_video.json"
     prompt = json.loads(path.read_text(encoding="utf-8"))
     [key] = [key for key, node in prompt.items() if node["class_type"] == NODE]
-    prompt[key]["inputs"] |= change
+    expected = {**NEWER, **prompt[key]["inputs"], "preset": CUSTOM}
+    if preset:
+        prompt[key]["inputs"]["preset"] = preset
+        kept = {name: value for name, value in expected.items() if not name.startswith("selection.")}
+        expected = {**kept, **PRESETS[preset].widgets, "preset": preset}
     editor.run("prompt => app.loadApiJson(prompt, 'prompt')", prompt)
     _, opened = editor.export()
-    assert opened[key]["inputs"] == {**NEWER, **prompt[key]["inputs"], **expected}
+    assert opened[key]["inputs"] == expected
     editor.clear()
 
 
-def test_a_prompt_with_a_preset_alone_opens(editor):
+def test_a_prompt_with_nothing_opens_as_it_runs(editor):
+    editor.run("prompt => app.loadApiJson(prompt, 'prompt')", {"1": {"class_type": NODE, "inputs": {}}})
+    shown = values(editor)
+    assert {name: shown.get(name) for name in WITHOUT.widgets} == WITHOUT.widgets and shown["preset"] == CUSTOM
+    editor.clear()
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_prompt_with_a_preset_alone_opens(editor, preset):
     editor.run("prompt => app.loadApiJson(prompt, 'prompt')",
-               {"1": {"class_type": NODE, "inputs": {"preset": OTHER}}})
-    assert shows(editor, OTHER)
+               {"1": {"class_type": NODE, "inputs": {"preset": preset}}})
+    assert shows(editor, preset)
     editor.clear()

@@ -14,10 +14,16 @@ def table() -> str:
     """The names of the widgets in it are the same in all languages."""
     names = [field.name for field in fields(Preset)]
     rows = [[f"`{name}`" for name in ("preset", *names)]]
-    rows += [[f"`{preset}`", *(f"{value:g}" if isinstance(value, float) else str(value)
-                               for value in asdict(values).values())] for preset, values in PRESETS.items()]
+    rows += [[f"`{preset}`", *map(_cell, asdict(values).values())] for preset, values in PRESETS.items()]
     head, *lines = [f"| {' | '.join(row)} |\n" for row in rows]
     return head + "|---" * len(rows[0]) + "|\n" + "".join(lines)
+
+
+def _cell(value: dict | float | str) -> str:
+    if isinstance(value, dict):
+        choice, *others = value.items()
+        return ", ".join([choice[1], *(f"`{name}` {_cell(other)}" for name, other in others)])
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def with_table(page: str) -> str:

@@ -1,10 +1,10 @@
 """The presets: what holds of them and of a prompt, and whether texts and examples say what the table says."""
 import json
-from dataclasses import replace
+from itertools import combinations
 
 import pytest
 
-from comfyui_spargeattn.nodes.presets import CUSTOM, DEFAULTS, OF_A_NEW_NODE, PRESETS, chosen
+from comfyui_spargeattn.nodes.presets import CUSTOM, DEFAULTS, OF_A_NEW_NODE, PRESETS, Preset, chosen
 from comfyui_spargeattn.tests.browser.tools.examples import EXAMPLES
 from comfyui_spargeattn.tests.nodes import preset_texts
 
@@ -43,14 +43,20 @@ def test_what_is_no_preset_is_refused():
 
 def test_presets_differ():
     assert list(PRESETS) == ["quality", "balanced", "fast"] and OF_A_NEW_NODE in PRESETS
-    assert len(set(PRESETS.values())) == len(PRESETS)
+    assert all(a != b for a, b in combinations(PRESETS.values(), 2))
 
 
 def test_widgets_of_a_preset_have_the_names_of_a_prompt():
-    preset = replace(PRESETS[OF_A_NEW_NODE], cdf_threshold=0.5, similarity_threshold=0.25, refreshes=3)
-    assert {"selection": "cdf", "selection.cdf_threshold": 0.5, "selection.similarity_threshold": 0.25,
-            "refreshes": 3}.items() <= preset.widgets.items()
-    assert preset.widgets.keys() == PRESETS[OF_A_NEW_NODE].widgets.keys()
+    preset = Preset(OWN["selection"], skipped_blocks="drop", start_percent=0.11, refreshes=9)
+    assert preset.widgets == {"selection": "topk", "selection.keep_percent": 12.0,
+                              "selection.similarity_threshold": 0.4, "skipped_blocks": "drop", "start_percent": 0.11,
+                              "refreshes": 9}
+
+
+def test_what_holds_may_be_changed_without_a_change_of_the_table():
+    """Of a dictionary that is handed out."""
+    chosen(OF_A_NEW_NODE, NOTHING)[0]["selection"]["selection"] = "other"
+    assert chosen(OF_A_NEW_NODE, NOTHING)[0]["selection"]["selection"] != "other"
 
 
 @pytest.mark.parametrize("path", preset_texts.PAGES, ids=lambda path: path.name)

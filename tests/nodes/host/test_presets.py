@@ -13,6 +13,8 @@ from sampling import node_class
 
 SAVED = {f"{path.parents[1].name}/{path.stem}": json.loads(path.read_text(encoding="utf-8"))
          for path in (Path(__file__).parent / "saved").glob("*/prompts/*.json")}
+BEFORE = {"selection": "cdf", "selection.cdf_threshold": 0.8, "selection.similarity_threshold": -1.0,
+          "start_percent": 0.2, "skipped_blocks": "pooled", "refreshes": 6}  # the preset balanced, of an earlier time
 OWN = {"selection": "topk", "selection.keep_percent": 12.0, "selection.similarity_threshold": 0.4,
        "start_percent": 0.11, "skipped_blocks": "drop", "refreshes": 9}
 
@@ -76,7 +78,16 @@ def test_a_preset_alone_is_its_values(comfy_nodes, wan, presets, caplog, preset)
         assert alone == settings(comfy_nodes, wan, values) == settings(comfy_nodes, wan, {"preset": preset, **values})
     assert not [line for line in caplog.messages if "preset" in line]
     assert alone["refreshes"] == values["refreshes"] and alone["skipped"] == values["skipped_blocks"]
-    assert alone["params"]["cdf_threshold"] == values["selection.cdf_threshold"]
+    if values["selection"] == "cdf":
+        assert alone["params"]["cdf_threshold"] == values["selection.cdf_threshold"]
+    else:
+        assert alone["params"]["topk"] == values["selection.keep_percent"] / 100
+
+
+@pytest.mark.parametrize("preset", ("quality", "balanced", "fast"))
+def test_a_preset_with_the_values_of_an_earlier_time_is_that_of_today(comfy_nodes, wan, preset):
+    assert errors(preset=preset, **BEFORE) == []
+    assert settings(comfy_nodes, wan, {"preset": preset, **BEFORE}) == settings(comfy_nodes, wan, {"preset": preset})
 
 
 def test_values_that_a_preset_does_not_read_are_told(comfy_nodes, wan, caplog):

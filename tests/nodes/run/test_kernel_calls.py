@@ -36,7 +36,7 @@ def made(monkeypatch):
     return amounts
 
 
-def run(settings, recognised=True, steps=10, memory=1 << 30):
+def run(settings, recognised=True, steps=16, memory=1 << 30):
     override = SpargeOverride(settings, memory=Memory(lambda device: memory))
 
     def evaluate(options):
@@ -49,14 +49,16 @@ def run(settings, recognised=True, steps=10, memory=1 << 30):
 
 def test_what_counts_on_a_residual_has_one(reached):
     run(SETTINGS)
-    assert len(reached) == 8 and set(reached) == {("topk", 0.25, True)}
+    assert len(reached) == 14 and set(reached) == {("topk", 0.25, True)}
 
 
-@pytest.mark.parametrize("steps, amount", ((10, 0.9), (16, 0.5)))
-def test_in_few_steps_more_is_kept(reached, made, steps, amount):
+@pytest.mark.parametrize("params", (SpargeParams(cdf_threshold=0.5), SpargeParams(topk=0.1)), ids=("cdf", "topk"))
+@pytest.mark.parametrize("steps", (6, 10, 15, 16))
+def test_in_few_steps_more_is_kept(reached, made, params, steps):
     """By the refreshes too: a residual fits the thresholds that it was made with."""
-    run(replace(SETTINGS, params=SpargeParams(cdf_threshold=0.5)), steps=steps)
-    assert len(reached) == steps - 2 and set(reached) == {("cdf", amount, True)}
+    run(replace(SETTINGS, params=params), steps=steps)
+    selection, amount = ("cdf", 0.9) if steps < 16 else (params.selection, params.amount)
+    assert len(reached) == steps - 2 and set(reached) == {(selection, amount, True)}
     assert made == 2 * [amount]
 
 
@@ -89,7 +91,7 @@ def test_what_can_not_be_counted_is_kept_as_it_comes(reached, monkeypatch, caplo
 
     monkeypatch.setattr(ResidualStore, stage, fails)
     with caplog.at_level("INFO"):
-        run(replace(SETTINGS, start_percent=0.3))
+        run(replace(SETTINGS, start_percent=0.3), steps=24)
     assert set(reached) == {("topk", 0.25, True)} and caplog.text.count(says) == 1
 
 
@@ -104,4 +106,4 @@ def test_an_error_of_the_device_is_not_hidden(monkeypatch):
 
 def test_without_refreshes_thresholds_are_as_chosen(reached):
     run(replace(SETTINGS, refreshes=0))
-    assert len(reached) == 10 and set(reached) == {("topk", 0.25, False)}
+    assert len(reached) == 16 and set(reached) == {("topk", 0.25, False)}
