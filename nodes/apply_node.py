@@ -61,7 +61,7 @@ class ApplySpargeAttn(io.ComfyNode):
                             number("keep_percent", 50.0, 0.1, 100.0, 0.1,
                                    "Keeps this share of the blocks, in percent, whatever their similarity; text "
                                    "blocks (sinks) come on top where the tokens are reordered. Speed is the same "
-                                   "for every prompt, quality is not; try 30 to 60."),
+                                   "for every prompt, quality is not; try 30 to 60, or 10 to 20 with refreshes."),
                             similarity_threshold(),
                         ]),
                     ],

@@ -35,11 +35,11 @@ def _topk(percent: float) -> dict[str, Any]:
     return {"selection": "topk", "keep_percent": percent, "similarity_threshold": -1.0}  # which it does not use
 
 
-# On six clips of the demo's model in 20 steps with three seeds on an H200, these come to a mean PSNR of 49.9, 45.4 and
-# 42.7 dB from dense attention's clips (43.3, 38.2 and 36.6 the worst), at 1.9, 2.1 and 2.5 times its speed. Without
-# refreshes, cdf 0.99 comes to 47.2 dB at 2.1 times, 0.98 to 43.2 at 2.2 and 0.95 to 37.2 at 2.6: refreshes pay beyond
-# 2.3 times, and below it a stricter threshold is better there. A new node has a fixed share all the same, because its
-# speed does not depend on the model: of structured inputs, cdf 0.99 keeps nearly all blocks.
+# On six clips of the demo's model in 20 steps, three seeds each, on an H200, these come to 49.9, 45.4 and 42.7 dB of
+# dense attention's clips (43.3, 38.2 and 36.6 the worst), with all attention of a run 1.9, 2.1 and 2.5 times as fast as
+# PyTorch's. Without refreshes, cdf 0.99 comes to 47.2 dB at 2.07 times, 0.98 to 43.2 at 2.25 and 0.95 to 37.2 at 2.56.
+# So refreshes pay beyond 2.3 times, and below it a stricter threshold is better there. A new node has a fixed share all
+# the same, because its speed does not depend on the model: of structured inputs, cdf 0.99 keeps nearly all blocks.
 PRESETS = {
     "quality": Preset(_cdf(0.995), skipped_blocks="pooled", start_percent=0.2, refreshes=0),
     "balanced": Preset(_topk(20.0), skipped_blocks="pooled", start_percent=0.2, refreshes=4),

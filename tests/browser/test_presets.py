@@ -114,8 +114,8 @@ def test_a_preset_sets_the_widgets_and_a_turned_widget_makes_it_custom(editor, k
     for preset, name, gone in ((OTHER, "cdf_threshold", "keep_percent"), (TOPK, "keep_percent", "cdf_threshold")):
         choose(editor, kind, "preset", preset)
         assert shows(editor, preset) and f"selection.{gone}" not in values(editor)
-        type_number(editor, kind, f"selection.{name}", 0.25)  # made anew by the preset
-        assert values(editor)["preset"] == CUSTOM and values(editor)[f"selection.{name}"] == 0.25
+        type_number(editor, kind, f"selection.{name}", 0.5)  # made anew by the preset
+        assert values(editor)["preset"] == CUSTOM and values(editor)[f"selection.{name}"] == 0.5
 
 
 def test_other_widgets_leave_the_preset(editor):

@@ -52,6 +52,12 @@ def test_little_skipped_because_of_dense_calls_says_which(finished):
     assert "Lower keep_percent" in run_report(summary, SETTINGS).notes[0]
 
 
+def test_a_share_that_refreshes_replace_needs_them_off(finished):
+    settings = replace(SETTINGS, params=SpargeParams(topk=0.1), refreshes=4)
+    text = about_little_skipped(replace(finished.run.summary, sparsity=0.01, skipped=0.01), settings)
+    assert "at least 98%" in text and "With refreshes 0" in text and "Lower" not in text
+
+
 def test_log_and_report_agree_on_little(caplog):
     override = SpargeOverride(replace(SETTINGS, params=SpargeParams(cdf_threshold=1.0), start_percent=0.0))
     run(override)
