@@ -29,10 +29,13 @@ function sort(node, place) {
   node.widgets.splice(0, node.widgets.length, ...sorted(node.widgets, place))
 }
 
+// A new node may show the selection of a removed one that had its number, over the widgets of another choice. Setting
+// the same choice again makes those that belong to it.
 function set(node, values) {
   for (const [name, value] of Object.entries(values)) {
     const widget = find(node, name)
-    if (widget && widget.value !== value) widget.value = value
+    const whole = Object.keys(values).every(inner => !inner.startsWith(`${name}.`) || find(node, inner))
+    if (widget && !(whole && widget.value === value)) widget.value = value
   }
 }
 

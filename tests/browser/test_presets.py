@@ -287,9 +287,12 @@ def test_a_prompt_with_nothing_opens_as_it_runs(editor):
     editor.clear()
 
 
+@pytest.mark.parametrize("before", (*PRESETS, CUSTOM))
 @pytest.mark.parametrize("preset", PRESETS)
-def test_a_prompt_with_a_preset_alone_opens(editor, preset):
-    editor.run("prompt => app.loadApiJson(prompt, 'prompt')",
-               {"1": {"class_type": NODE, "inputs": {"preset": preset}}})
+def test_a_prompt_with_a_preset_alone_opens(editor, preset, before):
+    """Whatever a prompt before it has left of a node with the same number."""
+    for opened in (before, preset):
+        editor.run("prompt => app.loadApiJson(prompt, 'prompt')",
+                   {"1": {"class_type": NODE, "inputs": {"preset": opened}}})
     assert shows(editor, preset)
     editor.clear()
