@@ -37,7 +37,7 @@ class Compared:
         return out
 
 
-@pytest.mark.parametrize("widgets, steps", (({"hilbert": "off"}, 1), ({"hilbert": "on"}, 1), ({"refreshes": 2}, 6)))
+@pytest.mark.parametrize("widgets, steps", (({"hilbert": "off"}, 1), ({"hilbert": "on"}, 1), ({"refreshes": 2}, 16)))
 def test_rows_before_the_video(comfy_nodes, model, widgets, steps):
     patched = apply(comfy_nodes, model, selection=FEW, **widgets)
     options = patched.model_options["transformer_options"]
