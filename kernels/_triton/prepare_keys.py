@@ -88,8 +88,8 @@ def quantise_keys(
         channels = channels_in_groups(PADDED_D, GROUPS)
         k = tl.load(rows[None, :, None] + channels, mask=exists[None, :, None], other=0.0).to(tl.float32)
         k -= in_groups(centre, GROUPS) * exists.to(tl.float32)[None, :, None]
-        k = mixed(x=k, GROUPS=GROUPS)  # [GROUPS, BLOCK, D / GROUPS]
-        mean = mixed(x=in_groups(mean, GROUPS), GROUPS=GROUPS)
+        k = mixed(x=k)  # [GROUPS, BLOCK, D / GROUPS]
+        mean = mixed(x=in_groups(mean, GROUPS))
     scale = tl.where(finite, tl.maximum(tl.max(tl.abs(k)), 1e-12) / 127.0, float("nan"))
     tl.store(scale_ptr + block, scale / GROUPS)
     k = to_int8(k * (1.0 / scale))

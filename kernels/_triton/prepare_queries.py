@@ -63,7 +63,7 @@ def quantise_queries(
     if GROUPS > 1:  # loaded again, so that a thread holds all groups of a channel
         channels = channels_in_groups(PADDED_D, GROUPS)
         q = tl.load(rows[None, :, None] + channels, mask=exists[None, :, None], other=0.0).to(tl.float32)
-        q = mixed(x=q, GROUPS=GROUPS)  # [GROUPS, BLOCK, D / GROUPS]
+        q = mixed(x=q)  # [GROUPS, BLOCK, D / GROUPS]
         largest = tl.maximum(tl.max(tl.max(tl.abs(q), 0), 1), 1e-12)  # [BLOCK]
         tl.store(quantised_ptr + stored[None, :, None] * row_stores * STORE + channels,
                  to_int8(q * (most / largest)[None, :, None]))

@@ -85,21 +85,18 @@ def channels_in_groups(PADDED_D: tl.constexpr, GROUPS: tl.constexpr):
 
 
 @triton.jit
-def mixed(x, GROUPS: tl.constexpr):
-    """The Hadamard transform of x [GROUPS, ROWS, CHANNELS] along its groups, 1 or 8 of them. The scalar product of two
-    rows becomes GROUPS times as large.
+def mixed(x):
+    """The Hadamard transform of x [8, ROWS, CHANNELS] along its groups. The scalar product of two rows becomes 8 times
+    as large.
 
     INT8 has one scale for large and small channels. Mixed, they are alike, and scores have little more than half of the
     error. Neighbours are much alike as they are, so channels are mixed that lie far apart.
     """
-    if GROUPS == 8:
-        x = tl.reshape(x, [2, 2, 2, x.shape[1], x.shape[2]])
-        for _ in tl.static_range(3):
-            even, odd = tl.split(tl.permute(x, [1, 2, 3, 4, 0]))
-            x = tl.permute(tl.join(even + odd, even - odd), [0, 1, 4, 2, 3])
-        return tl.reshape(x, [8, x.shape[3], x.shape[4]])
-    else:
-        return x
+    x = tl.reshape(x, [2, 2, 2, x.shape[1], x.shape[2]])
+    for _ in tl.static_range(3):
+        even, odd = tl.split(tl.permute(x, [1, 2, 3, 4, 0]))
+        x = tl.permute(tl.join(even + odd, even - odd), [0, 1, 4, 2, 3])
+    return tl.reshape(x, [8, x.shape[3], x.shape[4]])
 
 
 @triton.jit
