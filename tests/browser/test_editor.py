@@ -134,7 +134,7 @@ def test_tuned_parameters_have_a_colour_of_their_own(editor):
 
 
 @pytest.mark.parametrize("node, widget, typed", (
-    ("ApplySpargeAttn", "selection.cdf_threshold", 0.985), ("ApplySpargeAttn", "pv_threshold", 15.5),
+    ("ApplySpargeAttn", "selection.keep_percent", 12.3), ("ApplySpargeAttn", "pv_threshold", 15.5),
     ("ApplySpargeAttn", "start_percent", 0.15), ("SpargeAttnTune", "l1", 0.062), ("SpargeAttnTune", "min_gain", 0.15)))
 def test_number_holds_what_is_typed(editor, node, widget, typed, screenshot):
     """A click opens a field; a double click alone changes nothing."""
