@@ -22,14 +22,14 @@ def condition(family, length=None, seed=1, mask=None):
 
 
 def sample(model, family, *, steps=2, cfg=1.0, positive=None, negative=None, batch=1, callback=None,
-           sampler="euler", **more):
+           sampler="euler", seed=0, **more):
     """Steps from seeded noise; the same arguments give the same latent, bit for bit, on one machine.
 
     Video and audio come back as (B, elements of both).
     """
     import comfy.sample
 
-    noise = family.latents(torch.randn((batch, *family.latent[1:]), generator=torch.Generator().manual_seed(0)))
+    noise = family.latents(torch.randn((batch, *family.latent[1:]), generator=torch.Generator().manual_seed(seed)))
     positive = condition(family) if positive is None else positive
     negative = condition(family, seed=2) if negative is None else negative
     out = comfy.sample.sample(model, noise, steps, cfg, sampler, "simple", positive, negative, noise * 0, seed=0,

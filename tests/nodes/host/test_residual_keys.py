@@ -159,13 +159,15 @@ def test_batches_of_other_sizes(comfy_nodes, video):
 
 
 def test_two_samplers_at_once(comfy_nodes, video):
-    """On one patched model, step by step in turn. They share a record of the run; each has its own conditions."""
+    """On one patched model, step by step in turn. They share a record of the run; each has its own conditions, and its
+    own noise, because what the first layer makes of conditions differs little."""
     run, turn, failed = Traced(comfy_nodes, video), threading.Barrier(2, timeout=60), []
 
     def one(seed):
         try:
             positive = condition(VIDEO, seed=seed)
-            run.latent = sample(run.patched, VIDEO, steps=STEPS, positive=positive, callback=lambda *args: turn.wait())
+            run.latent = sample(run.patched, VIDEO, steps=STEPS, positive=positive, seed=seed,
+                                callback=lambda *args: turn.wait())
         except BaseException as error:
             failed.append(error)
             turn.abort()
