@@ -215,8 +215,10 @@ def unnamed(workflow):
     return workflow
 
 
-@pytest.mark.parametrize("way", ("named", "unnamed", "by name", "without script"))
-@pytest.mark.parametrize("path", SAVED, ids=lambda path: f"{path.parts[0]}/{path.stem}")
+WAYS = "named", "unnamed", "by name", "without script"
+
+
+@pytest.mark.parametrize("path, way", [(path, WAYS[i % len(WAYS)]) for i, path in enumerate(SAVED)], ids=str)
 def test_a_file_without_a_preset_is_custom(editor, bare_editor, path, way, screenshot):
     """Its values are those that its prompt had; what it lacks is off."""
     workflow = json.loads((HOST / path).read_text(encoding="utf-8"))
