@@ -72,7 +72,8 @@ def sparge_attention(q: Tensor, k: Tensor, v: Tensor, *, params: SpargeParams = 
     """
     form = None
     if not (return_lse or overwrite_v or key_bias is not None or impl == "reference"
-            or not isinstance(params, SpargeParams) or torch.compiler.is_compiling()):
+            or not isinstance(params, SpargeParams) or not isinstance(residual, Residual | None)
+            or torch.compiler.is_compiling()):
         tensors = inputs_of(q, k, v, order, key_padding_mask, params.per_head, residual)
         form = replay.form_of(tensors, (layout, scale, causal, sink_keys, dense_queries, pv_dtype, skipped, impl,
                                         return_stats, params.selection, params.numbers))

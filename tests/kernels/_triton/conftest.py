@@ -4,11 +4,13 @@ import os
 import sys
 
 import pytest
+import torch
 
 from comfyui_spargeattn.kernels import capability
 from comfyui_spargeattn.kernels._triton import replay
 from comfyui_spargeattn.tests.kernels._triton.harness import ON_GPU, faster_interpreter, poisoned_memory
 
+_EMPTY = torch.empty
 collect_ignore_glob = [] if importlib.util.find_spec("triton") else ["test_*.py"]
 
 if not ON_GPU and not collect_ignore_glob:
@@ -37,6 +39,7 @@ def interpreter(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def poison():
+    assert torch.empty is _EMPTY, "an earlier test left torch.empty patched"
     with poisoned_memory():
         yield
 
