@@ -103,8 +103,9 @@ def test_no_repetition_without_room(monkeypatch):
         raise torch.OutOfMemoryError("no room")
 
     assert replay.repeat(("a form",), (q,)) is not None
-    monkeypatch.setattr(torch, "empty", empty)
-    assert replay.repeat(("a form",), (q,)) is None
+    with monkeypatch.context() as patch:  # undone before conftest.py undoes its own patch of it
+        patch.setattr(torch, "empty", empty)
+        assert replay.repeat(("a form",), (q,)) is None
 
 
 def test_recordings_are_bounded_and_forgotten():
