@@ -113,8 +113,9 @@ def check_kernels(call: Call) -> float:
     from comfyui_spargeattn.kernels._triton import sample
     loose = k.shape[2] > sample.SAMPLE
     few = 4 / math.sqrt(out.numel())  # so few numbers that one rounding is much of their error
-    # INT8 rounds P by the last bits of maxima, which degenerate inputs may leave alike in many rows.
-    alike = 1.0 if call.plain or call.arguments["pv_dtype"] == "fp16" else 3.0
+    # INT8 rounds P by the last bits of maxima, which degenerate inputs may leave alike in many rows. In 16 bits, few
+    # keys weigh there, and sums in float16 lose as much as the output's own rounding.
+    alike = 1.0 if call.plain else 1.5 if call.arguments["pv_dtype"] == "fp16" else 3.0
     if lse is not None:
         check_lse(q, k, v, lse, maps[0], call.params, arguments)
     if call.refreshes:
@@ -122,7 +123,7 @@ def check_kernels(call: Call) -> float:
     mask = call.block_map.mask() if isinstance(call.block_map, BlockMap) else call.block_map
     return check_output(q, k, v, out, stats, maps[0], params=call.params, block_mask=mask,
                         rms_slack=alike * (1.5 if loose else 1.1) + few,
-                        max_slack=alike * (3 if loose else 2) + 2 * few,
+                        max_slack=alike * (3 if loose else 2) + 2 * few, ties=1 if call.plain else 8,
                         pv_dtype=call.arguments["pv_dtype"], **arguments).ratio
 
 
