@@ -21,7 +21,8 @@ def assert_near(actual: Tensor, expected: Tensor, *, atol: float | Tensor, what:
 
 
 def assert_within_budget(actual: Tensor, emulated: Tensor, exact: Tensor, *, rms_slack: float = 1.05,
-                         max_slack: float = 1.5, floor: float = 0.0, chance: float = 0.0) -> float:
+                         max_slack: float = 1.5, floor: float = 0.0, chance: float = 0.0,
+                         sums: torch.dtype = torch.float32) -> float:
     """Assert that the error of `actual` against float64 is no larger than that of an eager emulation.
 
     `emulated` has the same arithmetic as `actual`, before its rounding to the output's dtype; where that rounds by
@@ -29,12 +30,15 @@ def assert_within_budget(actual: Tensor, emulated: Tensor, exact: Tensor, *, rms
     that dtype and float32's own rounding. The RMS error may exceed the budget by 5%, because both round the same
     numbers in another order. The maximum has a wider slack, because it is one draw of a distribution's tail. `floor` is
     an RMS error that `actual` may have where the emulation has none; the maximum may have twice as much. `chance` is an
-    error that one row of `actual` (..., D) may have on top. Returns the larger of both errors as a share of its limit.
+    error that one row of `actual` (..., D) may have on top. `sums` is the dtype of partial sums; 16 bits round once
+    more. Returns the larger of both errors as a share of its limit.
     """
     assert actual.shape == exact.shape and bool(actual.isfinite().all()), f"not finite or misshapen: {actual.shape}"
     error, budget = (actual.double() - exact).abs(), (emulated.double() - exact).abs()
     rounding = exact.abs() * torch.finfo(actual.dtype).eps / 2 + exact.abs().max() * 1e-6
     rounding += torch.finfo(actual.dtype).smallest_normal * torch.finfo(actual.dtype).eps
+    if sums == torch.float16:
+        rounding += exact.abs() * torch.finfo(sums).eps / 2
     details = worst(error, actual=actual, emulated=emulated.reshape(-1, *exact.shape)[0], exact=exact)
 
     def rms(x):

@@ -250,6 +250,7 @@ def check_output(q: Tensor, k: Tensor, v: Tensor, out: Tensor, stats: SpargeStat
     same number formats, and rounding. tight: what the λ test drops is most of that error, and both must drop the same.
     ties: how many numbers of a row of q and of k may round to INT8 the other way.
     """
+    from comfyui_spargeattn.kernels._triton import pipeline
     mask = found.mask()
     lists = BlockMap.from_mask(mask, found.block)
     listed = torch.arange(mask.shape[-1], device=mask.device) < found.counts[..., None]
@@ -289,7 +290,9 @@ def check_output(q: Tensor, k: Tensor, v: Tensor, out: Tensor, stats: SpargeStat
     if pv_dtype == "int8":  # one draw is as near the mean of many as there are rows that the error comes from
         rms_slack, max_slack = rms_slack + 2 * _effective_rows(emulated - exact) ** -0.5, max_slack + 0.5
         chance = 2 / 127 * v.float().nan_to_num(0.0, 0.0, 0.0).std().item()  # a probability, up against all odds
-    ratio = assert_within_budget(*compared, exact, rms_slack=rms_slack, max_slack=max_slack, floor=floor, chance=chance)
+    sums = torch.float16 if pipeline._configure(q, pv_dtype)[0].fp16_sums else torch.float32
+    ratio = assert_within_budget(*compared, exact, rms_slack=rms_slack, max_slack=max_slack, floor=floor, chance=chance,
+                                 sums=sums)
     if tight:
         assert rms(out - emulated) <= 0.5 * rms(emulated - exact) + rms(exact) * torch.finfo(out.dtype).eps
     if stats is not None:
