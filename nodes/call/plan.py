@@ -25,11 +25,9 @@ HILBERT_CHOICES = {"auto": None, "on": "hilbert", "off": None}
 # model's own attention.
 DENSE_STEPS = "quantised", "model"
 # Least cdf_threshold of a call without a residual in a run with refreshes: few steps, little memory, a call that can't
-# be told apart from others. Clips of the demo's model are at 43 dB then (tests/bench/README.md, "Refreshes").
-ALONE = 0.98
-# The same of one with a residual where the steps lie far apart, and residuals fit less. On a CPU, two scenes of the
-# demo's model come to 38 and 46 dB in ten steps with 0.8, and to 45 and 52 dB with this.
-FAR_APART = 0.9
+# be told apart from others. Clips of the demo's model are at 47 dB then in 8 steps, at twice the speed of dense
+# attention (tests/bench/README.md, "Refreshes").
+ALONE = 0.99
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """What a user can do about a run that skipped little or nothing, for the log and for the report."""
 from __future__ import annotations
 
-from ..call.plan import ALONE, FAR_APART, NodeSettings
+from ..call.plan import ALONE, NodeSettings
 from ..run.summary import RunSummary
 
 # Advice by the start of a reason to stay dense. These reasons are faults: a report tells them even where other calls
@@ -64,8 +64,8 @@ def _what_to_change(settings: NodeSettings) -> str:
     if settings.tuned is not None:
         return "Nearly nothing can be skipped at the error tuned for: tune with larger l1, or disconnect params."
     if params.topk is not None and settings.refreshes:
-        return (f"Calls without a residual keep at least {ALONE:.0%} of the attention whatever keep_percent is, and in "
-                f"few steps all keep {FAR_APART:.0%}. With refreshes 0 they keep that share; 50 is a start.")
+        return (f"Calls without a residual, as all are in few steps, keep at least {ALONE:.0%} of the attention, "
+                "whatever keep_percent is. With refreshes 0 they keep that share; 50 is a start.")
     if params.topk is not None:
         return f"Lower keep_percent ({100 * params.topk:g}); 50 is a start."
     changes = [f"lower cdf_threshold ({params.cdf_threshold:g})", "choose topk with keep_percent 50",

@@ -11,7 +11,7 @@ from torch import Tensor
 from ...kernels import FastPathError, Residual, attention_residual, block_map, sparge_attention
 from ...kernels.failures import is_of_the_device
 from ..call.arguments import AttentionCall
-from ..call.plan import ALONE, FAR_APART, CallSite, Dense, NodeSettings, SparsePlan, plan_without_residual
+from ..call.plan import ALONE, CallSite, Dense, NodeSettings, SparsePlan, plan_without_residual
 from ..call.transformer_blocks import TransformerBlock
 from ..log import log
 from .compile_notice import announced
@@ -32,7 +32,6 @@ class KernelCalls:
     def sparse(self, plan: SparsePlan, call: AttentionCall, site: CallSite) -> Tensor | Dense:
         """The result in the caller's form, or why there is none after all."""
         run, curve = self._run, self._settings.curve
-        plan = self._for_distant_steps(plan)
         residual = self._residual(call, site)
         if residual is None and self._settings.refreshes and (plan.needs_residual or not self._tuned(plan)):
             run.say_once("no residual", f"calls without a residual keep at least {ALONE:.0%} of the attention")
@@ -76,7 +75,6 @@ class KernelCalls:
 
     def keep_residual(self, plan: SparsePlan, call: AttentionCall, site: CallSite, dense: Tensor) -> None:
         """Keep what sparse attention lacks of the result of a dense call, in the caller's form."""
-        plan = self._for_distant_steps(plan)
         store, result, evaluation = self._run.residuals, call.take_back(dense), self._run.steps
         keys = store.keys(call, site)
         if keys is None or result is None:
@@ -109,13 +107,6 @@ class KernelCalls:
             return Dense("fast kernels failed", str(problem))
         except torch.OutOfMemoryError:
             return Dense("out of memory", f"{call.q_tokens} tokens")
-
-    def _for_distant_steps(self, plan: SparsePlan) -> SparsePlan:
-        """The plan of a refresh and of the calls that it serves. What was tuned stays as it is."""
-        if not self._run.refresh.far_apart or self._tuned(plan):
-            return plan
-        self._run.say_once("far apart", f"few steps: calls keep at least {FAR_APART:.0%} of the attention")
-        return plan.keeping(FAR_APART)
 
     def _tuned(self, plan: SparsePlan) -> bool:
         return self._settings.tuned is not None and not plan.untuned

@@ -10,8 +10,9 @@ import torch
 
 from .sampler_noise import adds_noise
 
-FEWEST = 6  # steps that may go sparse; with fewer, every second one would be dense
-CLOSE = 16  # steps that may go sparse, from which on they lie close to each other
+# Steps that may go sparse. Fewer lie far apart: residuals fit them less, and the dense steps among them cost more time
+# than they are worth (tests/bench/README.md, "Refreshes").
+FEWEST = 16
 # Difference of the logarithm of signal over noise at which two residuals have nothing in common any more. Below it,
 # the square of what separates them grows in proportion.
 _UNRELATED = 4.0
@@ -85,7 +86,6 @@ class RefreshSchedule:
     serves: whether it also makes residuals; at the last step none would be used.
     lead: how far the residuals that this evaluation makes are to be extrapolated, see `leads`.
     levels: noise levels of the refreshes of this run; none where there are none.
-    far_apart: whether there are refreshes and the steps lie far apart.
     problem: why there are none although `count` asks for some.
     steady: whether the sampler of this run adds no noise between steps; set before `begin`.
     """
@@ -102,7 +102,6 @@ class RefreshSchedule:
         self.due = False
         self.lead = 0.0
         self.levels: tuple[float, ...] = ()
-        self.far_apart = False
         self.problem = ""
         self._pending: list[tuple[float, float]] = []  # (level, lead)
         self._schedule: Sequence[float] = ()
@@ -139,7 +138,6 @@ class RefreshSchedule:
         chosen = refresh_steps(noise, min(self.count, len(inside) // 2) + before, inside[0] - before)
         self._schedule = schedule
         self.levels = tuple(schedule[step] for step in chosen)
-        self.far_apart = len(inside) < CLOSE
         self._pending = list(zip(self.levels, leads(noise, chosen)))
 
     @property
@@ -156,7 +154,7 @@ class RefreshSchedule:
 
     def give_up(self, problem: str) -> None:
         """Have no refreshes in this run."""
-        self.due, self.levels, self.far_apart, self.problem = False, (), False, problem
+        self.due, self.levels, self.problem = False, (), problem
         self._pending = []
 
     def advance(self, read_sigma: Callable[[], float]) -> None:

@@ -5,6 +5,7 @@ import torch
 from comfyui_spargeattn.kernels import SpargeParams
 from comfyui_spargeattn.nodes.call.plan import NodeSettings
 from comfyui_spargeattn.nodes.override import SLOT, SpargeOverride
+from comfyui_spargeattn.nodes.run import refresh_schedule
 from comfyui_spargeattn.nodes.run.host_memory import SLOTS, Memory
 from comfyui_spargeattn.nodes.run.residual_memory import SHARE
 from comfyui_spargeattn.tests.cases import drifting_qkv
@@ -16,6 +17,12 @@ LAYERS, STEPS, HEADS, TOKENS, DIM = 6, 12, 4, 2000, 64
 BYTES = HEADS * TOKENS * (DIM + 4)  # of a residual of one condition
 SETTINGS = NodeSettings(SpargeParams(topk=0.2), start_percent=0.2, min_tokens=1000, refreshes=3)
 PLENTY = 1 << 34
+
+
+@pytest.fixture(autouse=True)
+def short_runs_refresh(monkeypatch):
+    """Refreshes in fewer steps than pay for them."""
+    monkeypatch.setattr(refresh_schedule, "FEWEST", 6)
 
 
 class Pins:

@@ -108,6 +108,7 @@ def test_kernels_that_fail_leave_the_call_to_the_model(kernels, monkeypatch, err
     assert override.run.summary.quantised == {}
 
 
+@pytest.mark.usefixtures("short_runs_refresh")
 def test_refreshes(kernels, monkeypatch):
     """The residual is made of what the kernels computed."""
     made, outs = [], []
@@ -148,6 +149,7 @@ def test_containers_are_emptied(kernels):
     assert len(kernels) == 7 and all(how["overwrite_v"] for how in kernels)
 
 
+@pytest.mark.usefixtures("short_runs_refresh")
 def test_refreshes_leave_containers_whole(kernels):
     """A residual is made of the tensors after dense attention has come from them."""
     override = SpargeOverride(replace(SETTINGS, start_percent=0.0, refreshes=4), memory=Memory(lambda device: 1 << 30))

@@ -95,11 +95,11 @@ def test_long_sequences_go_sparse_on_a_fast_kernel(monkeypatch):
 
 
 @pytest.mark.parametrize("given, amount", [
-    (SpargeParams(cdf_threshold=0.8, similarity_threshold=0.3, pv_threshold=9.0), 0.98),
+    (SpargeParams(cdf_threshold=0.8, similarity_threshold=0.3, pv_threshold=9.0), 0.99),
     (SpargeParams(cdf_threshold=0.995, similarity_threshold=0.3, pv_threshold=9.0), 0.995),
-    (SpargeParams(topk=0.1, similarity_threshold=0.3, pv_threshold=9.0), 0.98),
-    (SpargeParams(cdf_threshold=torch.tensor([0.5, 0.99]), similarity_threshold=0.3, pv_threshold=9.0),
-     torch.tensor([0.98, 0.99])),
+    (SpargeParams(topk=0.1, similarity_threshold=0.3, pv_threshold=9.0), 0.99),
+    (SpargeParams(cdf_threshold=torch.tensor([0.5, 0.995]), similarity_threshold=0.3, pv_threshold=9.0),
+     torch.tensor([0.99, 0.995])),
 ])
 def test_without_a_residual_more_is_kept(given, amount):
     plan = SparsePlan(given, "reference", skipped="pooled", pv_dtype="fp16", curve="hilbert")

@@ -29,6 +29,14 @@ def comfy_nodes(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def short_runs_refresh(comfy_nodes):
+    """Refreshes in runs of a few steps, which take a CPU less time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(comfy_host.pack_module(comfy_nodes, "nodes.run.refresh_schedule"), "FEWEST", 6)
+        yield
+
+
+@pytest.fixture(scope="module")
 def demo(comfy_nodes):
     """The demo's modules, as a package."""
     sys.path.insert(0, str(TESTS))

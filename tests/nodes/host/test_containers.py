@@ -8,6 +8,8 @@ import torch
 from sampling import SPARSE, apply, sample
 from torch.multiprocessing.reductions import StorageWeakRef
 
+pytestmark = pytest.mark.usefixtures("short_runs_refresh")
+
 SLOT = "optimized_attention_override"
 FAMILY = checkpoints.FAMILIES["minimax_h3"]
 

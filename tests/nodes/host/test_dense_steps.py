@@ -7,6 +7,8 @@ import pytest
 import torch
 from sampling import SPARSE, apply, node_class, relative_l1, sample, widget_defaults
 
+pytestmark = pytest.mark.usefixtures("short_runs_refresh")
+
 WAN = replace(checkpoints.FAMILIES["wan"], latent=(1, 16, 2, 32, 32))  # 512 tokens
 STEPS, TIMED = 12, 3
 SLOT = "optimized_attention_override"

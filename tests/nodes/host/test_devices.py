@@ -9,6 +9,8 @@ from checkpoints import FAMILIES
 from sampling import SPARSE, apply, condition, probed, sample
 from test_tuning import tune
 
+pytestmark = pytest.mark.usefixtures("short_runs_refresh")
+
 TOGETHER = 60  # seconds in which both threads have to be inside the kernels
 
 

@@ -5,6 +5,8 @@ import pytest
 import torch
 from sampling import apply, condition, sample
 
+pytestmark = pytest.mark.usefixtures("short_runs_refresh")
+
 SLOT = "optimized_attention_override"
 FEW = {"selection": "topk", "keep_percent": 5.0, "similarity_threshold": -1.0}
 FAMILY = checkpoints.FAMILIES["minimax_h3"]

@@ -9,6 +9,8 @@ import torch
 from sampling import SPARSE, apply, probed, sample
 from test_tuning import tune
 
+pytestmark = pytest.mark.usefixtures("short_runs_refresh")
+
 FAMILY = replace(checkpoints.FAMILIES["wan"], latent=(1, 16, 2, 32, 32))  # 512 tokens
 
 

@@ -12,6 +12,8 @@ import torch
 from sampling import SPARSE, apply, condition, node_class, sample
 from test_residuals import apart, kernel_calls
 
+pytestmark = pytest.mark.usefixtures("short_runs_refresh")
+
 VIDEO = replace(checkpoints.FAMILIES["wan"], latent=(1, 16, 2, 32, 32))  # 512 tokens
 PICTURE = replace(checkpoints.FAMILIES["flux"], latent=(1, 16, 64, 48))  # 768 tokens beside 48 of text
 STEPS = 8

@@ -9,6 +9,8 @@ import pytest
 import torch
 from sampling import SPARSE, apply, probed, sample
 
+pytestmark = pytest.mark.usefixtures("short_runs_refresh")
+
 FAMILY = replace(checkpoints.FAMILIES["wan"], latent=(1, 16, 2, 32, 32))  # 512 tokens
 STEPS = 8
 

@@ -77,6 +77,7 @@ def test_sparse_clip_is_close_to_dense(comfy_nodes, demo, model, sample, dense, 
     assert psnr(demo, sparse, dense) > least_psnr
 
 
+@pytest.mark.usefixtures("short_runs_refresh")
 def test_residuals_bring_a_clip_closer_to_dense(comfy_nodes, demo, model, sample, monkeypatch):
     """Two refreshes in eight steps, against the same dense steps without a residual and against no refresh. Where no
     residual is kept, calls keep more, and so come closer still."""

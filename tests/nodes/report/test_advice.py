@@ -55,7 +55,7 @@ def test_little_skipped_because_of_dense_calls_says_which(finished):
 def test_a_share_that_refreshes_replace_needs_them_off(finished):
     settings = replace(SETTINGS, params=SpargeParams(topk=0.1), refreshes=4)
     text = about_little_skipped(replace(finished.run.summary, sparsity=0.01, skipped=0.01), settings)
-    assert "at least 98%" in text and "With refreshes 0" in text and "Lower" not in text
+    assert "at least 99%" in text and "With refreshes 0" in text and "Lower" not in text
 
 
 def test_log_and_report_agree_on_little(caplog):

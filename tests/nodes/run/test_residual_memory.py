@@ -12,6 +12,8 @@ from comfyui_spargeattn.nodes.run.host_memory import SLOTS, Memory
 from comfyui_spargeattn.nodes.run.residual_memory import SHARE, ResidualMemory
 from comfyui_spargeattn.tests.nodes.stand_ins import attend, sample
 
+pytestmark = pytest.mark.usefixtures("short_runs_refresh")
+
 GPU, OTHER, HOST = torch.device("cpu", 0), torch.device("cpu", 1), torch.device("meta")  # stand for two GPUs
 SIZE = 1000
 SETTINGS = NodeSettings(SpargeParams(topk=0.25), start_percent=0.3, min_tokens=64, refreshes=2)
