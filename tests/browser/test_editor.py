@@ -250,7 +250,8 @@ def test_names_tooltips_and_help(translated, node, screenshot):
     widgets = [(name, label) for name, label in shown["widgets"] if name not in ("control_after_generate", "fixed")]
     names = {name.replace(".", "_"): label for name, label in widgets}
     assert names == {name: expected["inputs"][name]["name"] for name in names}
-    for name, _ in widgets:
+    # It takes a second to show one. The editor takes the translations of all from the same place.
+    for name, _ in widgets if language == "en" else widgets[::4]:
         tooltip = editor.tooltip(node, name)
         assert tooltip == expected["inputs"][name.replace(".", "_")]["tooltip"], name
     screenshot(editor, f"tooltip_{node}_{language}")
