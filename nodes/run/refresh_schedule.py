@@ -11,8 +11,9 @@ import torch
 from .sampler_noise import adds_noise
 
 # Steps that may go sparse. Fewer lie far apart: residuals fit them less, and the dense steps among them cost more time
-# than they are worth (tests/bench/README.md, "Refreshes").
-FEWEST = 16
+# than they are worth. That was measured with 6 and with 16 (tests/bench/README.md, "Refreshes"). Schedulers leave 14 to
+# 16 of 20 steps.
+FEWEST = 12
 # Difference of the logarithm of signal over noise at which two residuals have nothing in common any more. Below it,
 # the square of what separates them grows in proportion.
 _UNRELATED = 4.0

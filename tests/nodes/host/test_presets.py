@@ -90,6 +90,22 @@ def test_a_preset_with_the_values_of_an_earlier_time_is_that_of_today(comfy_node
     assert settings(comfy_nodes, wan, {"preset": preset, **BEFORE}) == settings(comfy_nodes, wan, {"preset": preset})
 
 
+@pytest.mark.parametrize("scheduler", ("simple", "normal", "beta", "sgm_uniform", "karras", "ddim_uniform"))
+def test_twenty_steps_are_enough_for_refreshes(comfy_nodes, wan, presets, scheduler):
+    """Whatever share of them the scheduler leaves below the noise levels that stay dense."""
+    import comfy.samplers
+
+    inputs = presets.PRESETS["balanced"].inputs
+    sampling = wan.get_model_object("model_sampling")
+    levels = comfy.samplers.calculate_sigmas(sampling, scheduler, 20).tolist()
+    window, refresh = (comfy_host.pack_module(comfy_nodes, f"nodes.run.{name}")
+                       for name in ("sigma_window", "refresh_schedule"))
+    lowest, highest = window.sigma_range(inputs["start_percent"], 1.0, sampling.percent_to_sigma)
+    schedule = refresh.RefreshSchedule(inputs["refreshes"])
+    schedule.begin(levels, lowest, highest, float(sampling.percent_to_sigma(0.0)))
+    assert not schedule.problem and inputs["refreshes"] <= len(schedule.levels) <= inputs["refreshes"] + 1
+
+
 def test_values_that_a_preset_does_not_read_are_told(comfy_nodes, wan, caplog):
     with caplog.at_level(logging.INFO):
         given = settings(comfy_nodes, wan, {"preset": "fast", **OWN, "end_percent": 0.9, "dense_blocks": "3"})

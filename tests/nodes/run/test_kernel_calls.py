@@ -60,7 +60,7 @@ def test_refreshes_keep_what_was_chosen(reached, made, params):
     assert made == 2 * [params.amount]
 
 
-@pytest.mark.parametrize("how", (dict(recognised=False), dict(steps=15), dict(memory=0)),
+@pytest.mark.parametrize("how", (dict(recognised=False), dict(steps=11), dict(memory=0)),
                          ids=("not recognised", "few steps", "no memory"))
 def test_without_a_residual_more_is_kept(reached, how, caplog):
     with caplog.at_level("INFO"):
