@@ -27,11 +27,12 @@ def score_errors(call: Call, groups: int) -> Tensor:
     q, k = call.q.float(), call.k.float().repeat_interleave(call.q.shape[1] // call.k.shape[1], 1)
     rows = torch.arange(0, q.shape[2], max(1, q.shape[2] // ROWS))
     q, k = q[:, :, rows], (k - k.mean(2, keepdim=True))[:, :, :KEYS]
-    scores = q @ k.mT * q.shape[-1] ** -0.5
+    q = q * q.shape[-1] ** -0.5
+    scores = q @ k.mT
+    rounded_k = _int8(_blocks(_mixed(k, groups), BLOCK_K), (-2, -1)).flatten(2, 3)[:, :, :k.shape[2]]
+    error = _int8(_mixed(q, groups), (-1,)) @ rounded_k.mT - scores
     if call.causal:
         scores = scores.masked_fill(rows[:, None] < torch.arange(k.shape[2]), -torch.inf)
-    rounded_k = _int8(_blocks(_mixed(k, groups), BLOCK_K), (-2, -1)).flatten(2, 3)[:, :, :k.shape[2]]
-    error = _int8(_mixed(q, groups), (-1,)) @ rounded_k.mT * q.shape[-1] ** -0.5 - q @ k.mT * q.shape[-1] ** -0.5
     weights = scores.softmax(-1)
     variance = (weights * error.square()).sum(-1) - (weights * error).sum(-1).square()
     return variance.clamp(min=0).mean(-1).sqrt()

@@ -1,4 +1,5 @@
 """Every launch configuration of this GPU with every switch, in bf16; tests/kernels/_triton has other dtypes, dims."""
+import math
 
 import pytest
 import torch
@@ -51,8 +52,11 @@ STRUCTURED = {"video": dict(grid=(10, 30, 40), heads=4, dim=128), "image and tex
 def test_close_to_dense_on_structured_inputs(pv_dtype, case):
     q, k, v = video_qkv(**case)
     exact = dense_attention(q, k, v)
+    errors = {}
     for name, params, bound in (("every block", SpargeParams(cdf_threshold=1.0), KEEP_ALL_BOUNDS[pv_dtype]),
                                 ("default thresholds", SpargeParams(), DEFAULT_BOUNDS[pv_dtype])):
         out, stats = sparge_attention(q, k, v, params=params, pv_dtype=pv_dtype, impl="triton", return_stats=True)
-        error = relative_l1(out, exact)
-        assert error <= bound, f"{name}: {error:.4f} > {bound}, kept {stats.kept.mean().item():.3f}"
+        errors[name] = relative_l1(out, exact)
+        assert errors[name] <= bound, f"{name}: {errors[name]:.4f} > {bound}, kept {stats.kept.mean().item():.3f}"
+    # Mixed channels cost inputs like these up to 1.2 times (tests/bench/README.md, "Formats of P·V").
+    assert math.isfinite(errors["every block"]) and errors["every block"] <= errors["default thresholds"] * 1.25

@@ -8,8 +8,6 @@ import torch
 from sampling import MIN_TOKENS, apply, widget_defaults
 from test_tuning import CHECKPOINT, GRID, LAYERS, SHAPE, load, node, sample, save
 
-pytestmark = pytest.mark.usefixtures("short_runs_refresh")
-
 STEPS, REFRESHES, BOUND = 16, 4, 0.1
 TUNED, OTHER = ("star red stripes right", "blue checker left"), ("ring yellow plain left", "green plain up")
 FEW = {"selection": "topk", "keep_percent": 30.0, "similarity_threshold": -1.0}
