@@ -1,10 +1,15 @@
-"""Attention over several devices, by the libraries that are installed."""
+"""What the tests of all libraries run on, and attention over several devices by those that are installed."""
 from contextlib import ExitStack
 from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+IMPL = "triton" if DEVICE == "cuda" else "reference"  # the interpreter would take minutes
+BOUND = 0.05 if DEVICE == "cuda" else 1e-5  # of the relative L1 with every block: INT8 there
+two_devices = pytest.mark.skipif(torch.cuda.device_count() == 1, reason="needs two GPUs, or none")
 
 _A_GPU = SimpleNamespace(name="a GPU", gcnArchName="")
 

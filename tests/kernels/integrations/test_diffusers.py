@@ -12,13 +12,11 @@ from comfyui_spargeattn.kernels import FastPathError, SpargeParams, dense_attent
 from comfyui_spargeattn.kernels.integrations import calls  # noqa: E402
 from comfyui_spargeattn.kernels.integrations import diffusers as integration  # noqa: E402
 from comfyui_spargeattn.tests.assertions import assert_near, relative_l1  # noqa: E402
+from comfyui_spargeattn.tests.kernels.integrations.libraries import BOUND, DEVICE, IMPL, two_devices  # noqa: E402
 from comfyui_spargeattn.tests.kernels.integrations.pair import found_by_two  # noqa: E402
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-IMPL = "triton" if DEVICE == "cuda" else "reference"  # the interpreter would take minutes
 ALL = SpargeParams(topk=1.0)  # every block is kept
 HALF = SpargeParams(topk=0.5)
-BOUND = 0.05 if DEVICE == "cuda" else 1e-5  # of the relative L1 with every block: INT8 there
 LATENT = (1, 16, 4, 24, 24)  # 576 tokens
 LAYERS = 2
 
@@ -139,7 +137,7 @@ def test_names():
         integration.register(layers=-1)
 
 
-@pytest.mark.skipif(DEVICE == "cuda" and torch.cuda.device_count() < 2, reason="needs two GPUs")
+@two_devices
 @pytest.mark.parametrize("kind", ("ulysses", "ring"))
 def test_context_parallelism(kind, tmp_path):
     """Two processes, on two GPUs or on the CPU, give what one gives."""

@@ -5,10 +5,8 @@ import pytest
 import torch
 
 from comfyui_spargeattn.kernels.integrations.head_balance import HeadBalance, _Layer, busiest, spread
-from comfyui_spargeattn.tests.kernels.integrations.libraries import needs
+from comfyui_spargeattn.tests.kernels.integrations.libraries import needs, two_devices
 from comfyui_spargeattn.tests.kernels.integrations.pair import found_by_two
-
-CUDA = torch.cuda.is_available()
 
 
 def over_mean(costs, order, devices):
@@ -77,7 +75,7 @@ def test_layers_are_checked(layers):
         HeadBalance(layers)
 
 
-@pytest.mark.skipif(CUDA and torch.cuda.device_count() < 2, reason="needs two GPUs")
+@two_devices
 @pytest.mark.parametrize("kind", ("yunchang", "registered", "xfuser", "diffusers"))
 def test_two_processes(kind, tmp_path):
     """From the second step on both have about the same work, in both layers, and the result is as before."""

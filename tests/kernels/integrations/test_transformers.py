@@ -21,9 +21,8 @@ from transformers import (  # noqa: E402
 from comfyui_spargeattn.kernels import FastPathError, SpargeParams  # noqa: E402
 from comfyui_spargeattn.kernels.integrations import calls  # noqa: E402
 from comfyui_spargeattn.kernels.integrations import transformers as integration  # noqa: E402
+from comfyui_spargeattn.tests.kernels.integrations.libraries import DEVICE, IMPL  # noqa: E402
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-IMPL = "triton" if DEVICE == "cuda" else "reference"  # the interpreter would take minutes
 ALL = SpargeParams(topk=1.0)  # every block is kept
 TOKENS = 300
 SIZES = dict(vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,

@@ -10,12 +10,9 @@ from comfyui_spargeattn.kernels.integrations import calls
 from comfyui_spargeattn.kernels.integrations.yunchang import SpargeProcessor, register
 from comfyui_spargeattn.tests.assertions import assert_near, relative_l1
 from comfyui_spargeattn.tests.cases import drifting_qkv
-from comfyui_spargeattn.tests.kernels.integrations.libraries import needs
+from comfyui_spargeattn.tests.kernels.integrations.libraries import BOUND, DEVICE, IMPL, needs, two_devices
 from comfyui_spargeattn.tests.kernels.integrations.pair import found_by_two
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-IMPL = "triton" if DEVICE == "cuda" else "reference"  # the interpreter would take minutes
-BOUND = 0.05 if DEVICE == "cuda" else 1e-5  # of the relative L1 with every block: INT8 there
 HALF = SpargeParams(topk=0.5)
 ALL = SpargeParams(topk=1.0)
 TOKENS, HEADS = 1024, 4
@@ -98,7 +95,7 @@ def test_what_register_can_not_take(wrong, message):
         register(**wrong)
 
 
-@pytest.mark.skipif(DEVICE == "cuda" and torch.cuda.device_count() < 2, reason="needs two GPUs")
+@two_devices
 @pytest.mark.parametrize("kind", ("ulysses", "ring"))
 @pytest.mark.parametrize("library", ("yunchang", "xfuser"))
 def test_two_processes(library, kind, tmp_path):
@@ -114,7 +111,7 @@ def test_two_processes(library, kind, tmp_path):
 
 
 @pytest.mark.skipif("RAYLIGHT_PATH" not in os.environ, reason="set RAYLIGHT_PATH to a checkout of raylight")
-@pytest.mark.skipif(DEVICE == "cuda" and torch.cuda.device_count() < 2, reason="needs two GPUs")
+@two_devices
 @pytest.mark.parametrize("kind", ("ulysses", "ring"))
 def test_raylight(kind, tmp_path):
     """Its own attention function, of the type that is registered here."""

@@ -14,8 +14,8 @@ import torch.distributed as dist
 
 from comfyui_spargeattn.kernels import SpargeParams
 from comfyui_spargeattn.tests.cases import drifting_qkv
-from comfyui_spargeattn.tests.kernels.integrations.libraries import long_context_attention
-from comfyui_spargeattn.tests.kernels.integrations.test_yunchang import DEVICE, IMPL
+from comfyui_spargeattn.tests.kernels.integrations.libraries import DEVICE, IMPL, long_context_attention
+from comfyui_spargeattn.tests.kernels.integrations.pair import leave, meet
 
 SETTINGS = dict(params=SpargeParams(cdf_threshold=0.9, similarity_threshold=-1.0), min_tokens=500, impl=IMPL)
 HEADS, TOKENS, LAYERS, STEPS = 16, 1024, 2, 3
@@ -70,9 +70,7 @@ def of_diffusers(kind):
 
 
 def main(kind: str, meeting: str, rank: int) -> None:
-    if DEVICE == "cuda":
-        torch.cuda.set_device(rank)
-    dist.init_process_group("nccl" if DEVICE == "cuda" else "gloo", init_method=meeting, world_size=2, rank=rank)
+    meet(meeting, rank)
     (stays, moves), attention = (of_diffusers if kind == "diffusers" else of_yunchang)(kind)
     kv_heads = HEADS if kind == "diffusers" else HEADS // 2  # its context parallelism takes no grouped heads
     found = []
@@ -83,7 +81,7 @@ def main(kind: str, meeting: str, rank: int) -> None:
                 same = torch.equal(moves(*inputs), expected)
                 found.append({"same": same, "kept": attention.kept.mean().item()})
     print("found", json.dumps({"calls": found, "counts": dict(attention.calls)}))
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -8,20 +8,18 @@ import json
 import sys
 
 import torch
-import torch.distributed as dist
 from yunchang import set_seq_parallel_pg
 
 from comfyui_spargeattn.kernels import sparge_attention
 from comfyui_spargeattn.kernels.integrations.yunchang import ATTN_TYPE, SpargeProcessor
 from comfyui_spargeattn.tests.assertions import relative_l1
-from comfyui_spargeattn.tests.kernels.integrations.libraries import long_context_attention
-from comfyui_spargeattn.tests.kernels.integrations.test_yunchang import ALL, DEVICE, HALF, IMPL, inputs
+from comfyui_spargeattn.tests.kernels.integrations.libraries import IMPL, long_context_attention
+from comfyui_spargeattn.tests.kernels.integrations.pair import leave, meet
+from comfyui_spargeattn.tests.kernels.integrations.test_yunchang import ALL, HALF, inputs
 
 
 def main(kind: str, meeting: str, rank: int) -> None:
-    if DEVICE == "cuda":
-        torch.cuda.set_device(rank)
-    dist.init_process_group("nccl" if DEVICE == "cuda" else "gloo", init_method=meeting, world_size=2, rank=rank)
+    meet(meeting, rank)
     library, _, kind = kind.partition("-")
     set_seq_parallel_pg(*((2, 1) if kind == "ulysses" else (1, 2)), rank, 2)
     q, k, v, dense = inputs()
@@ -38,7 +36,7 @@ def main(kind: str, meeting: str, rank: int) -> None:
     of_dense, of_one = (x.chunk(2, 1)[rank] for x in (dense, one))
     print("found", json.dumps({"sparse": relative_l1(sparse, of_dense), "every block": relative_l1(every, of_dense),
                                "against one process": relative_l1(sparse, of_one), "calls": calls}))
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -8,18 +8,17 @@ import sys
 from unittest import mock
 
 import torch
-import torch.distributed as dist
 from diffusers import ContextParallelConfig
 
 from comfyui_spargeattn.tests.assertions import relative_l1
-from comfyui_spargeattn.tests.kernels.integrations.test_diffusers import ALL, DEVICE, evaluate, small_model, sparse
+from comfyui_spargeattn.tests.kernels.integrations.libraries import DEVICE
+from comfyui_spargeattn.tests.kernels.integrations.pair import leave, meet
+from comfyui_spargeattn.tests.kernels.integrations.test_diffusers import ALL, evaluate, small_model, sparse
 
 
 def main(kind: str, meeting: str, rank: int) -> None:
     cuda = DEVICE == "cuda"
-    if cuda:
-        torch.cuda.set_device(rank)
-    dist.init_process_group("nccl" if cuda else "gloo", init_method=meeting, world_size=2, rank=rank)
+    meet(meeting, rank)
     model = small_model()
     native = evaluate(model)
     sparse(model)
@@ -37,7 +36,7 @@ def main(kind: str, meeting: str, rank: int) -> None:
     found["dense"] = relative_l1(evaluate(model), native)
     if rank == 0:
         print("found", json.dumps(found))
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -9,24 +9,21 @@ import os
 import sys
 
 import torch
-import torch.distributed as dist
 from yunchang import set_seq_parallel_pg
 
 from comfyui_spargeattn.kernels import SpargeParams, dense_attention, sparge_attention
 from comfyui_spargeattn.kernels.integrations.yunchang import register
 from comfyui_spargeattn.tests.assertions import relative_l1
 from comfyui_spargeattn.tests.cases import drifting_qkv
-from comfyui_spargeattn.tests.kernels.integrations.libraries import long_context_attention
-from comfyui_spargeattn.tests.kernels.integrations.test_yunchang import DEVICE, IMPL
+from comfyui_spargeattn.tests.kernels.integrations.libraries import DEVICE, IMPL, long_context_attention
+from comfyui_spargeattn.tests.kernels.integrations.pair import leave, meet
 
 PARAMS = SpargeParams(cdf_threshold=0.9, similarity_threshold=-1.0)
 HEADS, TOKENS, TEXT, DIM = 8, 1024, 64, 32
 
 
 def main(kind: str, meeting: str, rank: int) -> None:
-    if DEVICE == "cuda":
-        torch.cuda.set_device(rank)
-    dist.init_process_group("nccl" if DEVICE == "cuda" else "gloo", init_method=meeting, world_size=2, rank=rank)
+    meet(meeting, rank)
     set_seq_parallel_pg(*((2, 1) if kind == "ulysses" else (1, 2)), rank, 2)
     long_context_attention("xfuser")  # before raylight imports it, which takes a GPU for granted
     processor = register(layers=1 if kind == "ulysses" else 0, params=PARAMS, min_tokens=500, impl=IMPL)
@@ -48,7 +45,7 @@ def main(kind: str, meeting: str, rank: int) -> None:
             picture, text = dense_attention(*map(torch.cat, zip((q, k, v), words), (2, 2, 2))).split([TOKENS, TEXT], 2)
             found["joint"] = relative_l1(joint, torch.cat([picture.chunk(2, 2)[rank], text], 2))
     print("found", json.dumps(found | {"calls": dict(processor.calls)}))
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":
