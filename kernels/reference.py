@@ -283,7 +283,8 @@ def attend(queries: Compressed, keys: Compressed, values: Tensor, mask: Tensor, 
         if tail is not None:
             p = (tail - top).exp2()
             total = total + p.sum(-1, keepdim=True)
-            acc = acc + p @ (values.sum(3) / keys.valid.sum(-1, keepdim=True).clamp(min=1) / v_scale)
+            means = values.sum(3) / keys.valid.sum(-1, keepdim=True).clamp(min=1) / v_scale
+            acc = acc + p @ (_to_fp16(means.clamp(-65504.0, 65504.0)) if emulated else means)
         out.append(torch.where(total == 0, 0.0, acc / total * v_scale + v_centre))
         lse.append((top + total.log2())[..., 0])
     groups = mask.sum((-2, -1)) * (block_q // ROW_GROUP)
@@ -306,8 +307,13 @@ def _skipped_groups(local: Tensor, running: Tensor, limit: Tensor) -> Tensor:
 
 def _tail_scores(q: Tensor, keys: Compressed, kept: Tensor, visible: Tensor, rounded: bool) -> Tensor:
     """Scores (B, H, b_q, k_blocks) of the pooled tail: each skipped block as one key, counted once per valid token."""
-    weight = keys.valid.sum(-1).clamp(min=1).to(q.dtype).log2() + keys.mean_bias
-    scores = q @ keys.mean.mT + (_to_fp16(weight) if rounded else weight)[:, :, None]
+    mean, weight = keys.mean, keys.valid.sum(-1).clamp(min=1).to(q.dtype).log2() + keys.mean_bias
+    if rounded:
+        weight = _to_fp16(weight)
+        step = mean.abs().amax(-1, keepdim=True).clamp(min=1e-12) / INT8_MAX * (1 + 2.0 ** -7)
+        step = step.bfloat16().to(mean.dtype)
+        mean = (mean / step).round() * step
+    scores = q @ mean.mT + weight[:, :, None]
     return scores.masked_fill(~(visible & ~kept)[:, :, None], -math.inf)
 
 
@@ -331,7 +337,7 @@ def _up_or_down(p: Tensor, local: Tensor) -> Tensor:
     probability of the fraction, by the last bits of the row's maximum in the block, `local` (B, H, b_q, k_blocks)."""
     mixed = local.float().view(torch.int32).long() * 0x1E3779B1
     column = torch.arange(p.shape[-1] // local.shape[-1], device=p.device)
-    up = (mixed[..., None] >> 8 * (column % 2 + 2 * (column // 8 % 2)) & 255) / 256
+    up = (mixed[..., None] >> 8 * (column % 2 + 2 * (column // 8 % 2)) & 255).add(0.5) / 256
     return ((p.unflatten(-1, up.shape[-2:]) * INT8_MAX + up).floor() / INT8_MAX).flatten(-2).clamp(max=1.0)
 
 

@@ -11,6 +11,10 @@ from torch import float16, int32
 from ..types import BlockMap, BlockShape
 from .launch import Region, allocate
 
+# A mean of values fits the float16 of the pooled tail where the scale of their block is at most this: it is a 127th of
+# the largest value in INT8, and at least a 256th in float16. Larger means come of samples in which V does not vary.
+_MOST_POOLED = tl.constexpr(255.0)
+
 
 @dataclass(frozen=True)
 class BlockLists:
@@ -61,6 +65,13 @@ def needs_care(k_block, count, diagonal, v_block_scale, v_plain_scale, biased_pt
     if biased_ptr is not None:
         special = special | (tl.load(biased_ptr + kv_offset + k_block, mask=inside, other=0) != 0)
     return special
+
+
+@triton.jit
+def cannot_skip(v_block_scale, tail_ptr):
+    """Blocks of values that are not finite, or that the pooled tail, if there is one, can't stand for."""
+    most = float("inf") if tail_ptr is None else _MOST_POOLED
+    return (v_block_scale <= most) == 0
 
 
 @triton.jit

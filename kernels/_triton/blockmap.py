@@ -7,7 +7,7 @@ from torch import Tensor, float32
 
 from ..formats import LOG2E
 from ..types import BlockShape
-from .block_lists import BlockLists, allocate_lists, causal_limits, needs_care, store_counts, tail_weights
+from .block_lists import BlockLists, allocate_lists, cannot_skip, causal_limits, needs_care, store_counts, tail_weights
 from .launch import launch
 from .prepared import PreparedKeys, PreparedQueries, PreparedValues
 from .primitives import kept_by_rule, padded_dim, threshold_of
@@ -83,7 +83,7 @@ def write_list(
         v_block_scale = None
         if v_block_scale_ptr is not None:
             v_block_scale = tl.load(v_block_scale_ptr + kv_offset + k_block, mask=inside, other=1.0)
-            kept = kept | (v_block_scale != v_block_scale)  # values that are not finite
+            kept = kept | cannot_skip(v_block_scale=v_block_scale, tail_ptr=tail_ptr)
         special = needs_care(k_block=k_block, count=count, diagonal=by_row(diagonal), v_block_scale=v_block_scale,
                              v_plain_scale=v_plain_scale, biased_ptr=k_biased_ptr, kv_offset=kv_offset, inside=inside,
                              BLOCK_K=BLOCK_K)
@@ -129,7 +129,7 @@ def _select_kernel(
     scores = q_mean · k_meanᵀ · factor + k_mean_bias. Under cdf a row keeps its largest softmax(scores) until their sum
     reaches `amount`, under TOPK the share `amount` of its visible blocks; equal scores are kept together. On top come
     blocks with a similarity below `similarity_threshold` (cdf alone), `FORCED` ones, ones that the causal diagonal cuts
-    and ones that are not finite. Source: SpargeAttn (arXiv 2502.18137), section 3.3.
+    and ones that no mean can stand for (`cannot_skip`). Source: SpargeAttn (arXiv 2502.18137), section 3.3.
 
     Inputs:
     q_mean_ptr, k_mean_ptr: float32 (B, H, q_blocks, D) and (B, Hkv, k_blocks, D), in the units of q and k.

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..types import BlockShape
-from .block_lists import BlockLists, allocate_lists, causal_limits, needs_care, store_counts, tail_weights
+from .block_lists import BlockLists, allocate_lists, cannot_skip, causal_limits, needs_care, store_counts, tail_weights
 from .launch import launch
 from .prepared import PreparedKeys, PreparedValues
 
@@ -54,8 +54,10 @@ def _given_kernel(
         count = tl.load(k_count_ptr + k_block, mask=inside, other=0)
         visible = count > 0
         kept = visible & (tl.load(mask_ptr + k_block * stride_k, mask=visible, other=0) != 0)
-        place = n_kept + tl.cumsum(kept.to(tl.int32), 0) - 1
         v_block_scale = tl.load(v_block_scale_ptr + kv_offset + k_block, mask=inside, other=1.0)
+        if tail_ptr is not None:
+            kept = kept | visible & cannot_skip(v_block_scale=v_block_scale, tail_ptr=tail_ptr)
+        place = n_kept + tl.cumsum(kept.to(tl.int32), 0) - 1
         special = kept & needs_care(k_block=k_block, count=count, diagonal=diagonal, v_block_scale=v_block_scale,
                                     v_plain_scale=v_plain_scale, biased_ptr=k_biased_ptr, kv_offset=kv_offset,
                                     inside=inside, BLOCK_K=BLOCK_K)

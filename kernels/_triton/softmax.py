@@ -87,7 +87,7 @@ def to_int8_operand(p, row_bytes, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, 
         return tl.reshape(tl.join(even, odd), [BLOCK_Q, BLOCK_K]), tl.sum(sums, 1)
     else:
         up = (row_bytes[:, None] >> (8 * (tl.arange(0, BLOCK_K) % 4))[None, :]) & 255
-        rounded = (p + up.to(tl.float32) / 256).to(tl.int8)
+        rounded = (p + (up.to(tl.float32) + 0.5) / 256).to(tl.int8)  # 127, a little less in float32, stays 127
         return rounded, tl.sum(rounded.to(tl.int32), 1)
 
 

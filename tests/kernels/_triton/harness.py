@@ -10,7 +10,7 @@ from torch import Tensor
 
 from comfyui_spargeattn.kernels import BlockMap, SpargeParams, SpargeStats, reference, sparge_attention
 from comfyui_spargeattn.kernels.call import centred_bias
-from comfyui_spargeattn.kernels.formats import LOG2E, ROW_GROUP
+from comfyui_spargeattn.kernels.formats import LEAST_SPREAD, LOG2E, ROW_GROUP
 from comfyui_spargeattn.kernels.reference import Compressed, Visibility
 from comfyui_spargeattn.tests.assertions import assert_within_budget
 from comfyui_spargeattn.tests.kernels import eager
@@ -88,7 +88,7 @@ def reference_with(mask: Tensor, q: Tensor, k: Tensor, v: Tensor, **call) -> tup
         asked.append(args)
         return mask
 
-    with mock.patch.object(reference, "predict_map", given):
+    with mock.patch.object(reference, "_map_of", given):
         out, _, stats = eager.sparge_attention(q, k, v, **call)
     return out, stats, asked[0]
 
@@ -144,18 +144,20 @@ def map_bounds(queries: Compressed, keys: Compressed, rules: Visibility, params:
     return torch.where(undecided, certain, must), torch.where(undecided, visible, may)
 
 
-def check_map(mask: Tensor, asked: tuple, *, offset: Tensor) -> float:
+def check_map(mask: Tensor, asked: tuple, *, offset: Tensor, cannot_skip: Tensor) -> float:
     """Hold a map of the kernels against the definition, given what the reference predicts from.
 
-    Returns the share of blocks that rounding decides.
+    cannot_skip: bool (B, H, 1, nk), blocks that may be kept whatever the map. Returns the share of blocks that rounding
+    decides.
     """
-    queries, keys, rules, params, scale = asked
+    queries, keys, _, rules, call = asked
+    params, scale = call.thresholds, call.scale_for(queries.mean.shape[-1])
     # Where keys hardly differ from what they share, their direction is rounding of what was subtracted.
     spread = keys.tokens.square().sum((2, 3)) / keys.valid.sum((2, 3)).clamp(min=1)[..., None]
     noise = offset.square().sum(-1) / spread.sum(-1, keepdim=True).clamp(min=1e-300)
     must, may = map_bounds(queries, keys, rules, params, scale, offset=offset,
                            similarity_slack=1e-5 * (1 + noise.sqrt())[..., None])
-    for what, wrong in (("missing", must & ~mask), ("too many", mask & ~may)):
+    for what, wrong in (("missing", must & ~mask), ("too many", mask & ~(may | cannot_skip))):
         assert not bool(wrong.any()), f"{what}: {wrong.sum().item()} blocks, the first at {wrong.nonzero()[0].tolist()}"
     return (may & ~must).double().mean().item()
 
@@ -185,19 +187,22 @@ def hidden_keys(call: dict) -> Tensor | None:
     return centred_bias(call["key_bias"].float(), padding, call.get("causal", False))[1]
 
 
-@contextmanager
-def rounded_as_sampled(v: Tensor, padding: Tensor | None, group: int):
-    """The emulation of number formats with the centre and the spread of V that the kernels sample from v
-    (B, Hkv, N, D)."""
+def sampled_centre_and_spread(v: Tensor, padding: Tensor | None, group: int) -> tuple[Tensor, Tensor]:
+    """What the kernels take for the centre and the spread of v (B, Hkv, N, D), both (B, H, 1, 1, D)."""
     v = v.double()
     centre = sampled_mean(v, padding)
     tokens = sampled_tokens(v.shape[2], v.device)
     distance = (v[:, :, tokens] - centre).abs()
     if padding is not None:
         distance = distance.masked_fill(padding[:, None, tokens, None], 0.0)
-    found = (x.float().repeat_interleave(group, 1)[:, :, None] for x in (centre, distance.amax(2, keepdim=True)))
-    with mock.patch.object(reference, "_centre_and_spread", lambda *args, found=tuple(found): found):
-        yield
+    spread = distance.amax(2, keepdim=True)
+    return tuple(x.float().repeat_interleave(group, 1)[:, :, None] for x in (centre, spread))
+
+
+def too_large_to_pool(values: Tensor, valid: Tensor, centre: Tensor, spread: Tensor) -> Tensor:
+    """bool (B, H, 1, k_blocks): blocks of values (B, H, k_blocks, b_k, D) whose mean float16 might not hold."""
+    scale = spread.maximum(spread.amax(-1, keepdim=True) * LEAST_SPREAD).clamp(min=1e-12)
+    return ((values - centre) * valid[..., None] / scale).abs().amax((-2, -1))[:, :, None] > 2 ** 13
 
 
 @contextmanager
@@ -261,25 +266,28 @@ def check_output(q: Tensor, k: Tensor, v: Tensor, out: Tensor, stats: SpargeStat
     if block_mask is not None:  # with a map that was given, channels are not mixed, whatever the thresholds
         params = SpargeParams(topk=0.5, pv_threshold=params.pv_threshold)
     constant = sampled_mean(k.double(), hidden_keys(call))
-    sampled = v, hidden_keys(call), q.shape[1] // k.shape[1]
+    sampled = sampled_centre_and_spread(v, hidden_keys(call), q.shape[1] // k.shape[1])
+    as_sampled = partial(mock.patch.object, reference, "_centre_and_spread", lambda *args: sampled)
     unskipped = SpargeParams(**dict(params.items()) | dict(pv_threshold=float("inf")))
     with keys_less(constant):
         exact, _, asked = reference_with(mask, q.double(), k.double(), v.double(), params=unskipped, **call)
-        with (undecided_groups(ties * _one_rounding(q, k, constant, call.get("scale"))) as near,
-              rounded_as_sampled(*sampled)):
+        with undecided_groups(ties * _one_rounding(q, k, constant, call.get("scale"))) as near, as_sampled():
             emulate = partial(reference_with, mask, q.float(), k.float(), v.float(), params=params, pv_dtype=pv_dtype,
                               **call)
             emulated, expected, _ = emulate()
         draws = [emulated]
         if pv_dtype == "int8":
             for turn in range(1, 4):
-                with rounded_as_sampled(*sampled), other_chances(turn):
+                with as_sampled(), other_chances(turn):
                     draws.append(emulate()[0])
+    _, keys, values, rules, spec = asked
+    cannot_skip = rules.visible & spec.pooled & too_large_to_pool(values, keys.valid, *sampled)
     if block_mask is None:
-        undecided = check_map(mask, asked, offset=constant.abs().repeat_interleave(q.shape[1] // k.shape[1], 1))
+        undecided = check_map(mask, asked, offset=constant.abs().repeat_interleave(q.shape[1] // k.shape[1], 1),
+                              cannot_skip=cannot_skip)
     else:
-        undecided = 0.0
-        assert torch.equal(mask, (block_mask & asked[2].visible).expand_as(mask)), "not the map that was given"
+        undecided, given = 0.0, (block_mask & rules.visible).expand_as(mask)
+        assert torch.equal(mask | cannot_skip, given | cannot_skip), "not the map that was given"
     floor = 1e-18  # the kernels take no channel of V to vary by less than 1e-12
     assert bool(out.isfinite().all()), "not finite"
     # A row whose group the λ test may skip or not has two right results.

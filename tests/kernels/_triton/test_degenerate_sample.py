@@ -2,7 +2,13 @@
 import pytest
 import torch
 
-from comfyui_spargeattn.kernels import SpargeParams, dense_attention, sparge_attention
+from comfyui_spargeattn.kernels import (
+    SpargeParams,
+    block_shape,
+    block_sparse_attention,
+    dense_attention,
+    sparge_attention,
+)
 from comfyui_spargeattn.tests.assertions import relative_l1
 from comfyui_spargeattn.tests.cases import drifting_qkv
 from comfyui_spargeattn.tests.kernels._triton.harness import DEVICE, PV_FORMATS
@@ -23,8 +29,8 @@ def sampled():
     return (((place * 2654435769) & 0xFFFFFFFF) * N >> 32).unique()
 
 
-def attend(q, k, v, pv_dtype, **call):
-    return sparge_attention(q, k, v, params=ALL, pv_dtype=pv_dtype, impl="triton", **call)
+def attend(q, k, v, pv_dtype, params=ALL, **call):
+    return sparge_attention(q, k, v, params=params, pv_dtype=pv_dtype, impl="triton", **call)
 
 
 @pytest.mark.parametrize("pv_dtype", PV_FORMATS)
@@ -34,8 +40,15 @@ def test_only_unsampled_keys_are_left(size, pv_dtype, small_blocks):
     v *= size
     mask = torch.zeros(1, N, dtype=torch.bool, device=DEVICE)
     mask[0, sampled().to(DEVICE)] = True
-    out = attend(q, k, v, pv_dtype, key_padding_mask=mask)
-    assert relative_l1(out, dense_attention(q, k, v, key_padding_mask=mask)) < LIMITS[pv_dtype]
+    exact = dense_attention(q, k, v, key_padding_mask=mask)
+    assert relative_l1(attend(q, k, v, pv_dtype, key_padding_mask=mask), exact) < LIMITS[pv_dtype]
+    # No float16 mean can stand for a block of such values, so that none is skipped.
+    block = block_shape(q, pv_dtype=pv_dtype, impl="triton")
+    none = torch.zeros(1, 1, -(-N // block.q), -(-N // block.k), dtype=torch.bool, device=DEVICE)
+    for out in (attend(q, k, v, pv_dtype, params=SpargeParams(topk=0.3), key_padding_mask=mask, skipped="pooled"),
+                block_sparse_attention(q, k, v, none, key_padding_mask=mask, skipped="pooled", pv_dtype=pv_dtype,
+                                       impl="triton")):
+        assert relative_l1(out, exact) < LIMITS[pv_dtype]
 
 
 @pytest.mark.parametrize("pv_dtype", PV_FORMATS)
