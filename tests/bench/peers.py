@@ -47,7 +47,7 @@ def fixed_share(topk: float, pv_threshold: float = math.inf) -> SpargeParams:
 def methods() -> list[Method]:
     """The installed peers, then this project at fixed shares of kept blocks and at its defaults."""
     found = [Method("SDPA flash", partial(sdpa, SDPBackend.FLASH_ATTENTION), "exact"), Method(BASELINE, cudnn, "exact")]
-    for peer in (_flash_attn, _comfy_kitchen, _sol_attn, _sageattention, _spas_sage_attn):
+    for peer in (_flash_attn, _fa3_fwd, _comfy_kitchen, _sol_attn, _sageattention, _spas_sage_attn):
         try:
             found += peer()
         except (ImportError, OSError):  # not installed, or its binary is built for another torch
@@ -62,11 +62,17 @@ def methods() -> list[Method]:
 
 def _flash_attn() -> list[Method]:
     from flash_attn import flash_attn_func
+    return [Method("flash_attn", partial(_tokens_first, flash_attn_func), "exact")]
 
-    def run(*qkv):
-        return flash_attn_func(*(x.transpose(1, 2) for x in qkv)).transpose(1, 2)
 
-    return [Method("flash_attn", run, "exact")]
+def _fa3_fwd() -> list[Method]:
+    from fa3_fwd_interface import flash_attn_func
+    return [Method("FlashAttention-3", partial(_tokens_first, flash_attn_func), "exact")]
+
+
+def _tokens_first(attention: Callable, q: Tensor, k: Tensor, v: Tensor, **settings) -> Tensor:
+    """An attention function of (B, N, H, D)."""
+    return attention(*(x.transpose(1, 2) for x in (q, k, v)), **settings).transpose(1, 2)
 
 
 def _comfy_kitchen() -> list[Method]:
@@ -78,16 +84,13 @@ def _sol_attn() -> list[Method]:
     """comfy-kitchen's sparse attention, which pools what it skips: at several thresholds with and without single tokens
     beside its blocks, and at fixed shares of blocks."""
     from comfy_kitchen import sol_attn, sol_attn_is_available
-
-    def run(q, k, v, **settings):
-        return sol_attn(*(x.transpose(1, 2) for x in (q, k, v)), **settings).transpose(1, 2)
-
     settings = {f"τ={tau}, {tokens} tokens": dict(tau=tau, token_aug=tokens)
                 for tau, tokens in ((1.0, 256), (1.3, 256), (2.0, 256), (1.3, 0))}
     settings |= {f"topk {topk}": dict(topk_ratio=topk) for topk in (0.3, 0.2, 0.1)}
     if not sol_attn_is_available():
         settings = {}
-    return [Method(f"sol_attn {name}", partial(run, **each), None) for name, each in settings.items()]
+    return [Method(f"sol_attn {name}", partial(_tokens_first, sol_attn, **each), None)
+            for name, each in settings.items()]
 
 
 def _sageattention() -> list[Method]:
