@@ -44,18 +44,23 @@ def fixed_share(topk: float, pv_threshold: float = math.inf) -> SpargeParams:
     return SpargeParams(topk=topk, similarity_threshold=-1.0, pv_threshold=pv_threshold)
 
 
-def methods() -> list[Method]:
-    """The installed peers, then this project at fixed shares of kept blocks and at its defaults."""
+def installed_peers() -> list[Method]:
+    """PyTorch's attention and the peers that can be imported."""
     found = [Method("SDPA flash", partial(sdpa, SDPBackend.FLASH_ATTENTION), "exact"), Method(BASELINE, cudnn, "exact")]
     for peer in (_flash_attn, _fa3_fwd, _comfy_kitchen, _sol_attn, _sageattention, _spas_sage_attn):
         try:
             found += peer()
         except (ImportError, OSError):  # not installed, or its binary is built for another torch
             continue
+    return found
+
+
+def methods() -> list[Method]:
+    """The installed peers, then this project at fixed shares of kept blocks and at its defaults."""
     settings = [(f"topk {topk}", fixed_share(topk), "drop") for topk in (1.0, 0.5, 0.3, 0.2, 0.1)]
     settings += [(f"topk {topk}, pooled", fixed_share(topk), "pooled") for topk in (0.3, 0.2, 0.1)]
     settings.append(("defaults", SpargeParams(), "drop"))
-    return found + [
+    return installed_peers() + [
         Method(f"ours {pv_dtype} {label}", ours(params, pv_dtype, skipped=skipped), pv_dtype, params, skipped)
         for label, params, skipped in settings for pv_dtype in ("int8", "fp16")]
 

@@ -79,21 +79,25 @@ def curves(rows: list[dict], column: str, label: str):
 
 
 def errors(rows: list[dict]):
-    """Points: error against device time, a panel a case; a star is the fastest setting with L1 ≤ 0.05."""
-    groups = grouped(rows, "case")
+    """Points: error against device time, all seeds, a panel a case; stars are the fastest with L1 ≤ 0.05."""
+    groups = grouped([row | dict(series=_series(row["method"])) for row in rows if "L1" in row], "case")
     figure, axes = panels(len(groups))
     for ax, ((case,), found) in zip(axes, groups.items(), strict=False):
-        for (method,), points in grouped(found, "method").items():
-            if "L1" not in points[0]:
-                ax.axvline(points[0]["ms"], color="tab:gray", linestyle="--", label=method)
-                continue
-            ax.scatter([row["ms"] for row in points], [row["L1"] for row in points], s=14, label=method)
+        for (series,), points in grouped(found, "series").items():
+            ax.scatter([row["ms"] for row in points], [row["L1"] for row in points], s=14, label=series)
         for best in (row for row in found if row.get("best")):
-            ax.scatter(best["ms"], best["L1"], marker="*", s=160, color="black", zorder=3, label="fastest, L1 ≤ 0.05")
+            ax.scatter(best["ms"], best["L1"], marker="*", s=120, facecolor="none", edgecolor="black", zorder=3)
         ax.axhline(0.05, color="tab:red", linewidth=0.8)
         ax.set(title=case, xlabel="device time, ms", ylabel="relative L1", yscale="log")
         ax.legend(fontsize=7)
     return figure
+
+
+def _series(method: str) -> str:
+    """The methods whose points have one colour: all settings of a peer, ours by format and tail."""
+    if method.startswith("ours"):
+        return " ".join(method.split()[:2]) + (", pooled" if method.endswith(", pooled") else "")
+    return method.split()[0] if method.startswith(("sol_attn", "SpargeAttn")) else method
 
 
 def tuning(rows: list[dict]):

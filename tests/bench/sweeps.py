@@ -1,22 +1,20 @@
-"""How time and error depend on one quantity: sparsity, length, head_dim, or the thresholds."""
+"""How time depends on one quantity: sparsity, length or head_dim."""
 from __future__ import annotations
 
 from functools import partial
 
 import torch
 
-from comfyui_spargeattn.kernels import BlockMap, SpargeParams, block_shape, block_sparse_attention, sparge_attention
-from tests.bench.measure import GATES, device_ms, error, gate_error
+from comfyui_spargeattn.kernels import BlockMap, block_shape, block_sparse_attention
+from tests.bench.error_sweep import FORMATS, error_against_time
+from tests.bench.measure import GATES, device_ms, gate_error
 from tests.bench.peers import cudnn, fixed_share, ours
 from tests.cases import video_qkv
 
-FORMATS = ("int8", "fp16")
 SPARSITIES = (0.0, 0.5, 0.8, 0.9)
 LENGTHS = tuple(1024 * n for n in (2, 4, 8, 16, 32, 64, 128))
 HEAD_DIMS = (40, 64, 72, 80, 96, 128, 160, 256)
-L1_LIMIT = 0.05
 _SMALLEST = 128  # tokens of the largest block of keys
-_LONG = 40_000  # tokens; from here on the error sweep takes few points
 
 
 def noise(heads: int, n: int, dim: int) -> list[torch.Tensor]:
@@ -76,43 +74,6 @@ def head_dim(cases: dict[str, dict], repeats: int) -> list[dict]:
             except RuntimeError as problem:
                 rows.append(dict(head_dim=dim, method=name, error=str(problem).splitlines()[0]))
     return rows
-
-
-def settings(n: int) -> list[tuple[SpargeParams, str]]:
-    """(params, skipped) of the error sweep: a full grid for short cases, the most telling points for long ones."""
-    percent, cdfs, thetas = range(50, 9, -2), (0.98, 0.95, 0.9), (-1.0, 0.3, 0.5)
-    if n > _LONG:
-        percent, cdfs, thetas = (50, *range(30, 9, -2)), (0.95, 0.9), (-1.0,)
-    params = [fixed_share(x / 100) for x in percent]
-    params += [SpargeParams(cdf_threshold=cdf, similarity_threshold=theta) for cdf in cdfs for theta in thetas]
-    return [(each, skipped) for skipped in ("drop", "pooled") for each in params]
-
-
-def error_against_time(cases: dict[str, dict], repeats: int) -> list[dict]:
-    """Time and error of many settings; `best` marks a case's fastest with L1 ≤ 0.05."""
-    rows = []
-    for case, shape in cases.items():
-        q, k, v = video_qkv(**shape)
-        dense = cudnn(q, k, v)
-        found = [dict(case=case, method="SDPA cuDNN", ms=device_ms(partial(cudnn, q, k, v), 3))]
-        for params, skipped in settings(q.shape[2]):
-            for pv_dtype in FORMATS:
-                run = partial(ours(params, pv_dtype, skipped=skipped), q, k, v)
-                found.append(dict(case=case, method=f"ours {pv_dtype} {skipped}", selection=params.selection,
-                                  amount=params.amount, theta=params.similarity_threshold, **error(run(), dense),
-                                  sparsity=_sparsity(q, k, v, params, pv_dtype), ms=device_ms(run, 3)))
-        good = [row for row in found[1:] if row["L1"] <= L1_LIMIT]
-        if good:
-            min(good, key=lambda row: row["ms"])["best"] = True
-        rows += found
-        del q, k, v, dense
-        torch.cuda.empty_cache()
-    return rows
-
-
-def _sparsity(q, k, v, params: SpargeParams, pv_dtype: str) -> float:
-    stats = sparge_attention(q, k, v, params=params, pv_dtype=pv_dtype, impl="triton", return_stats=True)[1]
-    return stats.sparsity.mean().item()
 
 
 SWEEPS = {"sparsity": sparsity, "length": length, "head_dim": head_dim, "error": error_against_time}
