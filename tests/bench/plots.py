@@ -173,7 +173,7 @@ def real(rows: list[dict]):
 
 
 DRAW = {"cases": cases, "sparsity": sparsity, "error": errors, "tuning": tuning, "residuals": residuals, "real": real,
-        "length": lambda rows: curves(rows, "n", "tokens"),
+        "length": lambda rows: curves([row for row in rows if row.get("heads", 12) == 12], "n", "tokens"),
         "head_dim": lambda rows: curves(rows, "head_dim", "head_dim")}
 
 

@@ -6,14 +6,16 @@ from functools import partial
 import torch
 
 from comfyui_spargeattn.kernels import BlockMap, block_shape, block_sparse_attention
+from tests.bench.breakdown import kernel_ms
 from tests.bench.error_sweep import FORMATS, error_against_time
 from tests.bench.measure import GATES, device_ms, gate_error
 from tests.bench.peers import cudnn, fixed_share, ours
 from tests.cases import video_qkv
 
 SPARSITIES = (0.0, 0.5, 0.8, 0.9)
-LENGTHS = tuple(1024 * n for n in (2, 4, 8, 16, 32, 64, 128))
-HEAD_DIMS = (40, 64, 72, 80, 96, 128, 160, 256)
+LENGTHS = [(1024 * n, 12) for n in (2, 4, 8, 16, 32, 64, 128)] + [(2**18, 2), (2**19, 1)]  # and heads
+HEADS = [(2**14, heads) for heads in (1, 4, 16, 64)]  # and their length
+HEAD_DIMS = (40, 64, 72, 80, 96, 128, 160, 192, 256)
 _SMALLEST = 128  # tokens of the largest block of keys
 
 
@@ -45,18 +47,21 @@ def sparsity(cases: dict[str, dict], repeats: int) -> list[dict]:
 
 
 def length(cases: dict[str, dict], repeats: int) -> list[dict]:
-    """Fixed shares of blocks from 2K to 128K tokens; `linear` says whether t(s) ≤ (1−s)·t(0) + preparation + 5% t(0).
-    Preparation is the time with one or two blocks in a map row."""
+    """Fixed shares of blocks from 2K to 512K tokens and with 1 to 64 heads; `linear` says whether t(s) ≤ (1−s)·t(0) +
+    preparation + 5% t(0). Preparation is the time with one or two blocks in a map row; map_ms the map's part of it."""
     rows = []
-    for n in LENGTHS:
-        q, k, v = noise(12, n, 128)
-        rows.append(dict(n=n, method="SDPA cuDNN", ms=device_ms(partial(cudnn, q, k, v), repeats)))
+    for n, heads in LENGTHS + HEADS:
+        q, k, v = noise(heads, n, 128)
+        case = dict(n=n, heads=heads)
+        rows.append(case | dict(method="SDPA cuDNN", ms=device_ms(partial(cudnn, q, k, v), repeats)))
         for pv_dtype in FORMATS:
-            times = {topk: device_ms(partial(ours(fixed_share(topk), pv_dtype), q, k, v), repeats)
-                     for topk in (1.0, 0.5, 0.2, _SMALLEST / n)}
+            runs = {topk: partial(ours(fixed_share(topk), pv_dtype), q, k, v)
+                    for topk in (1.0, 0.5, 0.2, _SMALLEST / n)}
+            times = {topk: device_ms(run, repeats) for topk, run in runs.items()}
             preparation = times.pop(_SMALLEST / n)
-            rows += [dict(n=n, method=f"ours {pv_dtype}", topk=topk, ms=ms, preparation_ms=preparation,
-                          linear=ms <= topk * times[1.0] + preparation + 0.05 * times[1.0])
+            map_ms = sum(ms for kernel, ms in kernel_ms(runs[0.2]).items() if "select" in kernel)
+            rows += [case | dict(method=f"ours {pv_dtype}", topk=topk, ms=ms, preparation_ms=preparation, map_ms=map_ms,
+                                 linear=ms <= topk * times[1.0] + preparation + 0.05 * times[1.0])
                      for topk, ms in times.items()]
     return rows
 
