@@ -11,10 +11,10 @@ from .block_lists import BlockLists, allocate_lists, cannot_skip, causal_limits,
 from .launch import launch
 from .prepared import PreparedKeys, PreparedQueries, PreparedValues
 from .primitives import kept_by_rule, padded_dim, threshold_of
-from .threshold import UNJUDGED, block_tile, by_row, find_threshold, load_scores, ranks_of
+from .threshold import UNJUDGED, block_tile, by_row, find_threshold, load_scores, reach, values_of
 
 _ROWS = 16  # query blocks of a program, the least that tensor cores multiply
-_RESIDENT = 512  # scores of a row that stay in registers while its threshold is sought
+_RESIDENT = 512  # scores of a row that stay in registers while its threshold is sought, at most
 _CHUNK = 128  # scores of a row that a program looks at together elsewhere
 
 
@@ -65,7 +65,7 @@ def write_list(
         offset, kv_offset, diagonal, end, last, k_blocks,
         # constants
         TOPK: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr):
-    """Write the blocks of rows of the map that a rule or their rank keeps, and the tail weights of the others.
+    """Write the blocks of rows of the map that a rule or their score keeps, and the tail weights of the others.
 
     Returns (n_plain, n_kept), [ROWS]: how many leading entries need no care, and how many there are. `indices_ptr` may
     be the memory of `scores_ptr`: an entry is never written beyond the chunk whose scores have been read.
@@ -77,8 +77,8 @@ def write_list(
         inside = k_block < k_blocks
         scores = load_scores(scores_ptr=scores_ptr, offset=offset, k_block=k_block, end=end)  # [ROWS, CHUNK // 32, 32]
         visible = scores > float("-inf")
-        ranks = ranks_of(scores=scores, highest=by_row(highest), TOPK=TOPK)
-        kept = by_row(keep_all) | (scores <= UNJUDGED) | (ranks >= by_row(threshold))
+        values = values_of(scores=scores, highest=by_row(highest), TOPK=TOPK)
+        kept = by_row(keep_all) | (scores <= UNJUDGED) | reach(values=values, threshold=threshold)
         count = tl.load(k_count_ptr + k_block, mask=inside, other=0)
         v_block_scale = None
         if v_block_scale_ptr is not None:

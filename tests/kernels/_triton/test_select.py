@@ -129,6 +129,20 @@ def test_equal_scores_are_chosen_together(selection):
     assert bool(mask.all())
 
 
+@pytest.mark.parametrize("selection, amounts", [("cdf", [0.999]), ("topk", [0.9])])
+def test_values_whose_mean_parts_one_from_the_rest(selection, amounts):
+    """Each score is many times the next one, so that halving has to end the search."""
+    queries, keys = prepared(64, 32 * 110)
+    queries.similarity[:] = keys.similarity[:] = 1.0
+    queries.mean[:], keys.mean[:] = 0.0, 0.0
+    queries.mean[..., 0] = 1.0 / SCALE
+    steps = torch.arange(keys.mean.shape[2], device=DEVICE, dtype=torch.float32)
+    keys.mean[..., 0] = -0.06 * steps if selection == "cdf" else 1e-8 * 1.5 ** steps
+    mask = check(queries, keys, n_q=64, n_k=32 * 110, selection=selection, causal=False, amounts=amounts, thetas=[-1.0],
+                 max_undecided=0.05)
+    assert selection == "cdf" or bool((mask.sum(-1) == 99).all())
+
+
 def test_topk_keeps_exactly_its_share():
     queries, keys = prepared(200, 640)
     mask = check(queries, keys, n_q=200, n_k=640, selection="topk", causal=False, amounts=[0.25], thetas=[0.9])
