@@ -2,11 +2,11 @@
 
 The demo's trained model makes a clip of each of its scenes, all in one batch, with dense attention and with SpargeAttn
 at several settings, with and without refreshes. For each setting: PSNR of the clips against the dense ones of the same
-noise (mean, median and worst), the share of block pairs computed over the whole run with dense evaluations counted as
-1, and on a GPU the time of all attention of a run as a share of dense attention's (PyTorch's). Dense evaluations of a
-sparse run go through this package's kernel with every block kept. With --tuned it also searches the thresholds of every
-layer and head, on one clip of another prompt and noise, for runs without and with refreshes. --grid, --steps, --seeds
-and --only make it fit a CPU.
+noise (mean, median and worst), the share of block pairs computed over the whole run but for those that residuals are
+made of, and on a GPU the time of all attention of a run as a share of dense attention's (PyTorch's). Dense evaluations
+of a sparse run go through this package's kernel, with every block kept or nearly all. With --tuned it also searches the
+thresholds of every layer and head, on one clip of another prompt and noise, for runs without and with refreshes.
+--grid, --steps, --seeds and --only make it fit a CPU.
 """
 from __future__ import annotations
 
@@ -33,29 +33,28 @@ from tests.demo.compare import Attention, dense_share, psnr
 from tests.demo.model import WEIGHTS, load
 from tests.demo.sampling import sample, shifted
 
-EVERY_BLOCK = SpargeParams(cdf_threshold=1.0)
-
 
 class Setting(NamedTuple):
     """amount: the threshold of the sparse calls, None for dense attention in PyTorch.
     start: share of the schedule, by noise, that stays dense. refreshes: as the widget of that name.
-    l1: of a search, whose thresholds take the place of `amount`."""
+    l1: of a search, whose thresholds take the place of `amount`.
+    dense: cdf_threshold of the dense evaluations; below 1 they skip blocks too, and pool them."""
 
     amount: dict | None
     start: float = 0.2
     refreshes: int = 0
     skipped: str = "pooled"
     l1: float | None = None
+    dense: float = 1.0
 
 
 SETTINGS = (
     [Setting(dict(cdf_threshold=1.0), skipped="drop")]
     + [Setting(dict(cdf_threshold=tau)) for tau in (0.9, 0.95, 0.98, 0.99, 0.995)]
     + [Setting(dict(cdf_threshold=tau), 0.1) for tau in (0.98, 0.99, 0.995)]
-    + [Setting(amount, 0.2, refreshes) for refreshes in (3, 4, 5, 6, 7)
-       for amount in (dict(topk=0.05), dict(topk=0.1), dict(topk=0.2),
-                      dict(cdf_threshold=0.8), dict(cdf_threshold=0.9), dict(cdf_threshold=0.95))])
-TUNED = [Setting(None, refreshes=refreshes, l1=l1)
+    + [Setting(amount, 0.2, refreshes, dense=dense) for dense in (1.0, 0.999, 0.995) for refreshes in (4, 6, 8)
+       for amount in (dict(topk=0.1), dict(topk=0.2), dict(cdf_threshold=0.9), dict(cdf_threshold=0.95))])
+TUNED = [Setting(None, refreshes=refreshes, l1=l1, dense=0.995 if refreshes else 1.0)
          for refreshes, l1 in ((0, 0.02), (0, 0.05), (4, 0.05), (4, 0.1), (6, 0.05), (6, 0.1))]
 TUNED_ON, TUNED_SEED = ("circle white stripes right", "purple checker up"), 1
 
@@ -68,6 +67,7 @@ class Refreshed(Attention):
     last_step: of the run, after which no residual is used.
     layers: how many calls the model makes a step.
     tuned: the setting of each layer, in place of `params` and `skipped`.
+    dense: as of `Setting`.
     layout: of the tokens.
     computed: share of block pairs of each call, on the device.
     """
@@ -77,6 +77,7 @@ class Refreshed(Attention):
     last_step: int = 0
     layers: int = 1
     tuned: list[TunedSetting | None] | None = None
+    dense: float = 1.0
     layout: TokenLayout = TokenLayout((1, 1, 1))
     computed: list[Tensor] = field(default_factory=list)
     residuals: dict[int, Residual] = field(default_factory=dict)
@@ -90,7 +91,10 @@ class Refreshed(Attention):
             how = arguments(self.tuned[layer], self.layout, q)
         start = self._now(q)
         if how is None or self.step < self.dense_steps or self.step in self.refreshes:
-            out = sparge_attention(q, k, v, params=EVERY_BLOCK)
+            strict = SpargeParams(cdf_threshold=self.dense, similarity_threshold=-1.0)
+            out, stats = sparge_attention(q, k, v, params=strict, skipped="pooled" if self.dense < 1 else "drop",
+                                          return_stats=True)
+            kept = stats.kept.mean()
             if how is not None and self.step in self.refreshes and self.step < self.last_step:
                 made = attention_residual(q, k, v, out, **how)
                 if layer in self.residuals and self.refreshes[self.step]:
@@ -134,7 +138,7 @@ def clips(model, setting: Setting, tuned: list[TunedSetting | None] | None, grid
     params = None if setting.amount is None else SpargeParams(**setting.amount, similarity_threshold=-1.0)
     attention = model.attention = Refreshed(
         params, dense_share(steps, setting.start), skipped=setting.skipped, refreshes=refreshes_of(setting, steps),
-        last_step=steps - 1, layers=len(model.blocks), tuned=tuned, layout=TokenLayout(grid))
+        last_step=steps - 1, layers=len(model.blocks), tuned=tuned, dense=setting.dense, layout=TokenLayout(grid))
     latents = sample(model, torch.stack([prompt(*words) for words in SCENES.values()]),
                      (grid[0], 2 * grid[1], 2 * grid[2]), steps, seed, before_step=attention.enter_step).cpu()
     computed = torch.stack(attention.computed).mean().item() if attention.computed else 1.0
@@ -162,7 +166,8 @@ def main() -> None:
         return clips(model, setting, tuned.get((setting.l1, setting.refreshes)), args.grid, args.steps, seed)
 
     if gpu:  # compile outside the timed runs: one of each kind of call
-        kinds = {(*(s.amount or ()), s.skipped, s.refreshes > 0, s.l1): s for s in (Setting(None), *chosen)}
+        kinds = {(*(s.amount or ()), s.skipped, s.refreshes > 0, s.dense < 1, s.l1): s
+                 for s in (Setting(None), *chosen)}
         for setting in kinds.values():
             run(setting, args.seeds[0])
     dense = {seed: run(Setting(None), seed) for seed in args.seeds}
@@ -177,9 +182,9 @@ def main() -> None:
         rows.append(dict(
             amount=setting.amount, l1=setting.l1, dense_steps=list(range(dense_share(args.steps, setting.start))),
             refreshed=list(refreshes_of(setting, args.steps)), extrapolated="once, at the refresh",
-            dense_by="kernel", skipped=None if setting.l1 else setting.skipped, psnr_mean=statistics.fmean(decibels),
-            psnr_median=statistics.median(decibels), psnr_worst=min(decibels), psnr=decibels,
-            computed=statistics.fmean(r[1] for r in runs.values()),
+            dense_by="kernel", dense_cdf=setting.dense, skipped=None if setting.l1 else setting.skipped,
+            psnr_mean=statistics.fmean(decibels), psnr_median=statistics.median(decibels), psnr_worst=min(decibels),
+            psnr=decibels, computed=statistics.fmean(r[1] for r in runs.values()),
             attention=statistics.fmean(runs[s][2] / dense[s][2] for s in args.seeds) if gpu else None))
         print(json.dumps(rows[-1]), flush=True)
         args.out.write_text(json.dumps(head | dict(rows=rows), indent=1) + "\n")

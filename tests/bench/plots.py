@@ -124,18 +124,21 @@ def residuals(rows: list[dict]):
     lines = defaultdict(dict)  # of several schedules with as many refreshes, the last
     for row in rows:
         first, refreshed = len(row["dense_steps"]), row["refreshed"]
+        start = f"{first} dense steps first"
+        if row.get("dense_cdf", 1.0) < 1:
+            start += f", of τ {row['dense_cdf']:g}"
         if row.get("l1"):
             if row["attention"]:
-                lines[f"tuned, {len(refreshed)} refreshes, {first} dense steps first"][f"l1 {row['l1']:g}"] = row
+                lines[f"tuned, {len(refreshed)} refreshes, {start}"][f"l1 {row['l1']:g}"] = row
             continue
         (name, value), = row["amount"].items()
         amount = f"τ {value:g}" if name == "cdf_threshold" else f"top {100 * value:g}%"
         if not row["attention"] or row["skipped"] != "pooled" or row["dense_by"] != "kernel" and first:
             continue
         if not refreshed and name == "cdf_threshold" and value < 1:
-            lines[f"no refreshes, {first} dense steps first"][amount] = row
+            lines[f"no refreshes, {start}"][amount] = row
         elif first and refreshed and row["extrapolated"] != "no":
-            lines[f"refreshes, {amount}, {first} dense steps first"][len(refreshed)] = row
+            lines[f"refreshes, {amount}, {start}"][len(refreshed)] = row
     for label, points in sorted(lines.items()):
         found = sorted(points.items(), key=lambda point: point[1]["attention"])
         axes[0].plot([1 / row["attention"] for _, row in found], [row["psnr_mean"] for _, row in found], marker="o",
