@@ -70,7 +70,8 @@ class ApplySpargeAttn(io.ComfyNode):
                             "every prompt, whatever their similarity."),
                 number("pv_threshold", PV_THRESHOLD_OFF, 1.0, PV_THRESHOLD_OFF, 0.5,
                        "Inside a kept block, groups of rows whose probabilities are all below 2^-x of the largest "
-                       "one seen so far skip the product with V. Lower is faster; try 10 to 20. 50 is off. "
+                       "one seen so far skip the product with V. 50 is off, and fastest: what could be skipped is "
+                       "skipped as whole blocks already, and looking for more takes longer than it saves. "
                        "Called -λ in the paper, pvthreshd in its code.", advanced=True),
                 start_percent("Sampling before this point uses dense attention. The first steps lay out the picture "
                               "and suffer most from sparse attention; 0 makes all steps sparse."),
