@@ -108,14 +108,15 @@ class ApplySpargeAttn(io.ComfyNode):
                             "between add that. The picture comes much closer to that of dense attention, so that far "
                             "fewer blocks need to be kept. It takes memory: half of q for each layer and condition, of "
                             "the GPU up to half of what is free there, then of the host (with NVIDIA and AMD) up to "
-                            "half of what is free there. Needs 6 steps or more; try 4 in 20 steps."),
+                            "half of what is free there. Needs 12 steps in the sparse part; try 4 in 20 steps."),
                 io.Combo.Input(
                     "dense_steps", options=list(DENSE_STEPS), default=DENSE_STEPS[0], advanced=True,
                     tooltip="What computes dense steps: those before start_percent, those after end_percent, and "
                             "refreshes. quantised: the kernels of the sparse steps with nothing skipped, which is "
                             "faster on long sequences; where they can't run, the model's own attention. model: always "
-                            "the model's own. dense_blocks, short sequences and models on which another node chose the "
-                            "attention always keep theirs."),
+                            "the model's own. strict: as quantised, but blocks that hold the last half percent of the "
+                            "attention are skipped and pooled, which is faster still. dense_blocks, short sequences "
+                            "and models on which another node chose the attention always keep theirs."),
                 SPARGE_PARAMS.Input(
                     "params", optional=True,
                     tooltip="Tuned parameters of this model. Layers they know use them, each head its own; the "

@@ -137,7 +137,7 @@ class SpargeOverride:
         # model's own, for the report to compare times with.
         if self.settings.dense_steps == "model" or self.previous or not plan.fast or not self.run.timed_dense(call):
             return why
-        return self._kernels.over_all_blocks(plan, call, site, why)
+        return self._kernels.dense(plan, call, site, why)
 
     def _say(self, message: str) -> None:
         log.info("SpargeAttn: %s", message)

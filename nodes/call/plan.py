@@ -21,9 +21,10 @@ MAX_CPU_TOKENS = 16384
 # What the widget `hilbert` chooses: a curve through the grid of visual tokens, or the model's own order. No order is
 # the best at every threshold (tests/bench/results/h100_orders.json), so auto leaves it alone.
 HILBERT_CHOICES = {"auto": None, "on": "hilbert", "off": None}
-# What computes the steps in which attention is dense: these kernels over all blocks, where they are fast, or the
-# model's own attention.
-DENSE_STEPS = "quantised", "model"
+# What computes the steps in which attention is dense: these kernels over all blocks, where they are fast, the model's
+# own attention, or these kernels over the blocks that hold nearly all of the attention.
+DENSE_STEPS = "quantised", "model", "strict"
+STRICT = 0.995  # cdf_threshold of the last of these
 # Least cdf_threshold of a call without a residual in a run with refreshes: few steps, little memory, a call that can't
 # be told apart from others. Clips of the demo's model are at 47 dB then in 8 steps, at twice the speed of dense
 # attention (tests/bench/README.md, "Refreshes").
@@ -116,6 +117,10 @@ class SparsePlan:
         They search no threshold at an amount of 1.
         """
         return SparsePlan(_ALL_BLOCKS[self.params.selection], self.impl, pv_dtype=self.pv_dtype)
+
+    def strict(self) -> SparsePlan:
+        """As here, with nearly all of the attention."""
+        return replace(self.keeping(STRICT), skipped="pooled")
 
     def keeping(self, least: float) -> SparsePlan:
         """With blocks kept for at least this share of the predicted attention, in place of a fixed share of them."""

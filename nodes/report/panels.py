@@ -17,7 +17,7 @@ from .advice import about_dense_calls, about_little_skipped, about_refreshes
 
 SPARSE = "sparse"  # the label of the calls that went sparse
 _REASONS = 3  # that are listed; there may be one for each layer
-QUANTISED = "quantised, over all blocks"  # how the labels begin of those that the kernels computed dense
+QUANTISED = "quantised, "  # how the labels begin of those that the kernels computed dense
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def run_report(summary: RunSummary | None, settings: NodeSettings, wanted: MapRe
         notes.insert(0, f"This model was not sampled in this prompt. What follows is its last run, which ended on "
                         f"{time.strftime('%Y-%m-%d at %H:%M', time.localtime(summary.ended))}.")
     calls = [(SPARSE, summary.sparse)] if summary.sparse else []
-    calls += [(f"{QUANTISED}: {reason}", count) for reason, count in summary.quantised.items()]
+    calls += [(f"{QUANTISED}{summary.quantised_over}: {reason}", count) for reason, count in summary.quantised.items()]
     calls += [
         (f"dense: {reason}" + (f" ({summary.details[reason]})" if reason in summary.details else ""), count)
         for reason, count in summary.dense.items()]

@@ -1,4 +1,4 @@
-"""Attention calls that the kernels compute: sparse, over all blocks, and what the sparse ones lack of dense ones."""
+"""Attention calls that the kernels compute: sparse, dense, and what the sparse ones lack of dense ones."""
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -57,13 +57,15 @@ class KernelCalls:
             self._keep_map(wanted, call, _arguments(plan, call))
         return call.give_back(out)
 
-    def over_all_blocks(self, plan: SparsePlan, call: AttentionCall, site: CallSite, why: Dense) -> Tensor | Dense:
-        """Dense attention by the kernels, in the caller's form, or why there is none after all. why: it is dense."""
-        watch = Stopwatch(call.q.device)
-        out = self._attend(plan.over_all_blocks(), call)
-        if isinstance(out, Dense):
-            return out
-        self._run.add_quantised(call, site.block, watch.stop(), why)
+    def dense(self, plan: SparsePlan, call: AttentionCall, site: CallSite, why: Dense) -> Tensor | Dense:
+        """Dense attention by the kernels, or nearly, in the caller's form, or why there is none after all. why: it is
+        dense."""
+        watch, strict = Stopwatch(call.q.device), self._settings.dense_steps == "strict"
+        result = self._attend(plan.strict() if strict else plan.over_all_blocks(), call, return_stats=strict)
+        if isinstance(result, Dense):
+            return result
+        out, stats = result if strict else (result, None)
+        self._run.add_quantised(call, site.block, watch.stop(), why, stats)
         return call.give_back(out)
 
     def count_residual(self, call: AttentionCall, site: CallSite) -> None:

@@ -131,13 +131,16 @@ class RunState:
                 self._timed_dense[_shape(call)] += 1
             return block if stats is not None and self._maps.wants(self.steps, block) else None
 
-    def add_quantised(self, call: AttentionCall, block: TransformerBlock | None, watch: Stopwatch, why: Dense) -> None:
-        """Record a call that the kernels computed over all blocks. why: it was dense."""
+    def add_quantised(self, call: AttentionCall, block: TransformerBlock | None, watch: Stopwatch, why: Dense,
+                      stats: SpargeStats | None = None) -> None:
+        """Record a call that the kernels computed over all blocks, or without `stats`' share of them. why: it was
+        dense."""
         with self._lock:
             if not self.running:
                 return
-            self._record(call, block, watch, quantised=why.reason)
-        self.say_once(f"quantised: {why.reason}", f"quantised attention over all blocks: {why}")
+            self._record(call, block, watch, stats, quantised=why.reason)
+        over = "all blocks" if stats is None else "nearly all blocks"
+        self.say_once(f"quantised: {why.reason}", f"quantised attention over {over}: {why}")
 
     def _record(self, call: AttentionCall, block: TransformerBlock | None, watch: Stopwatch,
                 stats: SpargeStats | None = None, tokens: str = "", quantised: str = "",

@@ -27,9 +27,9 @@ class CallRecord:
     shape: what its time depends on.
     work: products of a query and a key that dense attention takes.
     time: how long it took.
-    stats: None where it was dense.
+    stats: None where it was dense, over all blocks.
     tokens: order and grid of its tokens in words, empty where the grid is not known.
-    quantised: why this pack's kernels computed it over all blocks, empty where they did not.
+    quantised: why this pack's kernels computed it over all blocks, or nearly all; empty where they did not.
     untuned: why it used the widgets in place of tuned parameters, empty where it did not.
     """
 
@@ -71,7 +71,8 @@ class RunSummary:
     steps: evaluations of the model by the sampler.
     sparse: number of calls that went sparse.
     dense: number of calls that were left to the model's own attention, by reason.
-    quantised: number of calls that this pack's kernels computed over all blocks, by reason.
+    quantised: number of calls that this pack's kernels computed over all blocks, or nearly all, by reason.
+    quantised_sparsity: mean share of block pairs that they skipped in those, None where nothing.
     sparsity: mean share of skipped block pairs over the sparse calls.
     pv_skipped: mean share of skipped P·V products among the other block pairs, over the sparse calls.
     skipped: share of the products Q·K and P·V of all self-attention of at least min_tokens, dense calls included.
@@ -97,6 +98,7 @@ class RunSummary:
     sparse: int
     dense: dict[str, int]
     quantised: dict[str, int] = field(default_factory=dict)
+    quantised_sparsity: float | None = None
     sparsity: float | None = None
     pv_skipped: float | None = None
     skipped: float | None = None
@@ -119,7 +121,8 @@ class RunSummary:
     @classmethod
     def of(cls, steps: int, dense: Counter[str], calls: Sequence[CallRecord], unread: str = "") -> RunSummary:
         """Summarise. Without a reason in `unread` this fetches the statistics, which waits for the device."""
-        sparse = [(call, call.stats) for call in calls if call.stats is not None]
+        measured = [(call, call.stats) for call in calls if call.stats is not None]
+        sparse = [(call, stats) for call, stats in measured if not call.quantised]
         tokens = Counter(call.tokens for call, _ in sparse if call.tokens)
         untuned = Counter(call.untuned for call, _ in sparse if call.untuned)
         quantised = Counter(call.quantised for call in calls if call.quantised)
@@ -128,15 +131,19 @@ class RunSummary:
                     reference=any(call.time.device.type == "cpu" for call, _ in sparse))
         if unread or not sparse:
             return known
-        kept = _read([stats.kept.mean() for _, stats in sparse])
-        pv_skipped = _read([stats.pv_skipped.mean() for _, stats in sparse])
-        sparsity = [(call, 1 - share) for (call, _), share in zip(sparse, kept)]
+        kept = _read([stats.kept.mean() for _, stats in measured])
+        pv_skipped = _read([stats.pv_skipped.mean() for _, stats in measured])
+        shares = [(call, 1 - share, pv) for (call, _), share, pv in zip(measured, kept, pv_skipped)]
+        sparsity = [(call, x) for call, x, _ in shares if not call.quantised]
+        strict = [x for call, x, _ in shares if call.quantised]
+        shares += [(call, 0.0, 0.0) for call in calls if call.quantised and call.stats is None]
         cells = dict.fromkeys((call.block, call.step) for call in calls)
-        over_all_blocks = [(call, 0.0) for call in calls if call.quantised]
-        cells |= _means(((call.block, call.step), x) for call, x in sparsity + over_all_blocks)
+        cells |= _means(((call.block, call.step), x) for call, x, _ in shares)
         # P·V is half of the products, and is skipped wholly with a block pair.
-        skipped = sum(call.work * (1 - share * (1 - pv / 2)) for (call, _), share, pv in zip(sparse, kept, pv_skipped))
-        return replace(known, sparsity=fmean(x for _, x in sparsity), pv_skipped=fmean(pv_skipped),
+        skipped = sum(call.work * (x + (1 - x) * pv / 2) for call, x, pv in shares)
+        return replace(known, sparsity=fmean(x for _, x in sparsity),
+                       quantised_sparsity=fmean(strict) if strict else None,
+                       pv_skipped=fmean(pv for call, _, pv in shares if not call.quantised),
                        skipped=skipped / sum(call.work for call in calls),
                        by_block=_means((call.block, x) for call, x in sparsity if call.numbered),
                        by_step=_means((call.step, x) for call, x in sparsity),
@@ -146,6 +153,13 @@ class RunSummary:
     def not_sparse(self) -> dict[str, int]:
         """Number of calls by the reason why they were not sparse, whatever computed them."""
         return dict((Counter(self.dense) + Counter(self.quantised)).most_common())
+
+    @property
+    def quantised_over(self) -> str:
+        """What the kernels computed those calls over."""
+        if self.quantised_sparsity is None:
+            return "over all blocks"
+        return f"over nearly all blocks ({self.quantised_sparsity:.1%} skipped)"
 
     @property
     def skipped_little(self) -> bool:
@@ -176,7 +190,7 @@ class RunSummary:
             text += f" (mean sparsity {self.sparsity:.1%}"
             text += f", P·V skipped {self.pv_skipped:.1%})" if self.pv_skipped else ")"
         if self.quantised:
-            text += f", {sum(self.quantised.values())} quantised over all blocks: {_counts(self.quantised)}"
+            text += f", {sum(self.quantised.values())} quantised {self.quantised_over}: {_counts(self.quantised)}"
         text += f", {sum(self.dense.values())} dense"
         if self.dense:
             text += f": {_counts(self.dense)}"

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from comfyui_spargeattn.kernels import FastPathError, SpargeParams, sparge_attention
-from comfyui_spargeattn.nodes.call.plan import NodeSettings, SparsePlan
+from comfyui_spargeattn.nodes.call.plan import STRICT, NodeSettings, SparsePlan
 from comfyui_spargeattn.nodes.call.transformer_blocks import ListedBlocks, TransformerBlock
 from comfyui_spargeattn.nodes.override import SpargeOverride
 from comfyui_spargeattn.nodes.report.page import THEMES, draw_report
@@ -50,6 +50,25 @@ def test_calls_outside_the_window(kernels, params):
         assert how["params"].pv_threshold == float("inf") and how["pv_dtype"] == "fp16"
         assert how["skipped"] == "drop" and how["order"] is None
     assert len(over_all_blocks(kernels)) == 5 - ENOUGH
+
+
+@pytest.mark.parametrize("params", (TOPK, CDF), ids=("topk", "cdf"))
+def test_strict(kernels, params):
+    """Nearly all of the attention, whatever the sparse steps keep; what is skipped is told and counted."""
+    override = SpargeOverride(replace(SETTINGS, params=params, skipped="drop", dense_steps="strict", hilbert="off"))
+    x = torch.randn(1, 512, 16, generator=torch.Generator().manual_seed(0)).cumsum(1)  # neighbours are alike
+    sample(override, lambda options: options["optimized_attention_override"](
+        lambda q, *args, **kwargs: q, x, x, x, 2, transformer_options=options))
+    summary, strict = override.run.summary, [how for how in kernels if how["skipped"] == "pooled"]
+    assert summary.quantised == {OUTSIDE: 5 - ENOUGH} and len(strict) == 5 - ENOUGH and summary.sparse == 5
+    for how in strict:
+        assert how["params"].selection == "cdf" and how["params"].amount == STRICT
+        assert how["params"].similarity_threshold == params.similarity_threshold and how["pv_dtype"] == "fp16"
+    assert 0 < summary.quantised_sparsity < 1
+    computed = 5 * (1 - summary.sparsity) * (1 - summary.pv_skipped / 2) + 2 * (1 - summary.quantised_sparsity)
+    assert summary.skipped == pytest.approx(1 - (computed + 3) / 10, abs=0.02)
+    assert f"2 quantised over nearly all blocks ({summary.quantised_sparsity:.1%} skipped): 2 {OUTSIDE}" in str(summary)
+    assert summary.cells[TransformerBlock("", 0), 5] == pytest.approx(summary.quantised_sparsity)
 
 
 def test_result_is_dense_attention(kernels):

@@ -52,6 +52,18 @@ def test_the_picture_stays(comfy_nodes, wan, fast, refreshes):
     assert relative_l1(quantised, model) < 1e-4
 
 
+@pytest.mark.parametrize("refreshes", (0, 3))
+def test_strict(comfy_nodes, wan, fast, monkeypatch, refreshes):
+    """Nearly the same picture, of whose dense steps something is skipped."""
+    # Attention of random weights is spread out.
+    monkeypatch.setattr(comfy_host.pack_module(comfy_nodes, "nodes.call.plan"), "STRICT", 0.7)
+    widgets = {"start_percent": 0.3, "refreshes": refreshes}
+    whole, own = run(comfy_nodes, wan, **widgets)
+    strict, summary = run(comfy_nodes, wan, dense_steps="strict", **widgets)
+    assert summary.quantised == own.quantised and summary.sparse == own.sparse and own.quantised_sparsity is None
+    assert 0 < summary.quantised_sparsity < 1 and relative_l1(strict, whole) < 0.02
+
+
 def test_containers(comfy_nodes, tmp_path_factory, monkeypatch, fast):
     """MiniMax-H3 hands its tensors over in containers."""
     family = checkpoints.FAMILIES["minimax_h3"]
