@@ -11,7 +11,7 @@ from .block_lists import BlockLists, allocate_lists, cannot_skip, causal_limits,
 from .launch import launch
 from .prepared import PreparedKeys, PreparedQueries, PreparedValues
 from .primitives import kept_by_rule, padded_dim, threshold_of
-from .threshold import UNJUDGED, block_tile, by_row, find_threshold, load_scores, reach, values_of
+from .threshold import PIECES, UNJUDGED, block_tile, by_row, find_threshold, load_scores, reach, values_of
 
 _ROWS = 16  # query blocks of a program, the least that tensor cores multiply
 _RESIDENT = 512  # scores of a row that stay in registers while its threshold is sought, at most
@@ -73,9 +73,9 @@ def write_list(
     n_kept = tl.zeros([ROWS], tl.int32)
     n_plain = tl.full([ROWS], k_blocks, tl.int32)
     for start in range(0, last, CHUNK):
-        k_block = block_tile(start, CHUNK)  # [1, CHUNK // 32, 32]
+        k_block = block_tile(start, CHUNK)
         inside = k_block < k_blocks
-        scores = load_scores(scores_ptr=scores_ptr, offset=offset, k_block=k_block, end=end)  # [ROWS, CHUNK // 32, 32]
+        scores = load_scores(scores_ptr=scores_ptr, offset=offset, k_block=k_block, end=end)
         visible = scores > float("-inf")
         values = values_of(scores=scores, highest=by_row(highest), TOPK=TOPK)
         kept = by_row(keep_all) | (scores <= UNJUDGED) | reach(values=values, threshold=threshold)
@@ -89,16 +89,16 @@ def write_list(
                              BLOCK_K=BLOCK_K)
         kept = kept & visible
         taken = kept.to(tl.int32)
-        n_piece = tl.sum(taken, 2)  # [ROWS, CHUNK // 32]
-        place = tl.cumsum(taken, 2) - 1 + (by_row(n_kept) + (tl.cumsum(n_piece, 1) - n_piece)[:, :, None])
-        n_plain = tl.minimum(n_plain, tl.min(tl.min(tl.where(kept & special, place, k_blocks), 1), 1))
+        n_piece = tl.sum(taken, 2)
+        place = tl.cumsum(taken, 2) - 1 + (by_row(n_kept) + (tl.cumsum(n_piece, PIECES) - n_piece)[:, :, None])
+        n_plain = tl.minimum(n_plain, tl.min(tl.min(tl.where(kept & special, place, k_blocks), PIECES), 1))
         if tail_ptr is not None:
             weight = tail_weights(k_block=k_block, count=count, visible=visible, kept=kept,
                                   mean_bias_ptr=k_mean_bias_ptr, kv_offset=kv_offset, inside=inside)
             tl.store(tail_ptr + by_row(offset) + k_block, weight, mask=k_block < by_row(end))
         tl.debug_barrier()  # every score of this chunk has been read before its memory takes the list
         tl.store(indices_ptr + by_row(offset) + place, tl.broadcast_to(k_block, place.shape), mask=kept)
-        n_kept += tl.sum(n_piece, 1)
+        n_kept += tl.sum(n_piece, PIECES)
     return n_plain, n_kept
 
 

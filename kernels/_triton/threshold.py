@@ -2,34 +2,40 @@
 import triton
 import triton.language as tl
 
+from ..triton_package import triton_version
+
 # Stored in place of the score of a block that a rule keeps; -inf stands where nothing can be attended.
 UNJUDGED = tl.constexpr(-3e38)
 
 
-# Scores are looked at in tiles [ROWS, pieces, 32]: Triton then gives whole rows to a warp, so that sums along them need
-# no barrier between warps.
+# Scores are looked at in tiles of rows by pieces of 32 blocks. Triton gives the last dimension of a tile to the lanes
+# of a warp, another to the warps, and the third to the registers of a thread. Which goes to the warps has changed with
+# 3.7. It has to be the rows, so that sums along them need no barrier.
+PIECES = tl.constexpr(1 if (triton_version() or (3, 7)) < (3, 7) else 0)  # [rows, pieces, 32], [pieces, rows, 32]
 
 @triton.jit
 def block_tile(start, COUNT: tl.constexpr):
-    """`COUNT` blocks of K from `start` on, [1, COUNT // 32, 32]."""
-    return (start + tl.arange(0, COUNT // 32)[:, None] * 32 + tl.arange(0, 32)[None, :])[None, :, :]
+    """`COUNT` blocks of K from `start` on, a tile for one row."""
+    piece = tl.arange(0, COUNT // 32)
+    piece = piece[None, :, None] if PIECES == 1 else piece[:, None, None]
+    return start + piece * 32 + tl.arange(0, 32)[None, None, :]
 
 
 @triton.jit
 def by_row(x):
-    """Values of rows [ROWS] beside a tile, [ROWS, 1, 1]."""
-    return x[:, None, None]
+    """Values of rows [ROWS] beside a tile."""
+    return x[:, None, None] if PIECES == 1 else x[None, :, None]
 
 
 @triton.jit
 def sum_row(x):
-    """[ROWS, pieces, 32] → [ROWS]."""
-    return tl.sum(tl.sum(x, 1), 1)
+    """The sum of each row of a tile, [ROWS]."""
+    return tl.sum(tl.sum(x, PIECES), 1)
 
 
 @triton.jit
 def load_scores(scores_ptr, offset, k_block, end):
-    """Scores of the blocks k_block [1, pieces, 32] of rows that start at `offset` [ROWS]; -inf beyond their `end`."""
+    """Scores of the blocks k_block, a tile, of rows that start at `offset` [ROWS]; -inf beyond their `end`."""
     return tl.load(scores_ptr + by_row(offset) + k_block, mask=k_block < by_row(end), other=float("-inf"))
 
 
@@ -72,7 +78,7 @@ def range_of(scores):
     judged = scores > UNJUDGED
     low = tl.where(judged, scores, float("inf"))
     return (sum_row((scores > float("-inf")).to(tl.int32)), sum_row(judged.to(tl.int32)),
-            tl.max(tl.max(scores, 1), 1), tl.min(tl.min(low, 1), 1))
+            tl.max(tl.max(scores, PIECES), 1), tl.min(tl.min(low, PIECES), 1))
 
 
 @triton.jit
@@ -104,22 +110,23 @@ def find_threshold(scores_ptr, offset, end, last, amount, keep_all, TOPK: tl.con
     if last <= 64:  # so that short rows fill their tile
         threshold, highest, n_visible = search(
             scores_ptr=scores_ptr, offset=offset, end=end, last=last, amount=amount, keep_all=keep_all, TOPK=TOPK,
-            ROWS=ROWS, RESIDENT=64 if RESIDENT > 64 else RESIDENT, CHUNK=CHUNK)
+            ROWS=ROWS, RESIDENT=64 if RESIDENT > 64 else RESIDENT, MORE=RESIDENT < 64, CHUNK=CHUNK)
     elif last <= 256:
         threshold, highest, n_visible = search(
             scores_ptr=scores_ptr, offset=offset, end=end, last=last, amount=amount, keep_all=keep_all, TOPK=TOPK,
-            ROWS=ROWS, RESIDENT=256 if RESIDENT > 256 else RESIDENT, CHUNK=CHUNK)
+            ROWS=ROWS, RESIDENT=256 if RESIDENT > 256 else RESIDENT, MORE=RESIDENT < 256, CHUNK=CHUNK)
     else:
         threshold, highest, n_visible = search(
             scores_ptr=scores_ptr, offset=offset, end=end, last=last, amount=amount, keep_all=keep_all, TOPK=TOPK,
-            ROWS=ROWS, RESIDENT=RESIDENT, CHUNK=CHUNK)
+            ROWS=ROWS, RESIDENT=RESIDENT, MORE=True, CHUNK=CHUNK)
     return threshold, highest, n_visible
 
 
 @triton.jit
 def search(scores_ptr, offset, end, last, amount, keep_all, TOPK: tl.constexpr, ROWS: tl.constexpr,
-           RESIDENT: tl.constexpr, CHUNK: tl.constexpr):
-    """`find_threshold`. The first RESIDENT values of a row stay in registers, others are read anew at every step.
+           RESIDENT: tl.constexpr, MORE: tl.constexpr, CHUNK: tl.constexpr):
+    """`find_threshold`. The first RESIDENT values of a row stay in registers; where there may be MORE, the others are
+    read anew at every step.
 
     The search narrows a range of ranks: `low` always reaches the target, `above` never does. A row is settled when at
     most one block lies between them, or none can. Split at the mean of the values between, rows take 6 to 11 steps;
@@ -127,7 +134,7 @@ def search(scores_ptr, offset, end, last, amount, keep_all, TOPK: tl.constexpr, 
     """
     resident = load_scores(scores_ptr=scores_ptr, offset=offset, k_block=block_tile(0, RESIDENT), end=end)
     n_visible, n_judged, highest, lowest = range_of(resident)
-    for start in range(RESIDENT, last, CHUNK):
+    for start in range(RESIDENT, last if MORE else RESIDENT, CHUNK):
         scores = load_scores(scores_ptr=scores_ptr, offset=offset, k_block=block_tile(start, CHUNK), end=end)
         seen, judged, higher, lower = range_of(scores)
         n_visible, n_judged = n_visible + seen, n_judged + judged
@@ -137,7 +144,7 @@ def search(scores_ptr, offset, end, last, amount, keep_all, TOPK: tl.constexpr, 
     searched = (n_judged > 0) & (tl.where(keep_all, 1.0, amount) < 1.0)
     resident = values_of(scores=resident, highest=by_row(highest), TOPK=TOPK)
     low_sum = sum_judged(values=resident, TOPK=TOPK)
-    for start in range(RESIDENT, last, CHUNK):
+    for start in range(RESIDENT, last if MORE else RESIDENT, CHUNK):
         scores = load_scores(scores_ptr=scores_ptr, offset=offset, k_block=block_tile(start, CHUNK), end=end)
         low_sum += sum_judged(values=values_of(scores=scores, highest=by_row(highest), TOPK=TOPK), TOPK=TOPK)
     if TOPK:
@@ -158,7 +165,7 @@ def search(scores_ptr, offset, end, last, amount, keep_all, TOPK: tl.constexpr, 
                          TOPK=TOPK, HALVE=step % 4 == 0)
         threshold = value_at(rank=middle, TOPK=TOPK)
         n_middle, middle_sum = sums_from(values=resident, threshold=threshold)
-        for start in range(RESIDENT, last, CHUNK):
+        for start in range(RESIDENT, last if MORE else RESIDENT, CHUNK):
             scores = load_scores(scores_ptr=scores_ptr, offset=offset, k_block=block_tile(start, CHUNK), end=end)
             values = values_of(scores=scores, highest=by_row(highest), TOPK=TOPK)
             n_more, more = sums_from(values=values, threshold=threshold)
