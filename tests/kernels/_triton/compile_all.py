@@ -1,16 +1,16 @@
 """Compile every kernel as a call on another architecture would, without its hardware: `python compile_all.py sm90`.
 
-Prints one JSON line a kernel: its name, the call, and registers, spilled bytes, shared memory and, of the attention
-kernel, the kinds of tensor instructions, or the error; for an architecture that the pack declines with this Triton, the
-reason alone. The launchers run as they are; only the launch
-is replaced by a compilation, so types, specialisations and configurations are the real ones. Runs with every Triton
-that the kernels support.
+Prints one JSON line a kernel: its name, the call, and registers, spilled bytes, shared memory, barriers and, of the
+attention kernel, the kinds of tensor instructions, or the error; for an architecture that the pack declines with this
+Triton, the reason alone. The launchers run as they are; only the launch is replaced by a compilation, so types,
+specialisations and configurations are the real ones. Runs with every Triton that the kernels support.
 Options: head_dims (64 128 unless given), --thin (see `compile_calls`).
 Runs in a process of its own because the interpreter (TRITON_INTERPRET) and the compiler exclude each other.
 """
 import itertools
 import json
 import os
+import re
 import sys
 
 os.environ.pop("TRITON_INTERPRET", None)
@@ -20,6 +20,8 @@ from compiler import SHARED_LIMITS, cause, compile_launches, disassembly, resour
 from variants import FORMATS, run, variants
 
 from comfyui_spargeattn.kernels import capability
+
+BARRIER = r"\bBAR\.SYNC|\bs_barrier\b"
 
 
 def compile_calls(arch: str, dims, dtypes, thin: bool = False):
@@ -65,8 +67,8 @@ if __name__ == "__main__":
             print(json.dumps(line | dict(error=cause(kernel))), flush=True)
         elif kernel.hash not in seen:
             seen.add(kernel.hash)
-            line |= resources(kernel) | dict(limit=SHARED_LIMITS[arch])
+            text = disassembly(kernel)
+            line |= resources(kernel) | dict(limit=SHARED_LIMITS[arch], barriers=len(re.findall(BARRIER, text)))
             if name == "_attend_kernel":
-                text = disassembly(kernel)
                 line |= dict(tensor=tensor_instructions(text), serialised=arch == "sm90" and serialised(text))
             print(json.dumps(line), flush=True)
