@@ -111,10 +111,6 @@ def find_threshold(scores_ptr, offset, end, last, amount, keep_all, TOPK: tl.con
         threshold, highest, n_visible = search(
             scores_ptr=scores_ptr, offset=offset, end=end, last=last, amount=amount, keep_all=keep_all, TOPK=TOPK,
             ROWS=ROWS, RESIDENT=64 if RESIDENT > 64 else RESIDENT, MORE=RESIDENT < 64, CHUNK=CHUNK)
-    elif last <= 256:
-        threshold, highest, n_visible = search(
-            scores_ptr=scores_ptr, offset=offset, end=end, last=last, amount=amount, keep_all=keep_all, TOPK=TOPK,
-            ROWS=ROWS, RESIDENT=256 if RESIDENT > 256 else RESIDENT, MORE=RESIDENT < 256, CHUNK=CHUNK)
     else:
         threshold, highest, n_visible = search(
             scores_ptr=scores_ptr, offset=offset, end=end, last=last, amount=amount, keep_all=keep_all, TOPK=TOPK,
