@@ -239,7 +239,7 @@ def attend(queries: Compressed, keys: Compressed, values: Tensor, mask: Tensor, 
         # What is subtracted from every value comes back at the end, because the weights of a row sum to one.
         v_centre, spread = _centre_and_spread(v, keys.valid)
         values = (v - v_centre) * keys.valid[..., None]
-        v_scale = spread.maximum(spread.amax(-1, keepdim=True) * LEAST_SPREAD).clamp(min=1e-12)
+        v_scale = _scale_of(spread)
         v = values / v_scale
         largest = v.abs().amax((-2, -1), keepdim=True)  # of a block
         if in_int8:
@@ -297,6 +297,11 @@ def _centre_and_spread(values: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     valid = valid[..., None]
     centre = values.sum((2, 3), keepdim=True) / valid.sum((2, 3), keepdim=True).clamp(min=1)
     return centre, ((values - centre) * valid).abs().amax((2, 3), keepdim=True)
+
+
+def _scale_of(spread: Tensor) -> Tensor:
+    """What the channels of values (…, D) are divided by, from how far they reach: at least a share of the widest."""
+    return spread.maximum(spread.amax(-1, keepdim=True) * LEAST_SPREAD).clamp(min=1e-12)
 
 
 def _skipped_groups(local: Tensor, running: Tensor, limit: Tensor) -> Tensor:

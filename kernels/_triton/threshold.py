@@ -125,7 +125,7 @@ def search(scores_ptr, offset, end, last, amount, keep_all, TOPK: tl.constexpr, 
     read anew at every step.
 
     The search narrows a range of ranks: `low` always reaches the target, `above` never does. A row is settled when at
-    most one block lies between them, or none can. Split at the mean of the values between, rows take 6 to 11 steps;
+    most one block lies between them, or none can. Split at the mean of the values between, rows take 6 to 12 steps;
     every fourth step halves the range, so that none takes more than 128.
     """
     resident = load_scores(scores_ptr=scores_ptr, offset=offset, k_block=block_tile(0, RESIDENT), end=end)

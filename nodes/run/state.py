@@ -133,8 +133,8 @@ class RunState:
 
     def add_quantised(self, call: AttentionCall, block: TransformerBlock | None, watch: Stopwatch, why: Dense,
                       stats: SpargeStats | None = None) -> None:
-        """Record a call that the kernels computed over all blocks, or without `stats`' share of them. why: it was
-        dense."""
+        """Record a dense call that the kernels computed. why: it was dense. stats: None where it was over all blocks.
+        """
         with self._lock:
             if not self.running:
                 return

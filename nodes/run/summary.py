@@ -72,7 +72,7 @@ class RunSummary:
     sparse: number of calls that went sparse.
     dense: number of calls that were left to the model's own attention, by reason.
     quantised: number of calls that this pack's kernels computed over all blocks, or nearly all, by reason.
-    quantised_sparsity: mean share of block pairs that they skipped in those, None where nothing.
+    quantised_sparsity: mean share of block pairs that they skipped in those, None where all went over all blocks.
     sparsity: mean share of skipped block pairs over the sparse calls.
     pv_skipped: mean share of skipped P·V products among the other block pairs, over the sparse calls.
     skipped: share of the products Q·K and P·V of all self-attention of at least min_tokens, dense calls included.

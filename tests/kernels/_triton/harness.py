@@ -10,7 +10,7 @@ from torch import Tensor
 
 from comfyui_spargeattn.kernels import BlockMap, SpargeParams, SpargeStats, reference, sparge_attention
 from comfyui_spargeattn.kernels.call import centred_bias
-from comfyui_spargeattn.kernels.formats import LEAST_SPREAD, LOG2E, ROW_GROUP
+from comfyui_spargeattn.kernels.formats import LOG2E, ROW_GROUP
 from comfyui_spargeattn.kernels.reference import Compressed, Visibility
 from comfyui_spargeattn.tests.assertions import assert_within_budget
 from comfyui_spargeattn.tests.kernels import eager
@@ -201,8 +201,8 @@ def sampled_centre_and_spread(v: Tensor, padding: Tensor | None, group: int) -> 
 
 def too_large_to_pool(values: Tensor, valid: Tensor, centre: Tensor, spread: Tensor) -> Tensor:
     """bool (B, H, 1, k_blocks): blocks of values (B, H, k_blocks, b_k, D) whose mean float16 might not hold."""
-    scale = spread.maximum(spread.amax(-1, keepdim=True) * LEAST_SPREAD).clamp(min=1e-12)
-    return ((values - centre) * valid[..., None] / scale).abs().amax((-2, -1))[:, :, None] > 2 ** 13
+    values = (values - centre) * valid[..., None] / reference._scale_of(spread)
+    return values.abs().amax((-2, -1))[:, :, None] > 2 ** 13
 
 
 @contextmanager
