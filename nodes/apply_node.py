@@ -114,7 +114,7 @@ class ApplySpargeAttn(io.ComfyNode):
                     tooltip="What computes dense steps: those before start_percent, those after end_percent, and "
                             "refreshes. quantised: the kernels of the sparse steps with nothing skipped, which is "
                             "faster on long sequences; where they can't run, the model's own attention. model: always "
-                            "the model's own. strict: as quantised, but blocks that hold the last half percent of the "
+                            "the model's own. strict: as quantised, but blocks that hold the last thousandth of the "
                             "attention are skipped and pooled, which is faster still. dense_blocks, short sequences "
                             "and models on which another node chose the attention always keep theirs."),
                 SPARGE_PARAMS.Input(

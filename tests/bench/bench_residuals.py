@@ -50,13 +50,24 @@ class Setting(NamedTuple):
 
 SETTINGS = (
     [Setting(dict(cdf_threshold=1.0), skipped="drop")]
-    + [Setting(dict(cdf_threshold=tau)) for tau in (0.9, 0.95, 0.98, 0.99, 0.995)]
-    + [Setting(dict(cdf_threshold=tau), 0.1) for tau in (0.98, 0.99, 0.995)]
-    + [Setting(amount, 0.2, refreshes, dense=dense) for dense in (1.0, 0.999, 0.995) for refreshes in (4, 6, 8)
-       for amount in (dict(topk=0.1), dict(topk=0.2), dict(cdf_threshold=0.9), dict(cdf_threshold=0.95))])
-TUNED = [Setting(None, refreshes=refreshes, l1=l1, dense=0.995 if refreshes else 1.0)
-         for refreshes, l1 in ((0, 0.02), (0, 0.05), (4, 0.05), (4, 0.1), (6, 0.05), (6, 0.1))]
+    + [Setting(dict(cdf_threshold=tau), dense=dense) for dense in (1.0, 0.999)
+       for tau in (0.9, 0.95, 0.98, 0.99, 0.995, 0.999)]
+    + [Setting(dict(topk=share), refreshes=refreshes, dense=0.999) for refreshes in (3, 4, 6)
+       for share in (0.05, 0.1, 0.2)]
+    + [Setting(dict(topk=share), refreshes=4) for share in (0.1, 0.2)]
+    + [Setting(dict(cdf_threshold=0.9), refreshes=refreshes, dense=0.999) for refreshes in (4, 6)]
+    + [Setting(dict(topk=share), refreshes=refreshes, dense=0.999) for refreshes in (8, 12) for share in (0.05, 0.1)])
+TUNED = [Setting(None, refreshes=refreshes, l1=l1, dense=0.999)
+         for refreshes, l1 in ((0, 0.05), (4, 0.05), (0, 0.02), (4, 0.1))]
 TUNED_ON, TUNED_SEED = ("circle white stripes right", "purple checker up"), 1
+
+
+class Run(NamedTuple):
+    """latents: of a clip of each scene. computed: share of block pairs. seconds: of all attention, on a GPU."""
+
+    latents: Tensor
+    computed: float
+    seconds: float | None
 
 
 @dataclass
@@ -133,16 +144,29 @@ def search(model, setting: Setting, grid: tuple[int, int, int], steps: int) -> l
 
 
 def clips(model, setting: Setting, tuned: list[TunedSetting | None] | None, grid: tuple[int, int, int], steps: int,
-          seed: int) -> tuple[Tensor, float, float]:
-    """(a latent for each scene, share computed, seconds of attention) of one run."""
+          seed: int) -> Run:
+    """One run of a setting, all scenes in a batch."""
     params = None if setting.amount is None else SpargeParams(**setting.amount, similarity_threshold=-1.0)
     attention = model.attention = Refreshed(
         params, dense_share(steps, setting.start), skipped=setting.skipped, refreshes=refreshes_of(setting, steps),
         last_step=steps - 1, layers=len(model.blocks), tuned=tuned, dense=setting.dense, layout=TokenLayout(grid))
     latents = sample(model, torch.stack([prompt(*words) for words in SCENES.values()]),
-                     (grid[0], 2 * grid[1], 2 * grid[2]), steps, seed, before_step=attention.enter_step).cpu()
+                     (grid[0], 2 * grid[1], 2 * grid[2]), steps, seed, before_step=attention.enter_step)
     computed = torch.stack(attention.computed).mean().item() if attention.computed else 1.0
-    return latents, computed, attention.seconds()
+    return Run(latents.cpu(), computed, attention.seconds() if latents.is_cuda else None)
+
+
+def measured(setting: Setting, runs: dict[int, Run], dense: dict[int, Run], steps: int) -> dict:
+    """A row of the results: `runs` of a setting against those of dense attention, by seed."""
+    decibels = [psnr(a, b) for seed in runs for a, b in zip(runs[seed].latents, dense[seed].latents)]
+    return dict(
+        amount=setting.amount, l1=setting.l1, dense_steps=list(range(dense_share(steps, setting.start))),
+        refreshed=list(refreshes_of(setting, steps)), dense_cdf=setting.dense,
+        skipped=None if setting.l1 else setting.skipped,
+        psnr_mean=statistics.fmean(decibels), psnr_median=statistics.median(decibels), psnr_worst=min(decibels),
+        psnr=decibels, computed=statistics.fmean(run.computed for run in runs.values()),
+        attention=(statistics.fmean(run.seconds / dense[seed].seconds for seed, run in runs.items())
+                   if next(iter(runs.values())).seconds else None))
 
 
 def main() -> None:
@@ -162,7 +186,7 @@ def main() -> None:
         chosen = chosen + [TUNED[i] for i in args.tuned or range(len(TUNED))]
     tuned = {(s.l1, s.refreshes): search(model, s, args.grid, args.steps) for s in chosen if s.l1 is not None}
 
-    def run(setting: Setting, seed: int):
+    def run(setting: Setting, seed: int) -> Run:
         return clips(model, setting, tuned.get((setting.l1, setting.refreshes)), args.grid, args.steps, seed)
 
     if gpu:  # compile outside the timed runs: one of each kind of call
@@ -177,15 +201,7 @@ def main() -> None:
         seeds=args.seeds, scenes=list(SCENES), date=time.strftime("%Y-%m-%d"))
     rows = []
     for setting in chosen:
-        runs = {seed: run(setting, seed) for seed in args.seeds}
-        decibels = [psnr(a, b) for seed in args.seeds for a, b in zip(runs[seed][0], dense[seed][0])]
-        rows.append(dict(
-            amount=setting.amount, l1=setting.l1, dense_steps=list(range(dense_share(args.steps, setting.start))),
-            refreshed=list(refreshes_of(setting, args.steps)), extrapolated="once, at the refresh",
-            dense_by="kernel", dense_cdf=setting.dense, skipped=None if setting.l1 else setting.skipped,
-            psnr_mean=statistics.fmean(decibels), psnr_median=statistics.median(decibels), psnr_worst=min(decibels),
-            psnr=decibels, computed=statistics.fmean(r[1] for r in runs.values()),
-            attention=statistics.fmean(runs[s][2] / dense[s][2] for s in args.seeds) if gpu else None))
+        rows.append(measured(setting, {seed: run(setting, seed) for seed in args.seeds}, dense, args.steps))
         print(json.dumps(rows[-1]), flush=True)
         args.out.write_text(json.dumps(head | dict(rows=rows), indent=1) + "\n")
 

@@ -275,5 +275,5 @@ def _params(rng, generator, kind: Kind, heads: int, device: str) -> SpargeParams
     pv_threshold = values((0.5, 2.0, 8.0)) if kind.skips_products else math.inf
     if kind.given:
         return SpargeParams(topk=1.0, pv_threshold=rng.choice((0.5, 3.0)) if kind.skips_products else math.inf)
-    return SpargeParams(**{kind.selection: values((0.01, 0.1, 0.25, 0.3, 0.5, 0.6, 0.9, 0.99, 1.0))},
+    return SpargeParams(**{kind.selection: values((0.01, 0.1, 0.25, 0.3, 0.5, 0.6, 0.9, 0.999, 1.0))},
                         similarity_threshold=values((-1.0, 0.0, 0.2, 0.5, 0.8, 1.0)), pv_threshold=pv_threshold)
