@@ -108,9 +108,10 @@ class ApplySpargeAttn(io.ComfyNode):
                             "between add that. The picture comes much closer to that of dense attention, so that far "
                             "fewer blocks need to be kept. It takes memory: half of q for each layer and condition, of "
                             "the GPU up to half of what is free there, then of the host (with NVIDIA and AMD) up to "
-                            "half of what is free there. Needs 12 steps in the sparse part; try 4 in 20 steps."),
+                            "half of what is free there. Needs 12 steps in the sparse part; try 4 to 6 in 20 steps, "
+                            "12 in 50."),
                 io.Combo.Input(
-                    "dense_steps", options=list(DENSE_STEPS), default=DENSE_STEPS[0], advanced=True,
+                    "dense_steps", options=list(DENSE_STEPS), default=DEFAULTS["dense_steps"], advanced=True,
                     tooltip="What computes dense steps: those before start_percent, those after end_percent, and "
                             "refreshes. quantised: the kernels of the sparse steps with nothing skipped, which is "
                             "faster on long sequences; where they can't run, the model's own attention. model: always "
@@ -126,11 +127,11 @@ class ApplySpargeAttn(io.ComfyNode):
                     "preset", options=[*PRESETS, CUSTOM], default=CUSTOM,
                     extra_dict={"presets": {name: preset.widgets for name, preset in PRESETS.items()},
                                 "of_a_new_node": OF_A_NEW_NODE, "without": WITHOUT.widgets},
-                    tooltip="Sets selection, its thresholds, start_percent, skipped_blocks and refreshes, as you see. "
-                            "quality is the closest to dense attention, fast skips the most, balanced lies between. "
-                            "Turn one of these widgets, and it becomes custom: the widgets as they are. In a prompt "
-                            "(API) a preset stands for its values and those widgets are not read; without a preset "
-                            "it is custom."),
+                    tooltip="Sets selection, its thresholds, start_percent, skipped_blocks, refreshes and dense_steps, "
+                            "as you see. quality is the closest to dense attention, fast skips the most, balanced "
+                            "lies between. Turn one of these widgets, and it becomes custom: the widgets as they are. "
+                            "In a prompt (API) a preset stands for its values and those widgets are not read; without "
+                            "a preset it is custom."),
             ]),
             outputs=[io.Model.Output(tooltip="The patched model; the input stays as it was.")],
         )
@@ -151,10 +152,11 @@ class ApplySpargeAttn(io.ComfyNode):
     def execute(cls, model, selection: dict | None = None, pv_threshold: float = PV_THRESHOLD_OFF,
                 start_percent: float | None = None, end_percent: float = 1.0, skipped_blocks: str | None = None,
                 pv_precision: str = "auto", dense_blocks: str = "", min_tokens: int = 2048, verbose: bool = False,
-                hilbert: str = "auto", refreshes: int | None = None, dense_steps: str = DENSE_STEPS[0],
+                hilbert: str = "auto", refreshes: int | None = None, dense_steps: str | None = None,
                 params: TunedParams | None = None, preset: str = CUSTOM) -> io.NodeOutput:
         values, unread = chosen(preset, {"selection": selection, "start_percent": start_percent,
-                                         "skipped_blocks": skipped_blocks, "refreshes": refreshes})
+                                         "skipped_blocks": skipped_blocks, "refreshes": refreshes,
+                                         "dense_steps": dense_steps})
         if unread:
             log.info("SpargeAttn: preset %s sets %s; the prompt's own values for these need custom: %s", preset,
                      ", ".join(unread), unread)
@@ -164,7 +166,8 @@ class ApplySpargeAttn(io.ComfyNode):
         tuned, refreshes = _fitting(params, model), values["refreshes"]
         settings = NodeSettings(_thresholds(values["selection"], pv_threshold), start_percent, end_percent,
                                 ListedBlocks.parse(dense_blocks), min_tokens, values["skipped_blocks"], pv_precision,
-                                verbose, hilbert, tuned, refreshes or (tuned.refreshes if tuned else 0), dense_steps)
+                                verbose, hilbert, tuned, refreshes or (tuned.refreshes if tuned else 0),
+                                values["dense_steps"])
         _tell_refreshes(settings, refreshes)
         patched = model.clone()
         options = patched.model_options["transformer_options"]

@@ -15,6 +15,7 @@ import json
 import math
 import statistics
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -160,8 +161,8 @@ def measured(setting: Setting, runs: dict[int, Run], dense: dict[int, Run], step
     """A row of the results: `runs` of a setting against those of dense attention, by seed."""
     decibels = [psnr(a, b) for seed in runs for a, b in zip(runs[seed].latents, dense[seed].latents)]
     return dict(
-        amount=setting.amount, l1=setting.l1, dense_steps=list(range(dense_share(steps, setting.start))),
-        refreshed=list(refreshes_of(setting, steps)), dense_cdf=setting.dense,
+        steps=steps, seeds=list(runs), amount=setting.amount, l1=setting.l1,
+        dense_steps=list(range(dense_share(steps, setting.start))), refreshed=list(refreshes_of(setting, steps)), dense_cdf=setting.dense,
         skipped=None if setting.l1 else setting.skipped,
         psnr_mean=statistics.fmean(decibels), psnr_median=statistics.median(decibels), psnr_worst=min(decibels),
         psnr=decibels, computed=statistics.fmean(run.computed for run in runs.values()),
@@ -169,11 +170,29 @@ def measured(setting: Setting, runs: dict[int, Run], dense: dict[int, Run], step
                    if next(iter(runs.values())).seconds else None))
 
 
+def measurements(model, chosen: Sequence[Setting], grid: tuple[int, int, int], steps: int,
+                 seeds: Sequence[int]) -> Iterator[dict]:
+    """The rows of the settings, in so many steps."""
+    tuned = {(s.l1, s.refreshes): search(model, s, grid, steps) for s in chosen if s.l1 is not None}
+
+    def run(setting: Setting, seed: int) -> Run:
+        return clips(model, setting, tuned.get((setting.l1, setting.refreshes)), grid, steps, seed)
+
+    if torch.cuda.is_available():  # compile outside the timed runs: one of each kind of call
+        kinds = {(*(s.amount or ()), s.skipped, s.refreshes > 0, s.dense < 1, s.l1): s
+                 for s in (Setting(None), *chosen)}
+        for setting in kinds.values():
+            run(setting, seeds[0])
+    dense = {seed: run(Setting(None), seed) for seed in seeds}
+    for setting in chosen:
+        yield measured(setting, {seed: run(setting, seed) for seed in seeds}, dense, steps)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--grid", type=int, nargs=3, default=(21, 30, 52))
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, nargs="+", default=(20,))
     parser.add_argument("--seeds", type=int, nargs="+", default=(21,))
     parser.add_argument("--only", type=int, nargs="*", help="numbers of the settings to measure, from 0")
     parser.add_argument("--tuned", type=int, nargs="*", help="also tuned settings: all, or these numbers, from 0")
@@ -184,26 +203,16 @@ def main() -> None:
     chosen = SETTINGS if args.only is None else [SETTINGS[i] for i in args.only]
     if args.tuned is not None:
         chosen = chosen + [TUNED[i] for i in args.tuned or range(len(TUNED))]
-    tuned = {(s.l1, s.refreshes): search(model, s, args.grid, args.steps) for s in chosen if s.l1 is not None}
-
-    def run(setting: Setting, seed: int) -> Run:
-        return clips(model, setting, tuned.get((setting.l1, setting.refreshes)), args.grid, args.steps, seed)
-
-    if gpu:  # compile outside the timed runs: one of each kind of call
-        kinds = {(*(s.amount or ()), s.skipped, s.refreshes > 0, s.dense < 1, s.l1): s
-                 for s in (Setting(None), *chosen)}
-        for setting in kinds.values():
-            run(setting, args.seeds[0])
-    dense = {seed: run(Setting(None), seed) for seed in args.seeds}
     head = dict(
         mode="residuals", card=torch.cuda.get_device_name() if gpu else "CPU reference", torch=torch.__version__,
-        triton=version("triton") if gpu else "-", grid=args.grid, tokens=math.prod(args.grid), steps=args.steps,
-        seeds=args.seeds, scenes=list(SCENES), date=time.strftime("%Y-%m-%d"))
+        triton=version("triton") if gpu else "-", grid=args.grid, tokens=math.prod(args.grid), scenes=list(SCENES),
+        date=time.strftime("%Y-%m-%d"))
     rows = []
-    for setting in chosen:
-        rows.append(measured(setting, {seed: run(setting, seed) for seed in args.seeds}, dense, args.steps))
-        print(json.dumps(rows[-1]), flush=True)
-        args.out.write_text(json.dumps(head | dict(rows=rows), indent=1) + "\n")
+    for steps in args.steps:
+        for row in measurements(model, chosen, args.grid, steps, args.seeds):
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+            args.out.write_text(json.dumps(head | dict(rows=rows), indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -119,36 +119,40 @@ def tuning(rows: list[dict]):
 
 
 def residuals(rows: list[dict]):
-    """Lines: PSNR of whole runs against the time of their attention, with and without refreshes."""
-    figure, axes = panels(1, width=9.0, height=6.0)
-    lines = defaultdict(dict)  # of several schedules with as many refreshes, the last
-    for row in rows:
-        first, refreshed = len(row["dense_steps"]), row["refreshed"]
-        start = f"{first} dense steps first"
-        if row.get("dense_cdf", 1.0) < 1:
-            start += f", of τ {row['dense_cdf']:g}"
-        if row.get("l1"):
-            if row["attention"]:
-                lines[f"tuned, {len(refreshed)} refreshes, {start}"][f"l1 {row['l1']:g}"] = row
-            continue
-        (name, value), = row["amount"].items()
-        amount = f"τ {value:g}" if name == "cdf_threshold" else f"top {100 * value:g}%"
-        if not row["attention"] or row["skipped"] != "pooled" or row["dense_by"] != "kernel" and first:
-            continue
-        if not refreshed and name == "cdf_threshold" and value < 1:
-            lines[f"no refreshes, {start}"][amount] = row
-        elif first and refreshed and row["extrapolated"] != "no":
-            lines[f"refreshes, {amount}, {start}"][len(refreshed)] = row
-    for label, points in sorted(lines.items()):
-        found = sorted(points.items(), key=lambda point: point[1]["attention"])
-        axes[0].plot([1 / row["attention"] for _, row in found], [row["psnr_mean"] for _, row in found], marker="o",
-                     linestyle="--" if label.startswith("no") else "-", label=label)
-        for note, row in found:
-            axes[0].annotate(note, (1 / row["attention"], row["psnr_mean"]), fontsize=7, xytext=(3, 3),
-                             textcoords="offset points")
-    axes[0].set(xlabel="speed of a run's attention, dense = 1", ylabel="PSNR against dense, mean of six clips, dB")
-    axes[0].legend(fontsize=8)
+    """Lines: PSNR of whole runs against the time of their attention, with and without refreshes, a panel for each
+    number of steps."""
+    numbers = sorted({row["steps"] for row in rows})
+    figure, axes = panels(len(numbers), width=7.0, height=6.0)
+    for ax, steps in zip(axes, numbers, strict=False):
+        timed = [row for row in rows if row["steps"] == steps and row["attention"]]
+        lines = defaultdict(list)  # of points (speed, PSNR, note)
+        for row in timed:
+            label, note = _line_and_note(row)
+            lines[label].append((1 / row["attention"], row["psnr_mean"], note))
+        for label, points in sorted(lines.items()):
+            points.sort()
+            ax.plot([x for x, _, _ in points], [y for _, y, _ in points], marker="o", label=label,
+                    linestyle="--" if "no refreshes" in label else "-")
+            for x, y, note in points:
+                ax.annotate(note, (x, y), fontsize=7, xytext=(3, 3), textcoords="offset points")
+        seeds = " to ".join(dict.fromkeys(str(f([len(row["seeds"]) for row in timed])) for f in (min, max)))
+        ax.set(title=f"{steps} steps; seeds: {seeds}", xlabel="speed of a run's attention, dense = 1",
+               ylabel="PSNR against dense, mean of six clips a seed, dB")
+        ax.legend(fontsize=7)
+        ax.grid(alpha=0.3)
     return figure
+
+
+def _line_and_note(row: dict) -> tuple[str, str]:
+    """Which line a row of the refreshes belongs to, and what stands beside its point."""
+    dense = f"dense steps of τ {row['dense_cdf']:g}"
+    refreshes = f"{len(row['refreshed'])} refreshes" if row["refreshed"] else "no refreshes"
+    if row["l1"]:
+        return f"tuned, {refreshes}, {dense}", f"L1 {row['l1']:g}"
+    (name, value), = row["amount"].items()
+    if name == "cdf_threshold":
+        return f"{refreshes}, {dense}", f"τ {value:g}"
+    return f"top {100 * value:g}%, {dense}", str(len(row["refreshed"]))
 
 
 def real(rows: list[dict]):

@@ -15,7 +15,7 @@ ROWS = {  # of the README's table of models, with an example of each
     "FLUX.1 dev, Kontext": "flux_dev_text_to_image", "Qwen-Image": "qwen_image_text_to_image",
     "SD3.5, SDXL": "sd3.5_text_to_image"}
 OWN = {"selection": {"selection": "topk", "keep_percent": 12.0, "similarity_threshold": 0.4}, "start_percent": 0.11,
-       "skipped_blocks": "drop", "refreshes": 9}
+       "skipped_blocks": "drop", "refreshes": 9, "dense_steps": "model"}
 NOTHING = dict.fromkeys(OWN)
 
 
@@ -47,10 +47,10 @@ def test_presets_differ():
 
 
 def test_widgets_of_a_preset_have_the_names_of_a_prompt():
-    preset = Preset(OWN["selection"], skipped_blocks="drop", start_percent=0.11, refreshes=9)
+    preset = Preset(OWN["selection"], skipped_blocks="drop", start_percent=0.11, refreshes=9, dense_steps="model")
     assert preset.widgets == {"selection": "topk", "selection.keep_percent": 12.0,
                               "selection.similarity_threshold": 0.4, "skipped_blocks": "drop", "start_percent": 0.11,
-                              "refreshes": 9}
+                              "refreshes": 9, "dense_steps": "model"}
 
 
 def test_what_holds_may_be_changed_without_a_change_of_the_table():
