@@ -162,12 +162,12 @@ def measured(setting: Setting, runs: dict[int, Run], dense: dict[int, Run], step
     decibels = [psnr(a, b) for seed in runs for a, b in zip(runs[seed].latents, dense[seed].latents)]
     return dict(
         steps=steps, seeds=list(runs), amount=setting.amount, l1=setting.l1,
-        dense_steps=list(range(dense_share(steps, setting.start))), refreshed=list(refreshes_of(setting, steps)), dense_cdf=setting.dense,
-        skipped=None if setting.l1 else setting.skipped,
+        dense_steps=list(range(dense_share(steps, setting.start))), refreshed=list(refreshes_of(setting, steps)),
+        dense_cdf=setting.dense, skipped=None if setting.l1 else setting.skipped,
         psnr_mean=statistics.fmean(decibels), psnr_median=statistics.median(decibels), psnr_worst=min(decibels),
         psnr=decibels, computed=statistics.fmean(run.computed for run in runs.values()),
-        attention=(statistics.fmean(run.seconds / dense[seed].seconds for seed, run in runs.items())
-                   if next(iter(runs.values())).seconds else None))
+        attention=statistics.fmean(run.seconds / dense[seed].seconds for seed, run in runs.items())
+        if all(run.seconds for run in runs.values()) else None)
 
 
 def measurements(model, chosen: Sequence[Setting], grid: tuple[int, int, int], steps: int,

@@ -1,0 +1,19 @@
+"""What a call's thresholds decide about its rounding."""
+import pytest
+import torch
+
+from comfyui_spargeattn.kernels import SpargeParams
+from comfyui_spargeattn.kernels.call import CallSpec, Thresholds
+from comfyui_spargeattn.nodes.call.plan import STRICT
+
+
+@pytest.mark.parametrize("params, mixes", [
+    (SpargeParams(cdf_threshold=1.0), True), (SpargeParams(topk=1.0), True), (SpargeParams(cdf_threshold=STRICT), True),
+    (SpargeParams(cdf_threshold=0.995), False), (SpargeParams(topk=0.999), False),
+    (SpargeParams(cdf_threshold=torch.ones(2)), False)], ids=lambda x: str(getattr(x, "amount", x)))
+def test_channels_are_mixed_where_rounding_is_most_of_the_error(params, mixes):
+    call = CallSpec(Thresholds.of(params, torch.device("cpu")))
+    assert call.mixing_groups(128) == (8 if mixes else 1)
+    assert call.mixing_groups(96) == call.mixing_groups(16) == 1
+    mask = torch.ones(1, 1, 1, 1, dtype=torch.bool)
+    assert CallSpec(call.thresholds, block_mask=mask).mixing_groups(128) == 1
