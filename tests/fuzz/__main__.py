@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 import time
@@ -23,6 +24,7 @@ def main() -> int:
     parser.add_argument("--impl", choices=("triton", "reference"), help="triton on a GPU, reference on the CPU")
     parser.add_argument("--jobs", type=int, help="worker processes", default=min(12, os.cpu_count() or 1))
     parser.add_argument("--hang", type=float, default=180, help="seconds after which a call counts as hung")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="end after so long, with what was checked")
     options = parser.parse_args()
     if options.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -35,10 +37,10 @@ def main() -> int:
     # A kind stays with one worker, so that no kernel is compiled twice.
     shares = [share for job in range(options.jobs) if (share := [x for x in seeds if x % KINDS % options.jobs == job])]
     started = time.monotonic()
-    found = watch([Worker(share, impl) for share in shares], options.hang)
+    found = watch([Worker(share, impl) for share in shares], options.hang, options.seconds)
     worst = max(found.ratios, key=lambda pair: pair[0], default=(0.0, None))
-    print(f"{len(seeds)} calls, {len(found.failures)} failed, worst error {worst[0]:.3f} of what it may be "
-          f"(seed {worst[1]}), {time.monotonic() - started:.0f} s")
+    print(f"{len(found.ratios) + len(found.failures)} of {len(seeds)} calls, {len(found.failures)} failed, worst error "
+          f"{worst[0]:.3f} of what it may be (seed {worst[1]}), {time.monotonic() - started:.0f} s")
     print("failed seeds:", *sorted(seed for seed, _ in found.failures) or ["none"])
     return bool(found.failures)
 

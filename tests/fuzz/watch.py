@@ -1,6 +1,7 @@
 """Worker processes that check one call after the other, and the watchdog that ends a process whose call hangs."""
 from __future__ import annotations
 
+import math
 import multiprocessing
 import multiprocessing.connection
 import time
@@ -34,10 +35,17 @@ class Worker:
         self.pipe.close()
 
 
-def watch(workers: list[Worker], hang: float) -> Found:
-    """Collect the results of every worker. A silent or dead one fails at its next seed and continues after it."""
-    found, workers = Found(), list(workers)
+def watch(workers: list[Worker], hang: float, limit: float = math.inf) -> Found:
+    """Collect the results of every worker. A silent or dead one fails at its next seed and continues after it.
+
+    hang: seconds of silence. limit: seconds after which all workers end, wherever they are.
+    """
+    found, workers, end = Found(), list(workers), time.monotonic() + limit
     while workers:
+        if time.monotonic() > end:
+            for worker in workers:
+                worker.end()
+            break
         ready = multiprocessing.connection.wait([worker.pipe for worker in workers], timeout=1)
         for worker in list(workers):
             gone = time.monotonic() - worker.heard > hang and "hung"
