@@ -111,7 +111,7 @@ class ApplySpargeAttn(io.ComfyNode):
                             "half of what is free there. Needs 12 steps in the sparse part; try 4 to 6 in 20 steps, "
                             "12 in 50."),
                 io.Combo.Input(
-                    "dense_steps", options=list(DENSE_STEPS), default=DEFAULTS["dense_steps"], advanced=True,
+                    "dense_steps", options=list(DENSE_STEPS), default=DEFAULTS["dense_steps"],
                     tooltip="What computes dense steps: those before start_percent, those after end_percent, and "
                             "refreshes. quantised: the kernels of the sparse steps with nothing skipped, which is "
                             "faster on long sequences; where they can't run, the model's own attention. model: always "

@@ -93,7 +93,7 @@ def test_a_new_node_shows_its_preset_first(editor, kind, screenshot):
     screenshot(editor, f"preset_new_{kind}")
     assert shows(editor, OF_A_NEW_NODE)
     names = list(values(editor))
-    assert names[0] == "preset" and set(names[:7]) > set(PRESETS[OF_A_NEW_NODE].widgets) - {"refreshes"}
+    assert names[0] == "preset" and set(names[1:9]) == {*PRESETS[OF_A_NEW_NODE].widgets, "end_percent"}
 
 
 def test_a_preset_sets_the_widgets_and_a_turned_widget_makes_it_custom(editor, kind, screenshot):
