@@ -5,8 +5,9 @@
 The weights are random, so the pictures mean nothing and only time and memory are measured: models are built by
 ComfyUI's loader from random state dicts, sampled by its euler sampler, and compared with ComfyUI's default attention.
 The node keeps a fixed share of the blocks (topk, the similarity judge off), which makes its time independent of the
-weights; it does so with P·V in the format of "auto" and in fp16. comfy-kitchen's INT8 attention and its sparse one,
-where it takes the calls, join where its CUDA extension is installed. Mochi and MiniMax-H3 have their full width and
+weights. Its presets are measured over whole runs of 20 steps; what they skip by `cdf` depends on the weights, and of
+random ones they skip little. comfy-kitchen's INT8 attention and its sparse one, where it takes the calls, join where
+its CUDA extension is installed. Mochi and MiniMax-H3 have their full width and
 length but fewer layers, so that they fit beside their activations: only the share of attention in a step carries over.
 `--tiny` runs the same code at a size for a CPU.
 """
@@ -14,17 +15,18 @@ import argparse
 import json
 import statistics
 import time
-from itertools import pairwise, product
+from itertools import pairwise
 from pathlib import Path
 from unittest import mock
 
 import in_comfyui
 
 KEEP_PERCENT = 50.0, 20.0
-PRECISIONS = "auto", "fp16"
+PRESETS = "quality", "balanced", "fast"
 MOCHI_LAYERS = 12  # of 48
 MINIMAX_LAYERS = 4  # of 50
-STEPS = 6  # the first interval of a run is dropped
+STEPS = 6  # of a run whose steps are alike
+PRESET_STEPS = 20
 
 
 def full_size():
@@ -113,27 +115,28 @@ def timed_attention(model, clock):
     return clone, marks
 
 
-def measure(model, family, clock):
-    """Medians over the steps of one run: ms of a step, and in another run ms of its attention; peak memory in GiB."""
+def measure(model, family, clock, steps=STEPS, average=statistics.median):
+    """The average over the steps of one run: ms of a step, and in another run ms of its attention; peak memory in GiB.
+    """
     import torch
     from sampling import sample
 
-    def run(patcher, steps=STEPS):
-        marks = []
+    def run(patcher, steps=steps):
+        marks = [clock.mark()]
         out = sample(patcher, family, steps=steps, callback=lambda *_: marks.append(clock.mark()))
         return [clock.milliseconds(*pair) for pair in pairwise(marks)], bool(out.isfinite().all())
 
-    run(model, steps=2)  # compiles and warms up
+    run(model, steps=2 if steps == STEPS else steps)  # compiles and warms up
     if clock.cuda:
         torch.cuda.reset_peak_memory_stats()
-    steps, finite = run(model)
+    intervals, finite = run(model)
     peak = torch.cuda.max_memory_allocated() / 2**30 if clock.cuda else None
     timed, marks = timed_attention(model, clock)
     run(timed)
     calls = [clock.milliseconds(*pair) for pair in marks]
-    per_step = len(calls) // STEPS
-    attention = [sum(calls[i * per_step:(i + 1) * per_step]) for i in range(1, STEPS)]
-    return {"step_ms": statistics.median(steps), "steps_ms": steps, "attention_ms": statistics.median(attention),
+    per_step = len(calls) // steps
+    attention = [sum(calls[i * per_step:(i + 1) * per_step]) for i in range(steps)]
+    return {"step_ms": average(intervals), "steps_ms": intervals, "attention_ms": average(attention),
             "attention_calls": per_step, "peak_gib": peak, "finite": finite}
 
 
@@ -188,7 +191,7 @@ def with_sol_attention(model, tau=1.3):
 
 
 def compare(nodes, log, family, device):
-    """One row for dense attention, one for each peer, one for each share of kept blocks and P·V format."""
+    """One row for dense attention, one for each peer, share of kept blocks and preset."""
     from sampling import apply
 
     model, clock = load(family, device), Clock(device)
@@ -198,19 +201,29 @@ def compare(nodes, log, family, device):
         if peer is not None:
             rows.append({"model": family.name, "tokens": family.tokens, "attention": name,
                          **measure(peer, family, clock)})
-    for percent, precision in product(KEEP_PERCENT, PRECISIONS):
+    for percent in KEEP_PERCENT:
         log.lines.clear()
         selection = {"selection": "topk", "keep_percent": percent, "similarity_threshold": -1.0}
-        row = measure(apply(nodes, model, selection=selection, pv_precision=precision), family, clock)
-        sparse = [line for line in log.lines if "attention calls sparse" in line]
+        row = measure(apply(nodes, model, selection=selection), family, clock)
+        sparse = about_sparse_calls(log)
         assert sparse and all(f"{count} attention calls sparse" in line for count, line in zip(
             (2 * family.calls, STEPS * family.calls, STEPS * family.calls), sparse)), log.lines
-        rows.append({"model": family.name, "tokens": family.tokens, "attention": f"keep {percent:g}%, {precision}",
+        rows.append({"model": family.name, "tokens": family.tokens, "attention": f"keep {percent:g}%",
                      "log": sparse[-1], **row})
+    for preset in PRESETS:
+        log.lines.clear()
+        row = measure(apply(nodes, model, preset=preset), family, clock, PRESET_STEPS, statistics.fmean)
+        rows.append({"model": family.name, "tokens": family.tokens, "attention": f"{preset}, {PRESET_STEPS} steps",
+                     "log": about_sparse_calls(log)[-1], **row})
     for row in rows:
         row["speedup"] = rows[0]["step_ms"] / row["step_ms"]
         row["attention_share"] = row["attention_ms"] / row["step_ms"]
     return rows
+
+
+def about_sparse_calls(log):
+    """The lines that tell what runs were like."""
+    return [line for line in log.lines if "attention calls sparse" in line]
 
 
 def table(rows):
