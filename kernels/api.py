@@ -49,8 +49,9 @@ def sparge_attention(q: Tensor, k: Tensor, v: Tensor, *, params: SpargeParams = 
     sink_keys, dense_queries: ranges (start, stop) of tokens, in the caller's order, that are always attended, or
         always attend everything, in whole blocks.
     pv_dtype: number format of P·V in the fast kernels: "int8", "fp16", or "auto", which is int8 on NVIDIA's GPUs up to
-        head_dim 128 and fp16 elsewhere. "fp8", which earlier releases had, is int8 now. Q·Kᵀ is INT8. The reference
-        computes exactly with "auto" and emulates the format otherwise.
+        head_dim 128 with Triton 3.4 or newer, on an A100 beyond head_dim 64, and fp16 elsewhere. "fp8", which earlier
+        releases had, is int8 now. Q·Kᵀ is INT8. The reference computes exactly with "auto" and emulates the format
+        otherwise.
     skipped: "drop" ignores the blocks that are not selected (the paper); "pooled" lets each contribute one pooled
         key and value (Sol-Attn, arXiv 2607.24027).
     residual: added to the result: what `attention_residual` of similar q, k and v says that it lacks. Between sampling

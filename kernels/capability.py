@@ -16,6 +16,7 @@ MAX_HEAD_DIM = 256
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MIN_SM = 80
 _BLACKWELL = (3, 3)  # the first Triton for sm100 and sm120
+_PACKS_INT8 = (3, 4)  # the first Triton that makes P an INT8 operand without shared memory
 # CDNA3 (gfx94x, gfx95x) and RDNA3 and newer (gfx11xx, gfx12xx).
 _AMD_FAMILIES = ("gfx94", "gfx95", "gfx11", "gfx12")
 _log = logging.getLogger(__name__)
@@ -64,13 +65,18 @@ def triton_declines(facts: Facts) -> str | None:
 def pv_format(pv_dtype: str, arch: str | None, head_dim: int) -> str:
     """The format that P·V is multiplied in on an architecture, "int8" or "fp16", for a choice out of `PV_DTYPES`.
 
-    "auto" is int8 where it pays: on NVIDIA's GPUs up to a head_dim of 128, beyond which registers run short (an H200
-    takes 4.8 ms where fp16 takes 3.1).
+    "auto" is int8 where it pays:
+    - on NVIDIA's GPUs;
+    - up to a head_dim of 128, beyond which registers run short (an H200 takes 4.8 ms where fp16 takes 3.1);
+    - from Triton 3.4 on, before which P goes through shared memory, by 1.5 to 4 times the instructions of a block pair;
+    - on an A100 beyond a head_dim of 64, up to which fp16 takes no more clocks, by the count of instructions.
 
     "fp8" is what releases up to 0.1 had in the place of INT8, which has half the error and takes no longer.
     """
     if pv_dtype == "auto":
-        return "int8" if arch is not None and arch.startswith("sm") and head_dim <= 128 else "fp16"
+        pays = (arch is not None and arch.startswith("sm") and (64 if arch == "sm80" else 0) < head_dim <= 128
+                and (triton_version() or _PACKS_INT8) >= _PACKS_INT8)
+        return "int8" if pays else "fp16"
     return "int8" if pv_dtype == "fp8" else pv_dtype
 
 

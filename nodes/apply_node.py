@@ -82,8 +82,8 @@ class ApplySpargeAttn(io.ComfyNode):
                             "key and value, which helps where few blocks are kept and attention is spread out."),
                 io.Combo.Input(
                     "pv_precision", options=["auto", "int8", "fp16", "fp8"], default="auto", advanced=True,
-                    tooltip="Number format of the product with V. auto is int8 on NVIDIA GPUs and fp16 elsewhere. fp8 "
-                            "is int8 now; it stands here for older workflows. The product of Q and K is INT8."),
+                    tooltip="Number format of the product with V. auto is int8 on most NVIDIA GPUs and fp16 elsewhere. "
+                            "fp8 is int8 now; it stands here for older workflows. The product of Q and K is INT8."),
                 io.String.Input(
                     "dense_blocks", default="", placeholder="0, 1, 47-49", advanced=True,
                     tooltip="Transformer blocks that keep dense attention, such as 0, 1, 47-49. Where a model has "

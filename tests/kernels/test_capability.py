@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from comfyui_spargeattn.kernels import select_implementation
+from comfyui_spargeattn.kernels import capability, select_implementation
 from comfyui_spargeattn.kernels.capability import Facts, arch_of, pv_format, triton_declines
 
 HALF, BF16 = torch.float16, torch.bfloat16
@@ -51,10 +51,19 @@ def test_names_the_package_to_install(platform, package, monkeypatch):
 @pytest.mark.parametrize("arch, expected", [("sm80", "int8"), ("sm86", "int8"), ("sm89", "int8"), ("sm90", "int8"),
                                             ("sm120", "int8"), ("gfx942", "fp16"), ("gfx1100", "fp16"), ("xpu", "fp16"),
                                             (None, "fp16")])
-def test_format_of_p_times_v(arch, expected):
+@pytest.mark.parametrize("triton", [None, (3, 4), (3, 9)])
+def test_format_of_p_times_v(triton, arch, expected, monkeypatch):
+    monkeypatch.setattr(capability, "triton_version", lambda: triton)
     assert pv_format("auto", arch, 128) == expected
+    assert pv_format("auto", arch, 64) == ("fp16" if arch == "sm80" else expected)
     assert pv_format("auto", arch, 129) == "fp16"
     assert [pv_format(name, arch, 256) for name in ("int8", "fp16", "fp8")] == ["int8", "fp16", "int8"]
+
+
+@pytest.mark.parametrize("triton", [(3, 2), (3, 3)])
+def test_format_of_p_times_v_where_triton_is_old(triton, monkeypatch):
+    monkeypatch.setattr(capability, "triton_version", lambda: triton)
+    assert pv_format("auto", "sm89", 128) == "fp16" and pv_format("int8", "sm89", 128) == "int8"
 
 
 def test_cpu_takes_the_reference():

@@ -1,9 +1,10 @@
 """Compile every kernel as a call on another architecture would, without its hardware: `python compile_all.py sm90`.
 
 Prints one JSON line a kernel: its name, the call, and registers, spilled bytes, shared memory, barriers and, of the
-attention kernel, the kinds of tensor instructions, or the error; for an architecture that the pack declines with this
-Triton, the reason alone. The launchers run as they are; only the launch is replaced by a compilation, so types,
-specialisations and configurations are the real ones. Runs with every Triton that the kernels support.
+attention kernel, the kinds of tensor instructions and whether P goes through shared memory, or the error; for an
+architecture that the pack declines with this Triton, the reason alone. The launchers run as they are; only the launch
+is replaced by a compilation, so types, specialisations and configurations are the real ones. Runs with every Triton
+that the kernels support.
 Options: head_dims (64 128 unless given), --thin (see `compile_calls`).
 Runs in a process of its own because the interpreter (TRITON_INTERPRET) and the compiler exclude each other.
 """
@@ -20,7 +21,11 @@ from compiler import SHARED_LIMITS, cause, compile_launches, disassembly, resour
 from variants import FORMATS, run, variants
 
 from comfyui_spargeattn.kernels import capability
+from comfyui_spargeattn.kernels._triton.config import attend_config
+from comfyui_spargeattn.kernels._triton.primitives import padded_dim
+from comfyui_spargeattn.tests.bench.inner_loop import inner_loop
 
+MOST_BARRIERS = 12  # of a block pair; where P becomes an operand through shared memory, it is 13 to 154
 BARRIER = r"\bBAR\.SYNC|\bs_barrier\b"
 
 
@@ -52,6 +57,13 @@ def serialised(text: str) -> bool:
     return text.count("WARPGROUP.ARRIVE") >= products
 
 
+def barriers(text: str, arch: str, dim: int, pv_dtype: str, **_) -> float:
+    """How often the warps wait for each other in a block pair that needs no care."""
+    config = attend_config(arch, padded_dim(dim), pv_dtype)
+    loop = inner_loop(text, block_q=config.block.q, block_k=config.block.k, dim=dim, warps=config.warps, lanes=32)
+    return loop.opcodes.get("BAR", 0) / loop.pairs
+
+
 if __name__ == "__main__":
     arch, *dims = (argument for argument in sys.argv[1:] if argument != "--thin")
     capability.arch_of = lambda device: arch
@@ -71,4 +83,7 @@ if __name__ == "__main__":
             line |= resources(kernel) | dict(limit=SHARED_LIMITS[arch], barriers=len(re.findall(BARRIER, text)))
             if name == "_attend_kernel":
                 line |= dict(tensor=tensor_instructions(text), serialised=arch == "sm90" and serialised(text))
+                auto = capability.pv_format("auto", arch, call["dim"]) == call["pv_dtype"]
+                if auto and arch.startswith("sm") and call["variant"] == "plain":
+                    line |= dict(waiting=barriers(text, **line) > MOST_BARRIERS)
             print(json.dumps(line), flush=True)

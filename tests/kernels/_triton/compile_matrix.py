@@ -36,7 +36,9 @@ def compile_for(arch: str, triton: Path, path: str) -> tuple[str, list[str]]:
         return "dense", [lines[0]["declined"]]
     failed = {f"{line['kernel']}: {line['error']}": line for line in lines if "error" in line}
     said = [f"{error} (head_dim {line['dim']}, P·V {line['pv_dtype']})" for error, line in failed.items()]
-    if said:  # what the compiler's passes have against a kernel stands in stderr alone
+    said += [f"P goes through shared memory in the format that is the default (head_dim {line['dim']}, P·V "
+             f"{line['pv_dtype']})" for line in lines if line.get("waiting")]
+    if failed:  # what the compiler's passes have against a kernel stands in stderr alone
         said += [line for line in process.stderr.splitlines() if "error:" in line][:3]
     if process.returncode:
         said += [f"exit status {process.returncode}", *process.stderr.splitlines()[-1:]]

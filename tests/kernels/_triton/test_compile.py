@@ -27,6 +27,7 @@ SPILLED = {("sm80", 128, "int8"): 8, ("sm120", 64, "fp16"): 8, ("sm120", 128, "i
 INT8_PRODUCTS = re.compile("(UTC)?IG?MMA|v_wmma_i32_16x16x16_iu8|v_mfma_i32_.*_i8")
 
 
+
 def run(script, *arguments):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     return subprocess.run([sys.executable, str(HERE / script), *arguments], capture_output=True, text=True, timeout=580,
@@ -65,6 +66,8 @@ def test_compiles_within_limits(arch, compilations):
     # Where a row of the map lies in several warps, every step of its search takes barriers: 250 in all on sm90.
     across = [kernel for kernel in found if kernel["kernel"] == "_select_kernel" and kernel["barriers"] > 80]
     assert not across, f"rows of the map lie in several warps: {across}"
+    shared = [kernel for kernel in attend if kernel.get("waiting")]
+    assert not shared, f"P goes through shared memory in the format that is the default: {shared}"
     emulated = [kernel for kernel in attend if not any(map(INT8_PRODUCTS.fullmatch, kernel["tensor"]))]
     assert not emulated, f"no native products of INT8: {emulated}"
     # All switches at once leave no registers.
