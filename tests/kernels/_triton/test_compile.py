@@ -66,7 +66,7 @@ def test_compiles_within_limits(arch, compilations):
     # Where a row of the map lies in several warps, every step of its search takes barriers: 250 in all on sm90.
     across = [kernel for kernel in found if kernel["kernel"] == "_select_kernel" and kernel["barriers"] > 80]
     assert not across, f"rows of the map lie in several warps: {across}"
-    shared = [kernel for kernel in attend if kernel.get("waiting")]
+    shared = [kernel for kernel in attend if kernel["dim"] <= PROMISED_DIM and kernel.get("waiting")]
     assert not shared, f"P goes through shared memory in the format that is the default: {shared}"
     emulated = [kernel for kernel in attend if not any(map(INT8_PRODUCTS.fullmatch, kernel["tensor"]))]
     assert not emulated, f"no native products of INT8: {emulated}"
