@@ -40,7 +40,7 @@ def _topk(percent: float) -> dict[str, Any]:
 # dense attention's clips (43.3, 37.3 and 38.5 the worst), with all attention of a run 1.9, 2.4 and 2.9 times as fast as
 # PyTorch's. Without refreshes, cdf 0.99 comes to 47.2 dB at 2.08 times, 0.98 to 43.2 at 2.25 and 0.95 to 37.2 at 2.57.
 # So refreshes pay beyond 2.1 times, and below it a stricter threshold is better. A new node has a fixed share between
-# refreshes, because its speed does not depend on the model: of structured inputs, cdf 0.99 keeps nearly all blocks.
+# refreshes, because its speed depends little on the model: of structured inputs, cdf 0.99 keeps nearly all blocks.
 # Where strict does so too, balanced is 2.06 times as fast.
 PRESETS = {
     "quality": Preset(_cdf(0.995), skipped_blocks="pooled", start_percent=0.2, refreshes=0, dense_steps="quantised"),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...kernels import SpargeParams, select_implementation
+from ...kernels.call import NEARLY_ALL
 from ...kernels.capability import DTYPES, MAX_HEAD_DIM
 from ..tuned.params import TunedParams
 from .arguments import AttentionCall
@@ -24,7 +25,7 @@ HILBERT_CHOICES = {"auto": None, "on": "hilbert", "off": None}
 # What computes the steps in which attention is dense: these kernels over all blocks, where they are fast, the model's
 # own attention, or these kernels over the blocks that hold nearly all of the attention.
 DENSE_STEPS = "quantised", "model", "strict"
-STRICT = 0.999  # cdf_threshold of the last of these; calls that keep so much are rounded with more care
+STRICT = NEARLY_ALL  # cdf_threshold of the last of these
 # Least cdf_threshold of a call without a residual in a run with refreshes: few steps, little memory, a call that can't
 # be told apart from others. Clips of the demo's model are at 47 dB then in 8 steps, at twice the speed of dense
 # attention (tests/bench/README.md, "Refreshes").

@@ -135,7 +135,7 @@ def residuals(rows: list[dict]):
                     linestyle="--" if "no refreshes" in label else "-")
             for x, y, note in points:
                 ax.annotate(note, (x, y), fontsize=7, xytext=(3, 3), textcoords="offset points")
-        seeds = " to ".join(dict.fromkeys(str(f([len(row["seeds"]) for row in timed])) for f in (min, max)))
+        seeds = " or ".join(map(str, sorted({len(row["seeds"]) for row in timed})))
         ax.set(title=f"{steps} steps; seeds: {seeds}", xlabel="speed of a run's attention, dense = 1",
                ylabel="PSNR against dense, mean of six clips a seed, dB")
         ax.legend(fontsize=7)

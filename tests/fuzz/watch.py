@@ -41,11 +41,7 @@ def watch(workers: list[Worker], hang: float, limit: float = math.inf) -> Found:
     hang: seconds of silence. limit: seconds after which all workers end, wherever they are.
     """
     found, workers, end = Found(), list(workers), time.monotonic() + limit
-    while workers:
-        if time.monotonic() > end:
-            for worker in workers:
-                worker.end()
-            break
+    while workers and time.monotonic() < end:
         ready = multiprocessing.connection.wait([worker.pipe for worker in workers], timeout=1)
         for worker in list(workers):
             gone = time.monotonic() - worker.heard > hang and "hung"
@@ -74,6 +70,8 @@ def watch(workers: list[Worker], hang: float, limit: float = math.inf) -> Found:
                 worker.start()
             else:
                 workers.remove(worker)
+    for worker in workers:
+        worker.end()
     return found
 
 

@@ -7,9 +7,9 @@ ComfyUI's loader from random state dicts, sampled by its euler sampler, and comp
 The node keeps a fixed share of the blocks (topk, the similarity judge off), which makes its time independent of the
 weights. Its presets are measured over whole runs of 20 steps; what they skip by `cdf` depends on the weights, and of
 random ones they skip little. comfy-kitchen's INT8 attention and its sparse one, where it takes the calls, join where
-its CUDA extension is installed. Mochi and MiniMax-H3 have their full width and
-length but fewer layers, so that they fit beside their activations: only the share of attention in a step carries over.
-`--tiny` runs the same code at a size for a CPU.
+its CUDA extension is installed. Mochi and MiniMax-H3 have their full width and length but fewer layers, so that they
+fit beside their activations: only the share of attention in a step carries over. `--tiny` runs the same code at a size
+for a CPU.
 """
 import argparse
 import json
@@ -22,7 +22,6 @@ from unittest import mock
 import in_comfyui
 
 KEEP_PERCENT = 50.0, 20.0
-PRESETS = "quality", "balanced", "fast"
 MOCHI_LAYERS = 12  # of 48
 MINIMAX_LAYERS = 4  # of 50
 STEPS = 6  # of a run whose steps are alike
@@ -126,7 +125,7 @@ def measure(model, family, clock, steps=STEPS, average=statistics.median):
         out = sample(patcher, family, steps=steps, callback=lambda *_: marks.append(clock.mark()))
         return [clock.milliseconds(*pair) for pair in pairwise(marks)], bool(out.isfinite().all())
 
-    run(model, steps=2 if steps == STEPS else steps)  # compiles and warms up
+    run(model, steps=2 if steps == STEPS else steps)  # compiles all kinds of calls and warms up
     if clock.cuda:
         torch.cuda.reset_peak_memory_stats()
     intervals, finite = run(model)
@@ -192,6 +191,7 @@ def with_sol_attention(model, tau=1.3):
 
 def compare(nodes, log, family, device):
     """One row for dense attention, one for each peer, share of kept blocks and preset."""
+    from comfy_host import pack_module
     from sampling import apply
 
     model, clock = load(family, device), Clock(device)
@@ -210,7 +210,7 @@ def compare(nodes, log, family, device):
             (2 * family.calls, STEPS * family.calls, STEPS * family.calls), sparse)), log.lines
         rows.append({"model": family.name, "tokens": family.tokens, "attention": f"keep {percent:g}%",
                      "log": sparse[-1], **row})
-    for preset in PRESETS:
+    for preset in pack_module(nodes, "nodes.presets").PRESETS:
         log.lines.clear()
         row = measure(apply(nodes, model, preset=preset), family, clock, PRESET_STEPS, statistics.fmean)
         rows.append({"model": family.name, "tokens": family.tokens, "attention": f"{preset}, {PRESET_STEPS} steps",

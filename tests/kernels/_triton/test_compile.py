@@ -27,7 +27,6 @@ SPILLED = {("sm80", 128, "int8"): 8, ("sm120", 64, "fp16"): 8, ("sm120", 128, "i
 INT8_PRODUCTS = re.compile("(UTC)?IG?MMA|v_wmma_i32_16x16x16_iu8|v_mfma_i32_.*_i8")
 
 
-
 def run(script, *arguments):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     return subprocess.run([sys.executable, str(HERE / script), *arguments], capture_output=True, text=True, timeout=580,
