@@ -17,7 +17,15 @@ from .output import Target, write_lse, write_output
 from .pooled_tail import add_pooled_tail
 from .prepared import PreparedKeys, PreparedQueries, PreparedValues
 from .primitives import order_rows, padded_dim, threshold_of, token_strides, warp_uniform
-from .softmax import INT8_UNIT, mask_scores, online_softmax_update, rounding_bytes, rows_below, to_int8_operand
+from .softmax import (
+    INT8_UNIT,
+    beside_sums,
+    mask_scores,
+    online_softmax_update,
+    rounding_bytes,
+    rows_below,
+    to_int8_operand,
+)
 from .tiles import load_channels, load_tile
 
 # Where the sum of P of a row, relative to the maximum of its first block, is beyond this, its maximum may have risen so
@@ -40,9 +48,9 @@ def _attend_kernel(
         group, order_rows, residual_batch, lse_batch,
         # constants
         D: tl.constexpr, PADDED_D: tl.constexpr, PITCH: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-        ALIGN: tl.constexpr, PV_INT8: tl.constexpr, FP16_SUMS: tl.constexpr, CAUSAL: tl.constexpr,
-        SKIP_PV: tl.constexpr, ROW_GROUP: tl.constexpr, TAIL_TILE: tl.constexpr, P_SHIFT: tl.constexpr,
-        P_UNIT: tl.constexpr, TMA: tl.constexpr, INT8_MAX: tl.constexpr):
+        ALIGN: tl.constexpr, PV_INT8: tl.constexpr, KEY_GROUP: tl.constexpr, FP16_SUMS: tl.constexpr,
+        CAUSAL: tl.constexpr, SKIP_PV: tl.constexpr, ROW_GROUP: tl.constexpr, TAIL_TILE: tl.constexpr,
+        P_SHIFT: tl.constexpr, P_UNIT: tl.constexpr, TMA: tl.constexpr, INT8_MAX: tl.constexpr):
     """A block of queries a program, over its list of kept blocks; the online softmax in log2 units.
 
     s = (q · kᵀ) · q_scale · k_scale + k_bias                    of a kept block, -inf where a query sees no key
@@ -100,6 +108,7 @@ def _attend_kernel(
     limit = threshold_of(per_head_ptr=per_head_ptr, ROW=2, head=head, heads=heads, value=pv_threshold)
     acc = tl.zeros([BLOCK_Q, PADDED_D], tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
+    lane_total = tl.zeros([BLOCK_Q, 4], tl.float32)  # what the plain loop adds to it, see `to_int8_operand`
     running_max = tl.full([BLOCK_Q], -1e30, tl.float32)
     highest = running_max
     n_skipped = 0
@@ -114,8 +123,10 @@ def _attend_kernel(
     for CARE in tl.static_range(2):
         first = n_plain if CARE else 0
         last = n_kept if CARE else n_plain
-        if PV_INT8 and CARE:  # where a maximum rose too far, which is rare, this loop takes all blocks
-            again = tl.max(total, 0) > _MOST_TOTAL
+        if PV_INT8 and CARE:
+            total += tl.sum(lane_total, 1)
+            # Where a maximum rose too far, which is rare, this loop takes all blocks; a lane of zeros then makes NaN.
+            again = tl.max(((total <= _MOST_TOTAL) == 0).to(tl.int32), 0) > 0
             first = warp_uniform(tl.where(again, 0, first), PTX=P_UNIT != 0)
             acc = tl.where(again, 0.0, acc)
             total = tl.where(again, 0.0, total)
@@ -127,8 +138,7 @@ def _attend_kernel(
         next_k_scale = tl.load(k_scale_ptr + next_block)
         next_v_scale = tl.load(v_block_scale_ptr + next_block)
         for entry in range(first, last):
-            k_block = tl.load(indices_ptr + entry)
-            k_scale, v_scale = next_k_scale, next_v_scale
+            k_block, k_scale, v_scale = next_block, next_k_scale, next_v_scale
             next_block = tl.load(indices_ptr + entry + 1, mask=entry + 1 < n_kept, other=0)
             next_k_scale = tl.load(k_scale_ptr + next_block)
             if PV_INT8 or CARE:
@@ -163,12 +173,12 @@ def _attend_kernel(
                     running_max = tl.where(entry == 0, block_max, running_max)
                 p = tl.exp2(scores * scale[:, None] - (block_max - (P_SHIFT + P_UNIT))[:, None])
                 p_int8, sums = to_int8_operand(p=p, row_bytes=rounding_bytes(block_max), BLOCK_Q=BLOCK_Q,
-                                               BLOCK_K=BLOCK_K, P_UNIT=P_UNIT)
+                                               BLOCK_K=BLOCK_K, KEY_GROUP=KEY_GROUP, P_UNIT=P_UNIT)
                 factor = tl.exp2(block_max - running_max)
                 if CARE or lse_ptr is not None:  # integers lose a bias that is NaN, and small probabilities
                     total += tl.sum(p, 1) * (factor * 2.0 ** -P_UNIT)
                 else:
-                    total += sums.to(tl.float32) * factor
+                    lane_total += sums.to(tl.float32) * beside_sums(factor, BLOCK_Q, BLOCK_K, KEY_GROUP)
                 by_channel = v_scale > v_plain_scale  # in the careful loop alone
                 factor *= tl.where(by_channel, 1.0, v_scale) if CARE else v_scale
             else:
@@ -278,8 +288,8 @@ def attend(queries: PreparedQueries, keys: PreparedKeys, values: PreparedValues,
                    order_rows=order_rows(order), residual_batch=stored.rows_a_batch if stored else 0,
                    lse_batch=0 if lse is None else lse.stride(0)),
         constants=dict(D=dim, PADDED_D=padded, PITCH=pitch, BLOCK_Q=block.q, BLOCK_K=block.k, ALIGN=align,
-                       PV_INT8=pv_int8, FP16_SUMS=config.fp16_sums, CAUSAL=causal, SKIP_PV=skip_pv, ROW_GROUP=ROW_GROUP,
-                       TAIL_TILE=config.tail_tile, P_SHIFT=math.log2(INT8_MAX) if pv_int8 else 0.0,
+                       PV_INT8=pv_int8, KEY_GROUP=config.key_group, FP16_SUMS=config.fp16_sums, CAUSAL=causal,
+                       SKIP_PV=skip_pv, ROW_GROUP=ROW_GROUP, TAIL_TILE=config.tail_tile, P_SHIFT=math.log2(INT8_MAX) if pv_int8 else 0.0,
                        P_UNIT=INT8_UNIT if pv_int8 and config.ptx else 0, TMA=tma, INT8_MAX=INT8_MAX),
         options=config.options())
     return skips

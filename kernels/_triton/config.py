@@ -7,6 +7,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass, replace
 
+from ..triton_package import triton_version
 from ..types import BlockShape
 
 
@@ -17,7 +18,8 @@ class AttendConfig:
     block: block shape of the map, in tokens. warps: of a program. stages: of the pipeline that loads K and V ahead.
     maxnreg: most registers of a thread, None for the compiler's choice. tma: whether K and V come by the tensor memory
     accelerator, where Triton has descriptors. fp16_sums: whether 16-bit P·V of a block is summed in float16, which
-    doubles the rate of GeForce's tensor cores. ptx: whether P is packed by NVIDIA's instructions.
+    doubles the rate of GeForce's tensor cores. ptx: whether P is packed by NVIDIA's instructions. key_group: tokens in
+    each of which V's are permuted in INT8, so that the registers which hold P are those that P·V reads it from.
     """
 
     block: BlockShape
@@ -27,6 +29,7 @@ class AttendConfig:
     tma: bool = False
     fp16_sums: bool = False
     ptx: bool = False
+    key_group: int = 16
 
     @property
     def tail_tile(self) -> int:
@@ -111,7 +114,13 @@ def attend_config(arch: str, padded_dim: int, pv_format: str) -> AttendConfig:
     P·V, "int8" or "fp16"."""
     family = _FAMILIES.get(arch) or _FAMILIES.get(arch[:4]) or ("consumer" if arch.startswith("sm") else "other")
     return replace(_TABLE[family][max(64, padded_dim)][pv_format == "int8"], ptx=arch.startswith("sm"),
-                   fp16_sums=family == "consumer" and pv_format == "fp16")
+                   fp16_sums=family == "consumer" and pv_format == "fp16",
+                   key_group=32 if family in ("sm80", "consumer") and _eight_keys_a_thread() else 16)
+
+
+def _eight_keys_a_thread() -> bool:
+    """Whether Triton has a thread of mma.sync hold eight neighbouring keys of an INT8 operand, and not four."""
+    return (3, 4) <= (triton_version() or (0, 0)) <= (3, 7)
 
 
 def prepare_warps(block: int, padded_dim: int) -> int:

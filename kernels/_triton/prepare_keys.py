@@ -129,15 +129,17 @@ def convert_values(
         k_block, kv_batch_head, batch, kv_head, order_row, stride_b, stride_h, stride_n, k_tokens, k_blocks,
         # constants
         D: tl.constexpr, PADDED_D: tl.constexpr, PITCH: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr,
-        PV_INT8: tl.constexpr, SPLITS: tl.constexpr):
+        PV_INT8: tl.constexpr, KEY_GROUP: tl.constexpr, SPLITS: tl.constexpr):
     """Centre, scale and convert one block of values."""
     channels = tl.arange(0, PADDED_D)
     lane = tl.arange(0, BLOCK)
     block = kv_batch_head.to(tl.int64) * k_blocks + k_block
     if PV_INT8:
-        # The registers of P hold keys (half, lane, pair) of each 16 where an 8-bit operand wants (lane, half, pair):
+        # The registers of P hold keys (tile, lane, pair) of each group where an 8-bit operand wants (lane, tile, pair):
         # storing V in that order makes the conversion of P free.
-        lane = (lane // 16) * 16 + (lane // 2 % 2) * 8 + (lane // 4 % 4) * 2 + lane % 2
+        tiles: tl.constexpr = KEY_GROUP // 8
+        tile, quad = lane // 2 % tiles, lane // (2 * tiles) % 4
+        lane = (lane // KEY_GROUP) * KEY_GROUP + tile * 8 + quad * 2 + lane % 2
     places = k_block * BLOCK + lane
     tokens = tokens_at(places=places, order_ptr=order_ptr, order_row=order_row, n_tokens=k_tokens)
     exists = without_padding(exists=places < k_tokens, tokens=tokens, padding_ptr=padding_ptr, batch=batch,
@@ -192,7 +194,7 @@ def _keys_kernel(
         # constants
         D: tl.constexpr, PADDED_D: tl.constexpr, GROUPS: tl.constexpr, PITCH: tl.constexpr, BLOCK: tl.constexpr,
         STORE: tl.constexpr, K_ALIGN: tl.constexpr, V_ALIGN: tl.constexpr, PV_INT8: tl.constexpr,
-        SPLITS: tl.constexpr):
+        KEY_GROUP: tl.constexpr, SPLITS: tl.constexpr):
     """Each of the first `key_programs` programs takes a block of keys, each of the others, if any, a block of values.
 
     Keys: x = k - centre; quantised = round(x / scale), scale = max |x| / 127 over the block, mean = Σ x / count.
@@ -230,17 +232,20 @@ def _keys_kernel(
             channel_scale_ptr=v_channel_scale_ptr, pooled_ptr=v_pooled_ptr,
             k_block=k_block, kv_batch_head=kv_batch_head, batch=batch, kv_head=kv_head, order_row=order_row,
             stride_b=v_stride_b, stride_h=v_stride_h, stride_n=v_stride_n, k_tokens=k_tokens, k_blocks=k_blocks,
-            D=D, PADDED_D=PADDED_D, PITCH=PITCH, BLOCK=BLOCK, ALIGN=V_ALIGN, PV_INT8=PV_INT8, SPLITS=SPLITS)
+            D=D, PADDED_D=PADDED_D, PITCH=PITCH, BLOCK=BLOCK, ALIGN=V_ALIGN, PV_INT8=PV_INT8, KEY_GROUP=KEY_GROUP,
+            SPLITS=SPLITS)
 
 
 def prepare_keys(k: Tensor, v: Tensor | None, statistics: SampledStatistics, *, order: Tensor | None,
                  flags: Tensor | None, padding: Tensor | None, block: BlockShape, pv_int8: bool, pooled: bool,
-                 bias: Tensor | None = None, groups: int = 1) -> tuple[PreparedKeys, PreparedValues | None]:
+                 bias: Tensor | None = None, groups: int = 1,
+                 key_group: int = 16) -> tuple[PreparedKeys, PreparedValues | None]:
     """Centre, pool and quantise k (B, Hkv, Nk, D) and, unless it is None, centre, scale and convert v of its shape.
 
     statistics: of k and v, from `prepare_queries`. order: int32 (Nk,) or (Hkv, Nk). flags: int8 (Nk,), 1 for sinks.
     padding: bool (B, Nk), True for keys to ignore, those that the bias hides among them. bias: float32 (B, Nk), in log2
-    units. pooled: whether to store the means for the pooled tail. groups: `CallSpec.mixing_groups`.
+    units. pooled: whether to store the means for the pooled tail. groups: `CallSpec.mixing_groups`. key_group: see
+    `AttendConfig`.
     """
     batch, kv_heads, k_tokens, dim = k.shape
     k_blocks, pitch, padded, store = -(-k_tokens // block.k), round_up(dim, 16), padded_dim(dim), store_bytes(block.k)
@@ -279,6 +284,7 @@ def prepare_keys(k: Tensor, v: Tensor | None, statistics: SampledStatistics, *, 
                    k_tokens=k_tokens, k_blocks=k_blocks, kv_heads=kv_heads, row_stores=pitch // store,
                    order_rows=order_rows(order), key_programs=programs),
         constants=dict(D=dim, PADDED_D=padded, GROUPS=groups, PITCH=pitch, BLOCK=block.k, STORE=store,
-                       K_ALIGN=k_align, V_ALIGN=v_align, PV_INT8=pv_int8, SPLITS=sample.SPLITS),
+                       K_ALIGN=k_align, V_ALIGN=v_align, PV_INT8=pv_int8, KEY_GROUP=key_group,
+                       SPLITS=sample.SPLITS),
         options=dict(num_warps=prepare_warps(block.k, padded)))
     return keys, None if v is None else values

@@ -82,7 +82,7 @@ class PreparedKeys:
 class PreparedValues:
     """V less a constant by channel, over a scale by channel and one by block.
 
-    values: float16 (B, Hkv, k_places, pitch), or int8 (B, Hkv, D, k_places) with the keys permuted inside each 16;
+    values: float16 (B, Hkv, k_places, pitch), or int8 (B, Hkv, D, k_places) with the keys permuted, see `AttendConfig`;
         v = values · block_scale · scale + centre.
     scale, centre: float32 (B, Hkv, D).
     block_scale: float32 (B, Hkv, k_blocks). Beside float16 a power of two, 1 unless the block holds values far beyond

@@ -56,21 +56,22 @@ def rounding_bytes(block_max):
 
 
 @triton.jit
-def to_int8_operand(p, row_bytes, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, P_UNIT: tl.constexpr):
-    """P [BLOCK_Q, BLOCK_K], from 0 to 127 times 2^P_UNIT, as int8, its columns permuted inside each 16 as the keys of V
-    are stored, and its sums by rows, int32 [BLOCK_Q]. P_UNIT: INT8_UNIT on NVIDIA's GPUs, 0 elsewhere.
+def to_int8_operand(p, row_bytes, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, KEY_GROUP: tl.constexpr,
+                    P_UNIT: tl.constexpr):
+    """P [BLOCK_Q, BLOCK_K], from 0 to 127 times 2^P_UNIT, as int8, its columns permuted inside each KEY_GROUP as the keys
+    of V are stored, and its sums by rows, int32 [BLOCK_Q, 4], each lane's of four for itself: adding them up waits until
+    the end. P_UNIT: INT8_UNIT on NVIDIA's GPUs, 0 elsewhere.
 
     P goes up or down with the probability of its fraction: a byte of row_bytes [BLOCK_Q], as a fraction, is added, and
     the integer below is taken. Rounded to the nearest, small probabilities of a block would all be lost, in every step
     anew, and that changes a picture more than the noise does.
     """
-    p = _in_order_of_values(p, BLOCK_Q, BLOCK_K)
+    p = _in_order_of_values(p, BLOCK_Q, BLOCK_K, KEY_GROUP)
     if P_UNIT != 0:
         # The numbers from 0 to 2047 times 2^-24 are float16's smallest, whose bits are the integer: one instruction
         # makes two of them, with four bits of the fraction; one each adds to two, packs four and sums four.
-        row_bytes = _in_order_of_values(tl.broadcast_to(row_bytes[:, None], [BLOCK_Q, BLOCK_K]), BLOCK_Q, BLOCK_K)
+        row_bytes = _beside_quarters(row_bytes, BLOCK_Q, BLOCK_K, KEY_GROUP)
         p0, p1, p2, p3 = _quarters(p, BLOCK_Q, BLOCK_K)
-        row_bytes, _, _, _ = _quarters(row_bytes, BLOCK_Q, BLOCK_K)
         packed, sums = tl.inline_asm_elementwise("""{
             .reg .b32 low, high, up;
             cvt.rn.f16x2.f32 low, $3, $2;
@@ -84,18 +85,41 @@ def to_int8_operand(p, row_bytes, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, 
             }""", "=&r,=r,f,f,f,f,r", [p0, p1, p2, p3, row_bytes], dtype=(tl.int32, tl.int32), is_pure=True, pack=1)
         even = tl.join(packed.to(tl.int8), (packed >> 16).to(tl.int8))  # the compiler sees that this is `packed`
         odd = tl.join((packed >> 8).to(tl.int8), (packed >> 24).to(tl.int8))
-        return tl.reshape(tl.join(even, odd), [BLOCK_Q, BLOCK_K]), tl.sum(sums, 1)
+        return tl.reshape(tl.join(even, odd), [BLOCK_Q, BLOCK_K]), _by_lane(sums, BLOCK_Q, BLOCK_K, KEY_GROUP)
     else:
         up = (row_bytes[:, None] >> (8 * (tl.arange(0, BLOCK_K) % 4))[None, :]) & 255
         rounded = (p + (up.to(tl.float32) + 0.5) / 256).to(tl.int8)  # 127, a little less in float32, stays 127
-        return rounded, tl.sum(rounded.to(tl.int32), 1)
+        sums = tl.sum(tl.reshape(rounded.to(tl.int32), [BLOCK_Q, BLOCK_K // 4, 4]), 2)
+        return rounded, _by_lane(sums, BLOCK_Q, BLOCK_K, KEY_GROUP)
 
 
 @triton.jit
-def _in_order_of_values(x, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
-    """x [BLOCK_Q, BLOCK_K] with its columns permuted inside each 16 as the keys of V are stored."""
-    x = tl.reshape(x, [BLOCK_Q, BLOCK_K // 16, 2, 4, 2])
+def beside_sums(x, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, KEY_GROUP: tl.constexpr):
+    """x [BLOCK_Q] as [BLOCK_Q, 4], in the registers that hold the sums of `to_int8_operand`."""
+    return _by_lane(_beside_quarters(x, BLOCK_Q, BLOCK_K, KEY_GROUP), BLOCK_Q, BLOCK_K, KEY_GROUP, False)
+
+
+@triton.jit
+def _in_order_of_values(x, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, KEY_GROUP: tl.constexpr):
+    """x [BLOCK_Q, BLOCK_K] with its columns permuted inside each KEY_GROUP as the keys of V are stored."""
+    x = tl.reshape(x, [BLOCK_Q, BLOCK_K // KEY_GROUP, KEY_GROUP // 8, 4, 2])
     return tl.reshape(tl.permute(x, [0, 1, 3, 2, 4]), [BLOCK_Q, BLOCK_K])
+
+
+@triton.jit
+def _by_lane(x, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, KEY_GROUP: tl.constexpr, ADD: tl.constexpr = True):
+    """x [BLOCK_Q, BLOCK_K / 4], a number for each four columns in the order of V, as [BLOCK_Q, 4] by the lane that holds
+    them: their sums, or under ADD = False one of them, where all are the same."""
+    x = tl.reshape(x, [BLOCK_Q, BLOCK_K // KEY_GROUP, 4, KEY_GROUP // 16])
+    return tl.sum(tl.sum(x, 3), 1) if ADD else tl.max(tl.max(x, 3), 1)
+
+
+@triton.jit
+def _beside_quarters(x, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, KEY_GROUP: tl.constexpr):
+    """x [BLOCK_Q] as [BLOCK_Q, BLOCK_K / 4], in the registers that hold each four columns in the order of V."""
+    x = _in_order_of_values(tl.broadcast_to(x[:, None], [BLOCK_Q, BLOCK_K]), BLOCK_Q, BLOCK_K, KEY_GROUP)
+    first, _, _, _ = _quarters(x, BLOCK_Q, BLOCK_K)
+    return first
 
 
 @triton.jit

@@ -145,13 +145,15 @@ def test_views(view, small_blocks):
 @pytest.mark.parametrize("dim", (64, 128))
 @pytest.mark.parametrize("shape", [(64, 128), (128, 64), (64, 64), (64, 32)], ids=str)
 def test_block_shapes(shape, dim, monkeypatch):
-    """Every block shape of the launch tables, also with tensor memory descriptors where the device has them."""
+    """Every block shape of the launch tables, also with tensor memory descriptors where the device has them, and with
+    both orders of the keys of INT8 values."""
     from comfyui_spargeattn.kernels._triton import pipeline
     from comfyui_spargeattn.kernels._triton.config import AttendConfig
-    for tma in (False, True):
-        config = AttendConfig(BlockShape(*shape), 4, 2, tma=tma)
+    for pv_dtype, changes in (("fp16", {}), ("fp16", dict(tma=True)), ("int8", {}), ("int8", dict(key_group=32))):
+        config = AttendConfig(BlockShape(*shape), 4, 2, **changes)
         monkeypatch.setattr(pipeline, "attend_config", lambda *key, config=config: config)
-        found = check_call(*drifting_qkv(1, 1, 270, dim, dtype=torch.float16, device=DEVICE), params=TOPK)
+        found = check_call(*drifting_qkv(1, 1, 270, dim, dtype=torch.float16, device=DEVICE), params=TOPK,
+                           pv_dtype=pv_dtype)
         assert found.block == BlockShape(*shape)
 
 

@@ -92,27 +92,28 @@ def test_queries(groups, dtype, dim, case):
     assert bool((found.quantised.abs().amax(-1) == 127)[:, :, :N].all()), "the range is not used"
 
 
-def prepared_keys(k, v, *, pv_int8, pooled, flags=None, groups=1, **arguments):
+def prepared_keys(k, v, *, pv_int8, pooled, flags=None, groups=1, key_group=16, **arguments):
     """Keys, values and what the queries' launch sampled of them, as tensors."""
     from comfyui_spargeattn.kernels._triton.prepare_keys import prepare_keys
     from comfyui_spargeattn.kernels._triton.prepare_queries import prepare_queries
     _, statistics = prepare_queries(k, k, v, factor=FACTOR, block=BLOCK, flags=None, **arguments)
     keys, values = prepare_keys(k, v, statistics, block=BLOCK, pv_int8=pv_int8, pooled=pooled, flags=flags,
-                                groups=groups, **arguments)
+                                groups=groups, key_group=key_group, **arguments)
     return tensors(keys), values and tensors(values), tensors(statistics)
 
 
 @cases
 @formats
-@pytest.mark.parametrize("pv_dtype, groups", list(zip(PV_FORMATS, (1, 8))))
-def test_keys_and_values(pv_dtype, groups, dtype, dim, case):
+@pytest.mark.parametrize("pv_dtype, groups, key_group", [("fp16", 1, 16), ("int8", 8, 16), ("int8", 1, 32)])
+def test_keys_and_values(pv_dtype, groups, key_group, dtype, dim, case):
     groups = min(groups, 8 if dim & (dim - 1) == 0 else 1)
     pv_int8 = pv_dtype == "int8"
     _, k, v = drifting_qkv(2, 2, N, dim, dtype=dtype, device=DEVICE)
     k, v = k + 3, v * torch.linspace(0.1, 30.0, dim, device=DEVICE).to(dtype)
     if case.get("padding") is not None:  # NaN there must reach nothing
         k, v = (x.masked_fill(case["padding"].to(DEVICE)[:, None, :, None], torch.nan) for x in (k, v))
-    keys, values, _ = prepared_keys(k, v, pv_int8=pv_int8, pooled=True, groups=groups, **kernel_arguments(**case))
+    keys, values, _ = prepared_keys(k, v, pv_int8=pv_int8, pooled=True, groups=groups, key_group=key_group,
+                                    **kernel_arguments(**case))
 
     expected, order = expected_tokens(k, BLOCK.k, **case, centre=True)
     assert torch.equal(keys.count, expected.valid.sum(-1).expand_as(keys.count))
@@ -145,11 +146,10 @@ def test_keys_and_values(pv_dtype, groups, dtype, dim, case):
     assert_near(values.pooled[..., :dim], means, atol=means.abs() * 2 ** -10 + 2 ** -20, what="pooled V")
     assert not bool(values.pooled[..., dim:].any())
     if pv_int8:
-        # Inside each 16 keys, place p holds key (p // 2 % 2) * 8 + (p // 4) * 2 + p % 2.
-        place = torch.arange(16, device=DEVICE)
-        permutation = place // 2 % 2 * 8 + place // 4 * 2 + place % 2
-        assert permutation.sort().values.tolist() == list(range(16))
-        stored = values.values.mT.unflatten(2, (-1, 16))  # [B, H, n, 16, D]
+        # A group is tiles of 8 keys, each of which a quad of lanes holds in pairs; a lane's come together.
+        tiles = torch.arange(key_group, device=DEVICE).reshape(-1, 4, 2)
+        permutation = tiles.transpose(0, 1).flatten()
+        stored = values.values.mT.unflatten(2, (-1, key_group))  # [B, H, n, key_group, D]
         plain = torch.empty_like(stored)
         plain[:, :, :, permutation] = stored
         check_step(values.block_scale, blocks, (-2, -1))
