@@ -289,7 +289,8 @@ def attend(queries: PreparedQueries, keys: PreparedKeys, values: PreparedValues,
                    lse_batch=0 if lse is None else lse.stride(0)),
         constants=dict(D=dim, PADDED_D=padded, PITCH=pitch, BLOCK_Q=block.q, BLOCK_K=block.k, ALIGN=align,
                        PV_INT8=pv_int8, KEY_GROUP=config.key_group, FP16_SUMS=config.fp16_sums, CAUSAL=causal,
-                       SKIP_PV=skip_pv, ROW_GROUP=ROW_GROUP, TAIL_TILE=config.tail_tile, P_SHIFT=math.log2(INT8_MAX) if pv_int8 else 0.0,
+                       SKIP_PV=skip_pv, ROW_GROUP=ROW_GROUP, TAIL_TILE=config.tail_tile,
+                       P_SHIFT=math.log2(INT8_MAX) if pv_int8 else 0.0,
                        P_UNIT=INT8_UNIT if pv_int8 and config.ptx else 0, TMA=tma, INT8_MAX=INT8_MAX),
         options=config.options())
     return skips

@@ -58,9 +58,9 @@ def rounding_bytes(block_max):
 @triton.jit
 def to_int8_operand(p, row_bytes, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, KEY_GROUP: tl.constexpr,
                     P_UNIT: tl.constexpr):
-    """P [BLOCK_Q, BLOCK_K], from 0 to 127 times 2^P_UNIT, as int8, its columns permuted inside each KEY_GROUP as the keys
-    of V are stored, and its sums by rows, int32 [BLOCK_Q, 4], each lane's of four for itself: adding them up waits until
-    the end. P_UNIT: INT8_UNIT on NVIDIA's GPUs, 0 elsewhere.
+    """P [BLOCK_Q, BLOCK_K], from 0 to 127 times 2^P_UNIT, as int8, its columns permuted inside each KEY_GROUP as the
+    keys of V are stored, and its sums by rows, int32 [BLOCK_Q, 4], each lane's of four for itself: adding them up waits
+    until the end. P_UNIT: INT8_UNIT on NVIDIA's GPUs, 0 elsewhere.
 
     P goes up or down with the probability of its fraction: a byte of row_bytes [BLOCK_Q], as a fraction, is added, and
     the integer below is taken. Rounded to the nearest, small probabilities of a block would all be lost, in every step
@@ -108,8 +108,8 @@ def _in_order_of_values(x, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, KEY_GRO
 
 @triton.jit
 def _by_lane(x, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, KEY_GROUP: tl.constexpr, ADD: tl.constexpr = True):
-    """x [BLOCK_Q, BLOCK_K / 4], a number for each four columns in the order of V, as [BLOCK_Q, 4] by the lane that holds
-    them: their sums, or under ADD = False one of them, where all are the same."""
+    """x [BLOCK_Q, BLOCK_K / 4], a number for each four columns in the order of V, as [BLOCK_Q, 4] by the lane that
+    holds them: their sums, or under ADD = False one of them, where all are the same."""
     x = tl.reshape(x, [BLOCK_Q, BLOCK_K // KEY_GROUP, 4, KEY_GROUP // 16])
     return tl.sum(tl.sum(x, 3), 1) if ADD else tl.max(tl.max(x, 3), 1)
 
