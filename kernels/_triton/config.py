@@ -58,7 +58,8 @@ _TABLE: dict[str, dict[int, tuple[AttendConfig, AttendConfig]]] = {
     # careful loop, scales by channel fill 160; 16 bits up to 280, most where a thread's 128 sums meet 128 residuals. At
     # head_dim 64, 16 bits with a pooled tail spill up to 48.
     "sm90": {
-        64: _both(BlockShape(64, 128), 4, 3, 168, tma=True),
+        64: (AttendConfig(BlockShape(64, 128), 4, 2, 168, tma=True),
+             AttendConfig(BlockShape(64, 128), 4, 3, 168, tma=True)),
         128: (AttendConfig(BlockShape(128, 64), 4, 3, tma=True),
               AttendConfig(BlockShape(64, 128), 4, 2, 168, tma=True)),
         256: _both(BlockShape(64, 64), 4, 2, tma=True),

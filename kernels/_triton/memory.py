@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from ..types import BlockShape
-from .primitives import round_up
+from .primitives import row_pitch
 
 # Inputs up to this size are taken whole, whatever is free.
 SMALL = 256 << 20
@@ -18,7 +18,7 @@ def copied_bytes(q: Tensor, k: Tensor, pv_int8: bool, block: BlockShape, pooled:
     INT8 copies of q and k, V in its format, means of blocks and the lists of the block map."""
     (batch, heads, q_tokens, dim), (_, kv_heads, k_tokens, _) = q.shape, k.shape
     q_blocks, k_blocks = block.counts(q_tokens, k_tokens)
-    pitch = round_up(dim, 16)
+    pitch = row_pitch(dim)
     by_head = q_blocks * (block.q * (pitch + 4) + 4 * dim) + q_blocks * k_blocks * (6 if pooled else 4)
     values = block.k * pitch + 4 * dim if pv_int8 else 2 * block.k * pitch
     by_kv_head = k_blocks * (block.k * pitch + 4 * dim + values + (3 * pitch if pooled else 0))

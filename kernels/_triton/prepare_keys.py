@@ -20,7 +20,7 @@ from .primitives import (
     mixed,
     order_rows,
     padded_dim,
-    round_up,
+    row_pitch,
     row_pointers,
     to_int8,
     token_strides,
@@ -248,7 +248,7 @@ def prepare_keys(k: Tensor, v: Tensor | None, statistics: SampledStatistics, *, 
     `AttendConfig`.
     """
     batch, kv_heads, k_tokens, dim = k.shape
-    k_blocks, pitch, padded, store = -(-k_tokens // block.k), round_up(dim, 16), padded_dim(dim), store_bytes(block.k)
+    k_blocks, pitch, padded, store = -(-k_tokens // block.k), row_pitch(dim), padded_dim(dim), store_bytes(block.k)
     (k_strides, k_align), (v_strides, v_align) = token_strides(k), token_strides(k if v is None else v)
     head, each_block, places = (batch, kv_heads), (batch, kv_heads, k_blocks), (batch, kv_heads, k_blocks * block.k)
     f32, f16, int8 = torch.float32, torch.float16, torch.int8

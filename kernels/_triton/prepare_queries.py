@@ -18,7 +18,7 @@ from .primitives import (
     mixed,
     order_rows,
     padded_dim,
-    round_up,
+    row_pitch,
     row_pointers,
     to_int8,
     token_strides,
@@ -136,7 +136,7 @@ def prepare_queries(q: Tensor, k: Tensor, v: Tensor | None, *, factor: float, or
     dense queries. padding: bool (B, Nk), True for keys to ignore. groups: `CallSpec.mixing_groups`.
     """
     (batch, heads, q_tokens, dim), (_, kv_heads, k_tokens, _) = q.shape, k.shape
-    q_blocks, pitch, padded, store = -(-q_tokens // block.q), round_up(dim, 16), padded_dim(dim), store_bytes(block.q)
+    q_blocks, pitch, padded, store = -(-q_tokens // block.q), row_pitch(dim), padded_dim(dim), store_bytes(block.q)
     each_block, places = (batch, heads, q_blocks), (batch, heads, q_blocks * block.q)
     splits = (batch, kv_heads, sample.SPLITS)
     v = k if v is None else v

@@ -1,7 +1,7 @@
 """What preparation leaves for the map and for attention, in blocks of BlockShape.q and BlockShape.k tokens.
 
 Shapes: B batches, H and Hkv heads, D head_dim; q_blocks and k_blocks blocks; q_places = q_blocks · BLOCK_Q and
-k_places = k_blocks · BLOCK_K tokens in blocking order, the last of which may not exist; pitch, D rounded up to 16.
+k_places = k_blocks · BLOCK_K tokens in blocking order, the last of which may not exist; pitch, see `row_pitch`.
 """
 from __future__ import annotations
 

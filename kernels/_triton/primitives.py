@@ -28,6 +28,12 @@ def round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
+def row_pitch(dim: int) -> int:
+    """Elements from one stored row of a head_dim to the next: whole sectors of memory, 32 bytes in INT8. Beyond 128 the
+    padded head_dim, because the tensor memory accelerator is slow where a part of a tile lies outside of all rows."""
+    return round_up(dim, 32) if dim <= 128 else padded_dim(dim)
+
+
 def padded_dim(dim: int) -> int:
     """The power of two, at least the 32 that INT8 products need, that a head_dim fills up to in registers."""
     return 1 << (max(dim, 32) - 1).bit_length()

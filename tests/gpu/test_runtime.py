@@ -4,6 +4,7 @@ import torch
 
 from comfyui_spargeattn.kernels import Residual, SpargeParams, block_shape, block_sparse_attention, sparge_attention
 from comfyui_spargeattn.kernels._triton import replay
+from comfyui_spargeattn.kernels._triton.primitives import padded_dim, row_pitch
 from comfyui_spargeattn.tests.cases import drifting_qkv
 from comfyui_spargeattn.tests.gpu.device import needs_gpu
 from comfyui_spargeattn.tests.kernels._triton.harness import PV_FORMATS, recorded_maps
@@ -174,10 +175,6 @@ def test_no_recompilation(kind, pv_dtype, monkeypatch):
     assert not compiled, f"compiled again: {compiled}"
 
 
-def round_up(n, multiple):
-    return -(-n // multiple) * multiple
-
-
 @pytest.mark.parametrize("pv_dtype", PV_FORMATS)
 @pytest.mark.parametrize("dim", (72, 128))
 def test_peak_memory(dim, pv_dtype):
@@ -189,7 +186,7 @@ def test_peak_memory(dim, pv_dtype):
         sparge_attention(*qkv, params=SPARSE, pv_dtype=pv_dtype, impl="triton")
     block = maps.pop().block
     q_blocks, k_blocks = block.counts(n, n)
-    pitch, padded = round_up(dim, 16), max(16, 1 << (dim - 1).bit_length())
+    pitch, padded = row_pitch(dim), padded_dim(dim)
     q_copy = heads * q_blocks * (block.q * (pitch + 4) + 4 * dim + 4)
     k_copy = kv_heads * k_blocks * (block.k * pitch + 4 * dim + 16)
     v_copy = kv_heads * k_blocks * block.k * (dim if pv_dtype == "int8" else 2 * pitch)

@@ -234,12 +234,14 @@ def test_extremes(kind, pv_dtype, small_blocks):
     check_call(q, k, v, params=CDF, pv_dtype=pv_dtype)
 
 
+@formats
 @pytest.mark.parametrize("rise", (10.0, 31.0, 60.0, 300.0, -300.0))
 @pytest.mark.parametrize("skipped", ("drop", "pooled"))
-def test_a_maximum_that_rises_from_block_to_block(skipped, rise, small_blocks):
-    """In INT8, sums are relative to the maximum of the first block; `rise`: from there to the last, in log2 units."""
+def test_a_maximum_that_rises_from_block_to_block(skipped, rise, pv_dtype, small_blocks):
+    """In INT8, sums are relative to the maximum of the first block, in 16 bits P to that of the row's own place;
+    `rise`: from the first block to the last, in log2 units."""
     q, k, v = random_qkv(1, 2, 300, 32, dtype=torch.float32, device=DEVICE)
     q, k = 0.05 * q, 0.05 * k
     q[..., 0] = 1.0
     k[..., 0] = torch.linspace(0.0, rise, 300, device=DEVICE) / LOG2E
-    check_call(q, k, v, params=SpargeParams(topk=0.9), pv_dtype="int8", skipped=skipped, scale=1.0)
+    check_call(q, k, v, params=SpargeParams(topk=0.9), pv_dtype=pv_dtype, skipped=skipped, scale=1.0)
