@@ -60,7 +60,7 @@ def _attend_kernel(
     s = (q · kᵀ) · q_scale · k_scale + k_bias                    of a kept block, -inf where a query sees no key
     float16: m = max(m_before, max s),  p = 2^(s - m)            relative to the maximum of the row so far
              acc = acc · 2^(m_before - m) + (p · v) · v_block_scale     p · v summed in float16 under FP16_SUMS
-    FROZEN:  m = max of the tokens at the row's own place,  p = 2^(s - m),  acc = acc + p · v
+    FROZEN:  m = max s over the keys at the row's own place and a block more,  p = 2^(s - m),  acc = acc + p · v
     int8:    p = ⌊127 · 2^(s - max s) + u⌋, 0 ≤ u < 1            relative to the maximum of the row in this block
              acc = acc + (p · v) · 2^(max s - m) · v_block_scale
     total likewise, with Σ p for p · v
@@ -130,10 +130,6 @@ def _attend_kernel(
     for CARE in tl.static_range(2):
         first = n_plain if CARE else 0
         last = n_kept if CARE else n_plain
-        if FROZEN and not CARE:
-            running_max = own_max(q=q, q_scale=q_scale, k_ptr=k_ptr, k_scale_ptr=k_scale_ptr, q_block=q_block,
-                                  kv_batch_head=kv_batch_head, k_blocks=k_blocks, BLOCK_Q=BLOCK_Q, BLOCK_K=BLOCK_K,
-                                  PADDED_D=PADDED_D, PITCH=PITCH, TMA=TMA)
         if (PV_INT8 or FROZEN) and CARE:
             # Where a maximum rose too far, which is rare, this loop takes all blocks; a lane of zeros then makes NaN.
             if PV_INT8:
@@ -152,6 +148,10 @@ def _attend_kernel(
         next_block = tl.load(indices_ptr + first, mask=first < n_kept, other=0)
         next_k_scale = tl.load(k_scale_ptr + next_block)
         next_v_scale = tl.load(v_block_scale_ptr + next_block)
+        if FROZEN and not CARE:
+            running_max = frozen_max(q=q, q_scale=q_scale, k_ptr=k_ptr, k_scale_ptr=k_scale_ptr, q_block=q_block,
+                                     first_block=next_block, kv_batch_head=kv_batch_head, k_blocks=k_blocks,
+                                     BLOCK_Q=BLOCK_Q, BLOCK_K=BLOCK_K, PADDED_D=PADDED_D, PITCH=PITCH, TMA=TMA)
         for entry in range(first, last):
             k_block, k_scale, v_scale = next_block, next_k_scale, next_v_scale
             next_block = tl.load(indices_ptr + entry + 1, mask=entry + 1 < n_kept, other=0)
@@ -263,13 +263,15 @@ def _attend_kernel(
 
 
 @triton.jit
-def own_max(q, q_scale, k_ptr, k_scale_ptr, q_block, kv_batch_head, k_blocks, BLOCK_Q: tl.constexpr,
-            BLOCK_K: tl.constexpr, PADDED_D: tl.constexpr, PITCH: tl.constexpr, TMA: tl.constexpr):
-    """The maximum [BLOCK_Q] of the scores of a block of queries with the keys at their own places, kept or not. That of
-    all keys is hardly ever higher by 2^16: 0 to 2% of the blocks of trained models."""
+def frozen_max(q, q_scale, k_ptr, k_scale_ptr, q_block, first_block, kv_batch_head, k_blocks, BLOCK_Q: tl.constexpr,
+               BLOCK_K: tl.constexpr, PADDED_D: tl.constexpr, PITCH: tl.constexpr, TMA: tl.constexpr):
+    """The maximum [BLOCK_Q] of the scores of a block of queries with the keys at their own places, kept or not, and of
+    the block that is listed first, for queries that attend to nothing near, such as text. That of all kept keys is
+    hardly ever higher by 2^16."""
     highest = tl.full([BLOCK_Q], -1e30, tl.float32)
-    for i in tl.static_range(max(1, BLOCK_Q // BLOCK_K)):
-        block = tl.minimum(q_block * BLOCK_Q // BLOCK_K + i, k_blocks - 1)
+    own: tl.constexpr = max(1, BLOCK_Q // BLOCK_K)
+    for i in tl.static_range(own + 1):
+        block = first_block if i == own else tl.minimum(q_block * BLOCK_Q // BLOCK_K + i, k_blocks - 1)
         k = load_tile(source=k_ptr, row=(kv_batch_head * k_blocks + block) * BLOCK_K, PITCH=PITCH, ROWS=BLOCK_K,
                       COLS=PADDED_D, TMA=TMA)  # [BLOCK_K, PADDED_D] int8
         products = tl.dot(q, tl.trans(k))
@@ -279,9 +281,11 @@ def own_max(q, q_scale, k_ptr, k_scale_ptr, q_block, kv_batch_head, k_blocks, BL
 
 def attend(queries: PreparedQueries, keys: PreparedKeys, values: PreparedValues, lists: BlockLists, target: Target, *,
            residual: Residual | None, k_tokens: int, order: Tensor | None, per_head: Tensor | None,
-           pv_threshold: float, causal: bool, config: AttendConfig, count_skips: bool) -> Region | None:
+           pv_threshold: float, causal: bool, predicted: bool, config: AttendConfig,
+           count_skips: bool) -> Region | None:
     """Write the attention of prepared tensors, with the residual added, into its target.
 
+    predicted: whether the lists are of a predicted map, which nearly always keeps the keys at a query's own place.
     Returns int32 (B, H, q_blocks), the row groups whose P·V was skipped; None where the λ test is off or not counted.
     """
     out, made, lse = target.out, target.residual, target.lse
@@ -303,8 +307,8 @@ def attend(queries: PreparedQueries, keys: PreparedKeys, values: PreparedValues,
         if pooled_k is not None:
             tile = [config.tail_tile, padded]
             pooled_k, pooled_v = (descriptor(x, rows * k_blocks, pitch, tile) for x in (pooled_k, pooled_v))
-    # Causal rows see too few blocks that need no care, other keys than a query's own have no place in common with it.
-    frozen = not (pv_int8 or config.fp16_sums or skip_pv or causal) and q_tokens == k_tokens
+    # Causal rows see their own keys with care only, and other keys than the queries' have no place in common with them.
+    frozen = predicted and not (pv_int8 or config.fp16_sums or skip_pv or causal) and q_tokens == k_tokens
     strides, align = token_strides(out)
     stored = residual or made
     launch(

@@ -133,7 +133,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, target: Target, call: CallSpec, 
     queries, statistics, keys, values, lists = _prepare(q, k, v, call, config, pv_int8, order)
     skips = attend(queries, keys, values, lists, target, residual=call.residual, k_tokens=k.shape[2], order=order,
                    per_head=call.thresholds.per_head, pv_threshold=call.thresholds.numbers[2], causal=call.causal,
-                   config=config, count_skips=target.stats is not None)
+                   predicted=call.block_mask is None, config=config, count_skips=target.stats is not None)
     if target.lse is not None:
         centre = statistics.key_centre(q.shape[-1]).repeat_interleave(q.shape[1] // k.shape[1], 1)
         target.lse.add_(call.shared_score(q, centre))

@@ -1,7 +1,6 @@
 """The methods that a case compares: peers that can be imported, and this project."""
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -39,9 +38,9 @@ def ours(params: SpargeParams, pv_dtype: str, **call) -> Callable:
     return lambda q, k, v: sparge_attention(q, k, v, params=params, pv_dtype=pv_dtype, impl="triton", **call)
 
 
-def fixed_share(topk: float, pv_threshold: float = math.inf) -> SpargeParams:
+def fixed_share(topk: float) -> SpargeParams:
     """Parameters that keep a fixed share of the blocks, whatever the blocks look like."""
-    return SpargeParams(topk=topk, similarity_threshold=-1.0, pv_threshold=pv_threshold)
+    return SpargeParams(topk=topk, similarity_threshold=-1.0)
 
 
 def installed_peers() -> list[Method]:

@@ -238,10 +238,22 @@ def test_extremes(kind, pv_dtype, small_blocks):
 @pytest.mark.parametrize("rise", (10.0, 31.0, 60.0, 300.0, -300.0))
 @pytest.mark.parametrize("skipped", ("drop", "pooled"))
 def test_a_maximum_that_rises_from_block_to_block(skipped, rise, pv_dtype, small_blocks):
-    """In INT8, sums are relative to the maximum of the first block, in 16 bits P to that of the row's own place;
-    `rise`: from the first block to the last, in log2 units."""
+    """In INT8, sums are relative to the maximum of the first block, in 16 bits P to that of the row's own place and the
+    first block; `rise`: from there to the last, in log2 units."""
     q, k, v = random_qkv(1, 2, 300, 32, dtype=torch.float32, device=DEVICE)
     q, k = 0.05 * q, 0.05 * k
     q[..., 0] = 1.0
     k[..., 0] = torch.linspace(0.0, rise, 300, device=DEVICE) / LOG2E
     check_call(q, k, v, params=SpargeParams(topk=0.9), pv_dtype=pv_dtype, skipped=skipped, scale=1.0)
+
+
+@formats
+@pytest.mark.parametrize("own", (-40.0, 3.0, 40.0))
+def test_own_keys_that_are_not_kept(own, pv_dtype, small_blocks):
+    """In 16 bits P is relative to the scores of those keys, although their block is left out; `own`: in log2 units."""
+    q, _, v = random_qkv(1, 2, 300, 64, dtype=torch.float32, device=DEVICE)
+    q[:, :, 1::2] = -q[:, :, ::2]  # means are zero, and tell nothing
+    k = q * own / (q * q).sum(-1, keepdim=True) / LOG2E
+    found = check_call(q, k, v, params=SpargeParams(topk=0.2), pv_dtype=pv_dtype, scale=1.0)
+    rows = torch.arange(300 // found.block.q, device=DEVICE)
+    assert found.mask()[:, :, rows, rows * found.block.q // found.block.k].float().mean() < 0.7
