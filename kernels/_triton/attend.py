@@ -269,7 +269,7 @@ def frozen_max(q, q_scale, k_ptr, k_scale_ptr, q_block, first_block, kv_batch_he
     the block that is listed first, for queries that attend to nothing near, such as text. That of all kept keys is
     hardly ever higher by 2^16."""
     highest = tl.full([BLOCK_Q], -1e30, tl.float32)
-    own: tl.constexpr = max(1, BLOCK_Q // BLOCK_K)
+    own: tl.constexpr = BLOCK_Q // BLOCK_K if BLOCK_Q > BLOCK_K else 1
     for i in tl.static_range(own + 1):
         block = first_block if i == own else tl.minimum(q_block * BLOCK_Q // BLOCK_K + i, k_blocks - 1)
         k = load_tile(source=k_ptr, row=(kv_batch_head * k_blocks + block) * BLOCK_K, PITCH=PITCH, ROWS=BLOCK_K,

@@ -21,7 +21,7 @@ _LONG = 40_000  # tokens; from here on few settings are measured
 def settings(n: int) -> Iterator[tuple[str, SpargeParams, str]]:
     """(name, params, skipped) for `n` tokens."""
     yield "all blocks", fixed_share(1.0), "drop"
-    shares = (0.3, 0.25, 0.2, 0.15, 0.1) if n > _LONG else [x / 100 for x in range(50, 5, -5)]
+    shares = (0.4, 0.3, 0.25, 0.2, 0.15, 0.1) if n > _LONG else [x / 100 for x in range(50, 5, -5)]
     cdfs = (0.9, 0.8) if n > _LONG else (0.98, 0.95, 0.9, 0.85, 0.8)
     params = {f"topk {share}": fixed_share(share) for share in shares}
     params |= {f"cdf {cdf}": SpargeParams(cdf_threshold=cdf, similarity_threshold=-1.0) for cdf in cdfs}

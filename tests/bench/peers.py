@@ -89,7 +89,7 @@ def _sol_attn() -> list[Method]:
     beside its blocks, and at fixed shares of blocks."""
     from comfy_kitchen import sol_attn, sol_attn_is_available
     settings = {f"τ={tau}, {tokens} tokens": dict(tau=tau, token_aug=tokens)
-                for tau, tokens in ((1.0, 256), (1.3, 256), (2.0, 256), (1.3, 0))}
+                for tau, tokens in ((0.7, 256), (1.0, 256), (1.3, 256), (2.0, 256), (1.3, 0))}
     settings |= {f"topk {topk}": dict(topk_ratio=topk) for topk in (0.3, 0.2, 0.1)}
     if not sol_attn_is_available():
         settings = {}
