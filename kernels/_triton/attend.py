@@ -20,6 +20,7 @@ from .primitives import order_rows, padded_dim, threshold_of, token_strides, war
 from .softmax import (
     INT8_UNIT,
     beside_sums,
+    frozen_max,
     mask_scores,
     online_softmax_update,
     rounding_bytes,
@@ -67,8 +68,8 @@ def _attend_kernel(
     out = acc / total · v_scale + v_centre (+ residual · residual_scale)
     In int8, m is the maximum of the row in its first block, and nothing ever waits for the sums: float32 has the range.
     Nor does it with a frozen maximum, where products even run on while the next block's probabilities are made.
-    Programs with a row whose sums leave the range of this (in int8, its maximum rises by 2^32), and blocks that need
-    care, are summed as in float16.
+    Programs with a row whose sum leaves the range that either needs (in int8, its maximum rises by 2^32), and blocks
+    that need care, are summed as in float16.
     Under SKIP_PV, groups of ROW_GROUP rows whose s all lie pv_threshold below their maximum so far leave p · v out, not
     Σ p. With a pooled tail each skipped block is one more key.
     Source: SpargeAttn (arXiv 2502.18137), sections 3.4 and 3.5.
@@ -260,23 +261,6 @@ def _attend_kernel(
                   P_SHIFT=P_SHIFT)
     if skips_ptr is not None:
         tl.store(skips_ptr + map_row, n_skipped)
-
-
-@triton.jit
-def frozen_max(q, q_scale, k_ptr, k_scale_ptr, q_block, first_block, kv_batch_head, k_blocks, BLOCK_Q: tl.constexpr,
-               BLOCK_K: tl.constexpr, PADDED_D: tl.constexpr, PITCH: tl.constexpr, TMA: tl.constexpr):
-    """The maximum [BLOCK_Q] of the scores of a block of queries with the keys at their own places, kept or not, and of
-    the block that is listed first, for queries that attend to nothing near, such as text. That of all kept keys is
-    hardly ever higher by 2^16."""
-    highest = tl.full([BLOCK_Q], -1e30, tl.float32)
-    own: tl.constexpr = BLOCK_Q // BLOCK_K if BLOCK_Q > BLOCK_K else 1
-    for i in tl.static_range(own + 1):
-        block = first_block if i == own else tl.minimum(q_block * BLOCK_Q // BLOCK_K + i, k_blocks - 1)
-        k = load_tile(source=k_ptr, row=(kv_batch_head * k_blocks + block) * BLOCK_K, PITCH=PITCH, ROWS=BLOCK_K,
-                      COLS=PADDED_D, TMA=TMA)  # [BLOCK_K, PADDED_D] int8
-        products = tl.dot(q, tl.trans(k))
-        highest = tl.maximum(highest, tl.max(products, 1).to(tl.float32) * (q_scale * tl.load(k_scale_ptr + block)))
-    return highest
 
 
 def attend(queries: PreparedQueries, keys: PreparedKeys, values: PreparedValues, lists: BlockLists, target: Target, *,

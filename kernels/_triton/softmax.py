@@ -2,6 +2,8 @@
 import triton
 import triton.language as tl
 
+from .tiles import load_tile
+
 # log2 of the unit in which P is packed by PTX: 16 times float16's smallest number, see `to_int8_operand`.
 INT8_UNIT = -20
 
@@ -37,6 +39,23 @@ def online_softmax_update(total, running_max, scores, scores_max, scale, P_SHIFT
     p = tl.exp2(scores * scale[:, None] - (new_max - P_SHIFT)[:, None])
     decay = tl.exp2(running_max - new_max)
     return p, decay, total * decay + tl.sum(p, 1), new_max, local_max
+
+
+@triton.jit
+def frozen_max(q, q_scale, k_ptr, k_scale_ptr, q_block, first_block, kv_batch_head, k_blocks, BLOCK_Q: tl.constexpr,
+               BLOCK_K: tl.constexpr, PADDED_D: tl.constexpr, PITCH: tl.constexpr, TMA: tl.constexpr):
+    """The maximum [BLOCK_Q] of the scores of a block of queries with the keys at their own places, kept or not, and of
+    the block that is listed first, for queries that attend to nothing near, such as text. That of all kept keys is
+    hardly ever higher by 2^16."""
+    highest = tl.full([BLOCK_Q], -1e30, tl.float32)
+    own: tl.constexpr = BLOCK_Q // BLOCK_K if BLOCK_Q > BLOCK_K else 1
+    for i in tl.static_range(own + 1):
+        block = first_block if i == own else tl.minimum(q_block * BLOCK_Q // BLOCK_K + i, k_blocks - 1)
+        k = load_tile(source=k_ptr, row=(kv_batch_head * k_blocks + block) * BLOCK_K, PITCH=PITCH, ROWS=BLOCK_K,
+                      COLS=PADDED_D, TMA=TMA)  # [BLOCK_K, PADDED_D] int8
+        products = tl.dot(q, tl.trans(k))
+        highest = tl.maximum(highest, tl.max(products, 1).to(tl.float32) * (q_scale * tl.load(k_scale_ptr + block)))
+    return highest
 
 
 @triton.jit
