@@ -53,10 +53,10 @@ def _both(block: BlockShape, warps: int, stages: int, maxnreg: int | None = None
 # family -> head_dim padded to a power of two -> configurations: 16-bit P·V, then INT8 P·V. Up to head_dim 128 no
 # registers spill, with any switch, but where a comment says so; bytes are of a thread, with Triton 3.9.
 _TABLE: dict[str, dict[int, tuple[AttendConfig, AttendConfig]]] = {
-    # Measured as the fastest. At head_dim 128 they spill, but load once or twice in the loop over blocks that need no
-    # care: INT8 up to 104 bytes, because a third thread block leaves 168 registers, of which sums, products and, in the
-    # careful loop, scales by channel fill 160; 16 bits up to 280, most where a thread's 128 sums meet 128 residuals. At
-    # head_dim 64, 16 bits with a pooled tail spill up to 48.
+    # Measured as the fastest. At head_dim 128 they spill, but load few in the loop over blocks that need no care: INT8
+    # up to 88 bytes, because a third thread block leaves 168 registers, of which sums, products and, in the careful
+    # loop, scales by channel fill 160; 16 bits up to 304, most where a thread's 128 sums meet 128 residuals. At head_dim
+    # 64, 16 bits with a pooled tail spill 16.
     "sm90": {
         64: (AttendConfig(BlockShape(64, 128), 4, 2, 168, tma=True),
              AttendConfig(BlockShape(64, 128), 4, 3, 168, tma=True)),
@@ -71,14 +71,15 @@ _TABLE: dict[str, dict[int, tuple[AttendConfig, AttendConfig]]] = {
         256: _both(BlockShape(64, 64), 4, 2, tma=True),
     },
     # A100: 163 KB of shared memory. At head_dim 128, 128×128 has a bound 4% lower, but a coarser map skips less.
-    # INT8 there spills 8 bytes with the λ test; 128×32 with two stages spills none, but its bound is 10% higher.
+    # INT8 there spills 96 bytes with the λ test and up to 16 in three other variants; 128×32 with two stages spills
+    # none, but its bound is 10% higher.
     "sm80": {
         64: (AttendConfig(BlockShape(128, 64), 4, 2), AttendConfig(BlockShape(128, 64), 8, 3)),
         128: _both(BlockShape(128, 64), 8, 3),
         256: _both(BlockShape(64, 64), 8, 2),
     },
-    # RTX 30, 40 and 50: 99 KB of shared memory. RTX 50 spills 8 bytes in two variants of 16 bits at head_dim 64, under
-    # the cap by which a third thread block fits, and 16 in INT8 at 128 with all switches.
+    # RTX 30, 40 and 50: 99 KB of shared memory. RTX 50 spills up to 16 bytes in three variants of 16 bits at head_dim 64,
+    # under the cap by which a third thread block fits, and 16 in INT8 at 128 with all switches.
     "consumer": {
         64: (AttendConfig(BlockShape(64, 64), 4, 2, 168), AttendConfig(BlockShape(64, 64), 4, 3)),
         128: (AttendConfig(BlockShape(128, 64), 8, 3), AttendConfig(BlockShape(128, 32), 8, 3)),
