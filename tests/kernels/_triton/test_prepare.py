@@ -214,3 +214,14 @@ def test_values_beyond_the_sample_keep_their_size(pv_dtype, monkeypatch):
     assert_near(row * scale * values.scale[0, 0],
                 (v[0, 0, outlier] - values.centre[0, 0]).abs(),
                 atol=v[0, 0, outlier].abs() * 2 ** -4 + 1, what="the outlier")
+
+
+@pytest.mark.parametrize("triton, expected", [(None, 16), ((3, 3), 16), ((3, 4), 32), ((3, 7), 32), ((3, 8), 16)])
+def test_order_of_int8_values_by_version_of_triton(triton, expected, monkeypatch):
+    """mma.sync's INT8 operands differ; wgmma's (H100) do not, nor others'."""
+    from comfyui_spargeattn.kernels._triton import config
+    monkeypatch.setattr(config, "triton_version", lambda: triton)
+    chosen = {arch: config.attend_config.__wrapped__(arch, 128, "int8").key_group
+              for arch in ("sm80", "sm86", "sm89", "sm120", "sm90", "sm100", "gfx942", "interpreter")}
+    assert chosen == dict.fromkeys(("sm80", "sm86", "sm89", "sm120"), expected) | dict.fromkeys(
+        ("sm90", "sm100", "gfx942", "interpreter"), 16)
