@@ -55,8 +55,8 @@ def _both(block: BlockShape, warps: int, stages: int, maxnreg: int | None = None
 _TABLE: dict[str, dict[int, tuple[AttendConfig, AttendConfig]]] = {
     # Measured as the fastest. At head_dim 128 they spill, but load few in the loop over blocks that need no care: INT8
     # up to 88 bytes, because a third thread block leaves 168 registers, of which sums, products and, in the careful
-    # loop, scales by channel fill 160; 16 bits up to 304, most where a thread's 128 sums meet 128 residuals. At head_dim
-    # 64, 16 bits with a pooled tail spill 16.
+    # loop, scales by channel fill 160; 16 bits up to 304, most where a thread's 128 sums meet 128 residuals. At
+    # head_dim 64, 16 bits with a pooled tail spill 16.
     "sm90": {
         64: (AttendConfig(BlockShape(64, 128), 4, 2, 168, tma=True),
              AttendConfig(BlockShape(64, 128), 4, 3, 168, tma=True)),
@@ -78,8 +78,8 @@ _TABLE: dict[str, dict[int, tuple[AttendConfig, AttendConfig]]] = {
         128: _both(BlockShape(128, 64), 8, 3),
         256: _both(BlockShape(64, 64), 8, 2),
     },
-    # RTX 30, 40 and 50: 99 KB of shared memory. RTX 50 spills up to 16 bytes in three variants of 16 bits at head_dim 64,
-    # under the cap by which a third thread block fits, and 16 in INT8 at 128 with all switches.
+    # RTX 30, 40 and 50: 99 KB of shared memory. RTX 50 spills up to 16 bytes in three variants of 16 bits at head_dim
+    # 64, under the cap by which a third thread block fits, and 16 in INT8 at 128 with all switches.
     "consumer": {
         64: (AttendConfig(BlockShape(64, 64), 4, 2, 168), AttendConfig(BlockShape(64, 64), 4, 3)),
         128: (AttendConfig(BlockShape(128, 64), 8, 3), AttendConfig(BlockShape(128, 32), 8, 3)),
