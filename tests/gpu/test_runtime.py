@@ -4,7 +4,6 @@ import torch
 
 from comfyui_spargeattn.kernels import Residual, SpargeParams, block_shape, block_sparse_attention, sparge_attention
 from comfyui_spargeattn.kernels._triton import replay
-from comfyui_spargeattn.kernels._triton.primitives import padded_dim, row_pitch
 from comfyui_spargeattn.tests.cases import drifting_qkv
 from comfyui_spargeattn.tests.gpu.device import needs_gpu
 from comfyui_spargeattn.tests.kernels._triton.harness import PV_FORMATS, recorded_maps
@@ -180,6 +179,7 @@ def test_no_recompilation(kind, pv_dtype, monkeypatch):
 def test_peak_memory(dim, pv_dtype):
     """Beyond its inputs a call holds the output, the INT8 copies of Q and K, the copy of V, one float32 mean a block,
     the partial sums of a sample, and four bytes for every block pair."""
+    from comfyui_spargeattn.kernels._triton.primitives import padded_dim, row_pitch
     batch, heads, kv_heads, n = 1, 8, 2, 30_000
     qkv = drifting_qkv(batch, heads, n, dim, kv_heads=kv_heads, dtype=BF16, device="cuda")
     with recorded_maps() as maps:  # compiles, and allocates cuBLAS's workspace
