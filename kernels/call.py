@@ -91,6 +91,13 @@ class CallSpec:
             return False
         return self.thresholds.numbers[0] >= (NEARLY_ALL if self.thresholds.selection == "cdf" else 1)
 
+    @property
+    def judges_similarity(self) -> bool:
+        """Whether a block may be kept because its tokens are too unlike each other. No similarity lies below -1."""
+        if self.block_mask is not None or self.thresholds.selection != "cdf":
+            return False
+        return self.thresholds.per_head is not None or self.thresholds.numbers[1] > -1
+
     def mixing_groups(self, head_dim: int) -> int:
         """The groups of neighbouring channels of Q and K that are mixed before they are rounded to INT8; 1 for none.
 

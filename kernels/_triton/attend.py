@@ -25,6 +25,7 @@ from .softmax import (
     online_softmax_update,
     rounding_bytes,
     rows_below,
+    sums_by_lane,
     to_int8_operand,
 )
 from .tiles import load_channels, load_tile
@@ -116,7 +117,7 @@ def _attend_kernel(
     limit = threshold_of(per_head_ptr=per_head_ptr, ROW=2, head=head, heads=heads, value=pv_threshold)
     acc = tl.zeros([BLOCK_Q, PADDED_D], tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
-    lane_total = tl.zeros([BLOCK_Q, 4], tl.float32)  # what the plain loop adds to it, see `to_int8_operand`
+    lane_total = tl.zeros([BLOCK_Q, 4], tl.float32)  # what the plain loop adds to it, each lane for itself
     running_max = tl.full([BLOCK_Q], -1e30, tl.float32)
     highest = running_max
     n_skipped = 0
@@ -133,8 +134,8 @@ def _attend_kernel(
         last = n_kept if CARE else n_plain
         if (PV_INT8 or FROZEN) and CARE:
             # Where a maximum rose too far, which is rare, this loop takes all blocks; a lane of zeros then makes NaN.
+            total += tl.sum(lane_total, 1)
             if PV_INT8:
-                total += tl.sum(lane_total, 1)
                 inside = total <= _MOST_TOTAL
             else:
                 inside = (total <= _MOST_FROZEN) & (total >= _LEAST_FROZEN)
@@ -199,7 +200,7 @@ def _attend_kernel(
                 factor *= tl.where(by_channel, 1.0, v_scale) if CARE else v_scale
             elif FROZEN and not CARE:
                 p = tl.exp2(scores * scale[:, None] - running_max[:, None])
-                total += tl.sum(p, 1)
+                lane_total += sums_by_lane(p, BLOCK_Q, BLOCK_K)
             else:
                 p, decay, total, running_max, local_max = online_softmax_update(
                     total=total, running_max=running_max, scores=scores, scores_max=scores_max, scale=scale,

@@ -150,10 +150,10 @@ def _prepare(q: Tensor, k: Tensor, v: Tensor | None, call: CallSpec, config: Att
     groups = call.mixing_groups(q.shape[-1])
     queries, statistics = prepare_queries(q, k, v, factor=scale * LOG2E, order=order,
                                           flags=_flags(call.dense_queries, q), padding=padding, block=block,
-                                          groups=groups)
+                                          groups=groups, judged=call.judges_similarity)
     keys, values = prepare_keys(k, v, statistics, order=order, flags=_flags(call.sink_keys, k), padding=padding,
                                 block=block, pv_int8=pv_int8, pooled=pooled, bias=bias, groups=groups,
-                                key_group=config.key_group)
+                                key_group=config.key_group, judged=call.judges_similarity)
     if call.block_mask is not None:
         lists = lists_from_mask(call.block_mask, keys, values, heads=q.shape[1], q_tokens=q.shape[2],
                                 causal=call.causal, block=block, pooled=pooled)

@@ -37,21 +37,23 @@ _FLOAT16_LIMIT = tl.constexpr(FLOAT16_LIMIT)
 # In INT8 a block with values beyond this limit has a scale for each channel: one would cost the others precision.
 _INT8_LIMIT = tl.constexpr(INT8_LIMIT)
 _INT8_MAX = tl.constexpr(INT8_MAX)
+# Blocks that a program takes, if that leaves enough programs to fill a GPU.
+_MOST_BLOCKS, _LEAST_PROGRAMS = 4, 400
 
 
 @triton.jit
 def quantise_keys(
         # inputs
-        k_ptr, order_ptr, flags_ptr, padding_ptr, bias_ptr, partial_ptr, sampled_ptr,
+        k_ptr, order_ptr, flags_ptr, padding_ptr, bias_ptr, centre,
         # outputs
         quantised_ptr, scale_ptr, mean_ptr, similarity_ptr, count_ptr, valid_ptr, pooled_ptr, pooled_scale_ptr,
         stored_bias_ptr, mean_bias_ptr, biased_ptr,
         # sizes
         k_block, kv_batch_head, batch, kv_head, order_row, stride_b, stride_h, stride_n, k_tokens, k_blocks, row_stores,
         # constants
-        D: tl.constexpr, PADDED_D: tl.constexpr, GROUPS: tl.constexpr, PITCH: tl.constexpr, BLOCK: tl.constexpr,
-        STORE: tl.constexpr, ALIGN: tl.constexpr, SPLITS: tl.constexpr):
-    """Centre, pool and quantise one block of keys."""
+        D: tl.constexpr, PADDED_D: tl.constexpr, GROUPS: tl.constexpr, JUDGED: tl.constexpr, PITCH: tl.constexpr,
+        BLOCK: tl.constexpr, STORE: tl.constexpr, ALIGN: tl.constexpr):
+    """Pool and quantise one block of keys, less their centre [PADDED_D]."""
     channels = tl.arange(0, PADDED_D)
     lane = tl.arange(0, BLOCK)
     block = kv_batch_head.to(tl.int64) * k_blocks + k_block
@@ -70,19 +72,17 @@ def quantise_keys(
     elif padding_ptr is not None:
         tl.store(valid_ptr + block * BLOCK + lane, exists.to(tl.int8))
 
-    centre = centre_of_keys(partial_ptr=partial_ptr, sampled_ptr=sampled_ptr, kv_batch_head=kv_batch_head,
-                            channels=channels, PADDED_D=PADDED_D, SPLITS=SPLITS)
     rows = row_pointers(x_ptr=k_ptr, batch=batch, head=kv_head, tokens=tokens, stride_b=stride_b, stride_h=stride_h,
                         stride_n=stride_n, ALIGN=ALIGN)
     mask = exists[:, None] & (channels < D)
     k = tl.load(rows[:, None] + channels, mask=mask, other=0.0).to(tl.float32)
     k -= centre[None, :] * exists.to(tl.float32)[:, None]  # [BLOCK, PADDED_D]
-    similarity = block_similarity(x=k, count=count)
+    mean = tl.sum(k, 0) / count  # [PADDED_D]
+    tl.store(mean_ptr + block * D + channels, mean, mask=channels < D)
+    similarity = block_similarity(x=k, mean=mean, count=count, JUDGED=JUDGED)
     finite = similarity == similarity
     similarity = mark_forced(similarity=similarity, flags_ptr=flags_ptr, tokens=tokens, exists=places < k_tokens)
     tl.store(similarity_ptr + block, similarity)
-    mean = tl.sum(k, 0) / count  # [PADDED_D]
-    tl.store(mean_ptr + block * D + channels, mean, mask=channels < D)
 
     if GROUPS > 1:  # loaded again, so that a thread holds all groups of a channel
         channels = channels_in_groups(PADDED_D, GROUPS)
@@ -122,15 +122,15 @@ def block_scale_of(values, PV_INT8: tl.constexpr):
 @triton.jit
 def convert_values(
         # inputs
-        v_ptr, order_ptr, padding_ptr, partial_ptr, sampled_ptr,
+        v_ptr, order_ptr, padding_ptr, centre, scale,
         # outputs
         centre_ptr, scale_ptr, values_ptr, block_scale_ptr, channel_scale_ptr, pooled_ptr,
         # sizes
         k_block, kv_batch_head, batch, kv_head, order_row, stride_b, stride_h, stride_n, k_tokens, k_blocks,
         # constants
         D: tl.constexpr, PADDED_D: tl.constexpr, PITCH: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr,
-        PV_INT8: tl.constexpr, KEY_GROUP: tl.constexpr, SPLITS: tl.constexpr):
-    """Centre, scale and convert one block of values."""
+        PV_INT8: tl.constexpr, KEY_GROUP: tl.constexpr):
+    """Convert one block of values, less their centre and in units of their scale, both [PADDED_D]."""
     channels = tl.arange(0, PADDED_D)
     lane = tl.arange(0, BLOCK)
     block = kv_batch_head.to(tl.int64) * k_blocks + k_block
@@ -144,9 +144,6 @@ def convert_values(
     tokens = tokens_at(places=places, order_ptr=order_ptr, order_row=order_row, n_tokens=k_tokens)
     exists = without_padding(exists=places < k_tokens, tokens=tokens, padding_ptr=padding_ptr, batch=batch,
                              n_tokens=k_tokens)
-    centre, scale = centre_and_scale_of_values(
-        partial_ptr=partial_ptr, sampled_ptr=sampled_ptr, kv_batch_head=kv_batch_head, channels=channels,
-        PADDED_D=PADDED_D, SPLITS=SPLITS)
     if k_block == 0:
         tl.store(centre_ptr + kv_batch_head * D + channels, centre, mask=channels < D)
         tl.store(scale_ptr + kv_batch_head * D + channels, scale, mask=channels < D)
@@ -179,7 +176,8 @@ def convert_values(
 
 
 @triton.jit(do_not_specialize=["k_stride_b", "k_stride_h", "k_stride_n", "v_stride_b", "v_stride_h", "v_stride_n",
-                               "k_tokens", "k_blocks", "kv_heads", "row_stores", "order_rows", "key_programs"])
+                               "k_tokens", "k_blocks", "kv_heads", "row_stores", "order_rows", "key_programs",
+                               "blocks_a_program"])
 def _keys_kernel(
         # inputs
         k_ptr, v_ptr, order_ptr, flags_ptr, padding_ptr, bias_ptr, partial_ptr, sampled_ptr,
@@ -190,12 +188,13 @@ def _keys_kernel(
         # sizes
         k_stride_b: tl.int64, k_stride_h: tl.int64, k_stride_n: tl.int64,
         v_stride_b: tl.int64, v_stride_h: tl.int64, v_stride_n: tl.int64,
-        k_tokens, k_blocks, kv_heads, row_stores, order_rows, key_programs,
+        k_tokens, k_blocks, kv_heads, row_stores, order_rows, key_programs, blocks_a_program,
         # constants
-        D: tl.constexpr, PADDED_D: tl.constexpr, GROUPS: tl.constexpr, PITCH: tl.constexpr, BLOCK: tl.constexpr,
-        STORE: tl.constexpr, K_ALIGN: tl.constexpr, V_ALIGN: tl.constexpr, PV_INT8: tl.constexpr,
+        D: tl.constexpr, PADDED_D: tl.constexpr, GROUPS: tl.constexpr, JUDGED: tl.constexpr, PITCH: tl.constexpr,
+        BLOCK: tl.constexpr, STORE: tl.constexpr, K_ALIGN: tl.constexpr, V_ALIGN: tl.constexpr, PV_INT8: tl.constexpr,
         KEY_GROUP: tl.constexpr, SPLITS: tl.constexpr):
-    """Each of the first `key_programs` programs takes a block of keys, each of the others, if any, a block of values.
+    """Each of the first `key_programs` programs takes some blocks of keys of a head, which share what is found of its
+    sample; each of the others, if any, as many blocks of values.
 
     Keys: x = k - centre; quantised = round(x / scale), scale = max |x| / 127 over the block, mean = Σ x / count.
     Values: x = (v - v_centre) / v_scale; values = x / v_block_scale in float16 or int8.
@@ -210,42 +209,52 @@ def _keys_kernel(
     Strides are in units of ALIGN elements, `row_stores` is the pitch in units of STORE.
     """
     pid = tl.program_id(0)
-    k_block, kv_batch_head = pid % key_programs % k_blocks, pid % key_programs // k_blocks
+    programs = tl.cdiv(k_blocks, blocks_a_program)  # of a head
+    first, kv_batch_head = pid % key_programs % programs * blocks_a_program, pid % key_programs // programs
+    last = tl.minimum(first + blocks_a_program, k_blocks)
     batch, kv_head = kv_batch_head // kv_heads, kv_batch_head % kv_heads
     order_row = kv_head % order_rows
+    channels = tl.arange(0, PADDED_D)
     if pid < key_programs:
-        quantise_keys(
-            k_ptr=k_ptr, order_ptr=order_ptr, flags_ptr=flags_ptr, padding_ptr=padding_ptr, bias_ptr=bias_ptr,
-            partial_ptr=partial_ptr, sampled_ptr=sampled_ptr,
-            quantised_ptr=quantised_ptr, scale_ptr=scale_ptr, mean_ptr=mean_ptr, similarity_ptr=similarity_ptr,
-            count_ptr=count_ptr, valid_ptr=valid_ptr, pooled_ptr=pooled_ptr, pooled_scale_ptr=pooled_scale_ptr,
-            stored_bias_ptr=stored_bias_ptr, mean_bias_ptr=mean_bias_ptr, biased_ptr=biased_ptr,
-            k_block=k_block, kv_batch_head=kv_batch_head, batch=batch, kv_head=kv_head, order_row=order_row,
-            stride_b=k_stride_b, stride_h=k_stride_h, stride_n=k_stride_n, k_tokens=k_tokens, k_blocks=k_blocks,
-            row_stores=row_stores,
-            D=D, PADDED_D=PADDED_D, GROUPS=GROUPS, PITCH=PITCH, BLOCK=BLOCK, STORE=STORE, ALIGN=K_ALIGN, SPLITS=SPLITS)
+        centre = centre_of_keys(partial_ptr=partial_ptr, sampled_ptr=sampled_ptr, kv_batch_head=kv_batch_head,
+                                channels=channels, PADDED_D=PADDED_D, SPLITS=SPLITS)
+        for k_block in range(first, last):
+            quantise_keys(
+                k_ptr=k_ptr, order_ptr=order_ptr, flags_ptr=flags_ptr, padding_ptr=padding_ptr, bias_ptr=bias_ptr,
+                centre=centre,
+                quantised_ptr=quantised_ptr, scale_ptr=scale_ptr, mean_ptr=mean_ptr, similarity_ptr=similarity_ptr,
+                count_ptr=count_ptr, valid_ptr=valid_ptr, pooled_ptr=pooled_ptr, pooled_scale_ptr=pooled_scale_ptr,
+                stored_bias_ptr=stored_bias_ptr, mean_bias_ptr=mean_bias_ptr, biased_ptr=biased_ptr,
+                k_block=k_block, kv_batch_head=kv_batch_head, batch=batch, kv_head=kv_head, order_row=order_row,
+                stride_b=k_stride_b, stride_h=k_stride_h, stride_n=k_stride_n, k_tokens=k_tokens, k_blocks=k_blocks,
+                row_stores=row_stores,
+                D=D, PADDED_D=PADDED_D, GROUPS=GROUPS, JUDGED=JUDGED, PITCH=PITCH, BLOCK=BLOCK, STORE=STORE,
+                ALIGN=K_ALIGN)
     elif values_ptr is not None:
-        convert_values(
-            v_ptr=v_ptr, order_ptr=order_ptr, padding_ptr=padding_ptr, partial_ptr=partial_ptr,
-            sampled_ptr=sampled_ptr,
-            centre_ptr=v_centre_ptr, scale_ptr=v_scale_ptr, values_ptr=values_ptr, block_scale_ptr=v_block_scale_ptr,
-            channel_scale_ptr=v_channel_scale_ptr, pooled_ptr=v_pooled_ptr,
-            k_block=k_block, kv_batch_head=kv_batch_head, batch=batch, kv_head=kv_head, order_row=order_row,
-            stride_b=v_stride_b, stride_h=v_stride_h, stride_n=v_stride_n, k_tokens=k_tokens, k_blocks=k_blocks,
-            D=D, PADDED_D=PADDED_D, PITCH=PITCH, BLOCK=BLOCK, ALIGN=V_ALIGN, PV_INT8=PV_INT8, KEY_GROUP=KEY_GROUP,
-            SPLITS=SPLITS)
+        centre, scale = centre_and_scale_of_values(
+            partial_ptr=partial_ptr, sampled_ptr=sampled_ptr, kv_batch_head=kv_batch_head, channels=channels,
+            PADDED_D=PADDED_D, SPLITS=SPLITS)
+        for k_block in range(first, last):
+            convert_values(
+                v_ptr=v_ptr, order_ptr=order_ptr, padding_ptr=padding_ptr, centre=centre, scale=scale,
+                centre_ptr=v_centre_ptr, scale_ptr=v_scale_ptr, values_ptr=values_ptr,
+                block_scale_ptr=v_block_scale_ptr, channel_scale_ptr=v_channel_scale_ptr, pooled_ptr=v_pooled_ptr,
+                k_block=k_block, kv_batch_head=kv_batch_head, batch=batch, kv_head=kv_head, order_row=order_row,
+                stride_b=v_stride_b, stride_h=v_stride_h, stride_n=v_stride_n, k_tokens=k_tokens, k_blocks=k_blocks,
+                D=D, PADDED_D=PADDED_D, PITCH=PITCH, BLOCK=BLOCK, ALIGN=V_ALIGN, PV_INT8=PV_INT8,
+                KEY_GROUP=KEY_GROUP)
 
 
 def prepare_keys(k: Tensor, v: Tensor | None, statistics: SampledStatistics, *, order: Tensor | None,
                  flags: Tensor | None, padding: Tensor | None, block: BlockShape, pv_int8: bool, pooled: bool,
-                 bias: Tensor | None = None, groups: int = 1,
-                 key_group: int = 16) -> tuple[PreparedKeys, PreparedValues | None]:
+                 bias: Tensor | None = None, groups: int = 1, key_group: int = 16,
+                 judged: bool = True) -> tuple[PreparedKeys, PreparedValues | None]:
     """Centre, pool and quantise k (B, Hkv, Nk, D) and, unless it is None, centre, scale and convert v of its shape.
 
     statistics: of k and v, from `prepare_queries`. order: int32 (Nk,) or (Hkv, Nk). flags: int8 (Nk,), 1 for sinks.
     padding: bool (B, Nk), True for keys to ignore, those that the bias hides among them. bias: float32 (B, Nk), in log2
-    units. pooled: whether to store the means for the pooled tail. groups: `CallSpec.mixing_groups`. key_group: see
-    `AttendConfig`.
+    units. pooled: whether to store the means for the pooled tail. groups, judged: `CallSpec.mixing_groups` and
+    `judges_similarity`. key_group: see `AttendConfig`.
     """
     batch, kv_heads, k_tokens, dim = k.shape
     k_blocks, pitch, padded, store = -(-k_tokens // block.k), row_pitch(dim), padded_dim(dim), store_bytes(block.k)
@@ -268,9 +277,11 @@ def prepare_keys(k: Tensor, v: Tensor | None, statistics: SampledStatistics, *, 
     regions = allocate(k.device, *of_keys.values(), *of_values.values())
     keys = PreparedKeys(**dict(zip(of_keys, regions)))
     values = PreparedValues(**dict(zip(of_values, regions[len(of_keys):])))
-    programs = k_blocks * batch * kv_heads
+    tensors = 1 if v is None else 2
+    blocks_a_program = max(1, min(_MOST_BLOCKS, tensors * k_blocks * batch * kv_heads // _LEAST_PROGRAMS))
+    programs = -(-k_blocks // blocks_a_program) * batch * kv_heads
     launch(
-        _keys_kernel, (programs if v is None else 2 * programs,), k.device,
+        _keys_kernel, (tensors * programs,), k.device,
         inputs=dict(k_ptr=k, v_ptr=v, order_ptr=order, flags_ptr=flags, padding_ptr=padding, bias_ptr=bias,
                     partial_ptr=statistics.partial, sampled_ptr=statistics.sampled),
         outputs=dict(quantised_ptr=keys.quantised, scale_ptr=keys.scale, mean_ptr=keys.mean,
@@ -282,8 +293,8 @@ def prepare_keys(k: Tensor, v: Tensor | None, statistics: SampledStatistics, *, 
         sizes=dict(k_stride_b=k_strides[0], k_stride_h=k_strides[1], k_stride_n=k_strides[2],
                    v_stride_b=v_strides[0], v_stride_h=v_strides[1], v_stride_n=v_strides[2],
                    k_tokens=k_tokens, k_blocks=k_blocks, kv_heads=kv_heads, row_stores=pitch // store,
-                   order_rows=order_rows(order), key_programs=programs),
-        constants=dict(D=dim, PADDED_D=padded, GROUPS=groups, PITCH=pitch, BLOCK=block.k, STORE=store,
+                   order_rows=order_rows(order), key_programs=programs, blocks_a_program=blocks_a_program),
+        constants=dict(D=dim, PADDED_D=padded, GROUPS=groups, JUDGED=judged, PITCH=pitch, BLOCK=block.k, STORE=store,
                        K_ALIGN=k_align, V_ALIGN=v_align, PV_INT8=pv_int8, KEY_GROUP=key_group,
                        SPLITS=sample.SPLITS),
         options=dict(num_warps=prepare_warps(block.k, padded)))

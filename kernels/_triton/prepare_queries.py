@@ -37,8 +37,8 @@ def quantise_queries(
         q_block, batch_head, batch, head, stride_b, stride_h, stride_n, q_tokens, q_blocks, row_stores, order_rows,
         group,
         # constants
-        D: tl.constexpr, PADDED_D: tl.constexpr, GROUPS: tl.constexpr, PITCH: tl.constexpr, BLOCK: tl.constexpr,
-        STORE: tl.constexpr, ALIGN: tl.constexpr):
+        D: tl.constexpr, PADDED_D: tl.constexpr, GROUPS: tl.constexpr, JUDGED: tl.constexpr, PITCH: tl.constexpr,
+        BLOCK: tl.constexpr, STORE: tl.constexpr, ALIGN: tl.constexpr):
     """Pool and quantise one block of queries."""
     places = q_block * BLOCK + tl.arange(0, BLOCK)
     channels = tl.arange(0, PADDED_D)
@@ -51,11 +51,12 @@ def quantise_queries(
 
     count = tl.minimum(BLOCK, q_tokens - q_block * BLOCK).to(tl.float32)
     block = batch_head.to(tl.int64) * q_blocks + q_block
-    similarity = block_similarity(x=q, count=count)
+    mean = tl.sum(q, 0) / count  # [PADDED_D]
+    tl.store(mean_ptr + block * D + channels, mean, mask=channels < D)
+    similarity = block_similarity(x=q, mean=mean, count=count, JUDGED=JUDGED)
     finite = similarity == similarity
     similarity = mark_forced(similarity=similarity, flags_ptr=flags_ptr, tokens=tokens, exists=exists)
     tl.store(similarity_ptr + block, similarity)
-    tl.store(mean_ptr + block * D + channels, tl.sum(q, 0) / count, mask=channels < D)
 
     # The attention kernel finds row maxima before it applies the scales, which therefore have to be positive.
     most = tl.where(factor < 0, -127.0, 127.0)
@@ -90,8 +91,8 @@ def _queries_kernel(
         v_stride_b: tl.int64, v_stride_h: tl.int64, v_stride_n: tl.int64,
         q_tokens, k_tokens, q_blocks, heads, kv_heads, sampling_programs, row_stores, order_rows,
         # constants
-        D: tl.constexpr, PADDED_D: tl.constexpr, GROUPS: tl.constexpr, PITCH: tl.constexpr, BLOCK: tl.constexpr,
-        STORE: tl.constexpr, Q_ALIGN: tl.constexpr, K_ALIGN: tl.constexpr, V_ALIGN: tl.constexpr,
+        D: tl.constexpr, PADDED_D: tl.constexpr, GROUPS: tl.constexpr, JUDGED: tl.constexpr, PITCH: tl.constexpr,
+        BLOCK: tl.constexpr, STORE: tl.constexpr, Q_ALIGN: tl.constexpr, K_ALIGN: tl.constexpr, V_ALIGN: tl.constexpr,
         TILE: tl.constexpr, SAMPLE: tl.constexpr, SPLITS: tl.constexpr):
     """The first `sampling_programs` programs sample K and V, each of the others takes a block of queries.
 
@@ -124,16 +125,17 @@ def _queries_kernel(
             q_block=(pid - sampling_programs) % q_blocks, batch_head=batch_head, batch=batch_head // heads,
             head=batch_head % heads, stride_b=q_stride_b, stride_h=q_stride_h, stride_n=q_stride_n, q_tokens=q_tokens,
             q_blocks=q_blocks, row_stores=row_stores, order_rows=order_rows, group=heads // kv_heads,
-            D=D, PADDED_D=PADDED_D, GROUPS=GROUPS, PITCH=PITCH, BLOCK=BLOCK, STORE=STORE, ALIGN=Q_ALIGN)
+            D=D, PADDED_D=PADDED_D, GROUPS=GROUPS, JUDGED=JUDGED, PITCH=PITCH, BLOCK=BLOCK, STORE=STORE, ALIGN=Q_ALIGN)
 
 
 def prepare_queries(q: Tensor, k: Tensor, v: Tensor | None, *, factor: float, order: Tensor | None,
-                    flags: Tensor | None, padding: Tensor | None, block: BlockShape,
-                    groups: int = 1) -> tuple[PreparedQueries, SampledStatistics]:
+                    flags: Tensor | None, padding: Tensor | None, block: BlockShape, groups: int = 1,
+                    judged: bool = True) -> tuple[PreparedQueries, SampledStatistics]:
     """Pool and quantise q (B, H, Nq, D), and sample k and, if there is one, v (B, Hkv, Nk, D) for `prepare_keys`.
 
     factor: softmax scale · log2 e, folded into the scales. order: int32 (Nq,) or (Hkv, Nq). flags: int8 (Nq,), 1 for
-    dense queries. padding: bool (B, Nk), True for keys to ignore. groups: `CallSpec.mixing_groups`.
+    dense queries. padding: bool (B, Nk), True for keys to ignore. groups, judged: `CallSpec.mixing_groups` and
+    `judges_similarity`.
     """
     (batch, heads, q_tokens, dim), (_, kv_heads, k_tokens, _) = q.shape, k.shape
     q_blocks, pitch, padded, store = -(-q_tokens // block.q), row_pitch(dim), padded_dim(dim), store_bytes(block.q)
@@ -155,7 +157,7 @@ def prepare_queries(q: Tensor, k: Tensor, v: Tensor | None, *, factor: float, or
                    v_stride_b=v_strides[0], v_stride_h=v_strides[1], v_stride_n=v_strides[2],
                    q_tokens=q_tokens, k_tokens=k_tokens, q_blocks=q_blocks, heads=heads, kv_heads=kv_heads,
                    sampling_programs=sampling_programs, row_stores=pitch // store, order_rows=order_rows(order)),
-        constants=dict(D=dim, PADDED_D=padded, GROUPS=groups, PITCH=pitch, BLOCK=block.q, STORE=store,
+        constants=dict(D=dim, PADDED_D=padded, GROUPS=groups, JUDGED=judged, PITCH=pitch, BLOCK=block.q, STORE=store,
                        Q_ALIGN=q_align, K_ALIGN=k_align, V_ALIGN=v_align,
                        TILE=min(1024 // padded, sample.SAMPLE // sample.SPLITS), SAMPLE=sample.SAMPLE,
                        SPLITS=sample.SPLITS),

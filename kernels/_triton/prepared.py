@@ -37,8 +37,8 @@ class PreparedQueries:
     quantised: int8 (B, H, q_places, pitch), zero past D; channels as `mixed` leaves them.
     scale: float32 (B, H, q_places), what a row is multiplied by, with the softmax scale and log2 e folded in.
     mean: float32 (B, H, q_blocks, D), in the units of q.
-    similarity: float32 (B, H, q_blocks), mean cosine of a block; `FORCED` where it holds a dense query; NaN where it
-        holds a number that is not finite.
+    similarity: float32 (B, H, q_blocks), mean cosine of a block, 1 where no threshold asks for it; `FORCED` where it
+        holds a dense query; NaN where it holds a number that is not finite.
     """
 
     quantised: Region

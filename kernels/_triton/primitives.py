@@ -116,11 +116,15 @@ def warp_uniform(number, PTX: tl.constexpr):
 
 
 @triton.jit
-def block_similarity(x, count):
-    """Mean cosine over all pairs of rows of x [N, D], of which `count` are not zero; NaN if x holds NaN or infinity."""
-    inverse_norm = tl.rsqrt(tl.maximum(tl.sum(x * x, 1), 1e-24))
-    mean = tl.sum(x * inverse_norm[:, None], 0) / count
-    return tl.sum(mean * mean, 0)
+def block_similarity(x, mean, count, JUDGED: tl.constexpr):
+    """Mean cosine over all pairs of rows of x [N, D], of which `count` are not zero; 1 where no threshold asks for it,
+    that is unless JUDGED. NaN if x holds NaN or infinity. mean: of the rows, [D]."""
+    if JUDGED:
+        inverse_norm = tl.rsqrt(tl.maximum(tl.sum(x * x, 1), 1e-24))
+        mean = tl.sum(x * inverse_norm[:, None], 0) / count
+        return tl.sum(mean * mean, 0)
+    else:
+        return tl.sum(mean * 0.0, 0) + 1.0
 
 
 @triton.jit

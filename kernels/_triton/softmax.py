@@ -59,6 +59,13 @@ def frozen_max(q, q_scale, k_ptr, k_scale_ptr, q_block, first_block, kv_batch_he
 
 
 @triton.jit
+def sums_by_lane(p, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The sums of P [BLOCK_Q, BLOCK_K] by rows as NVIDIA's tensor cores hold it, [BLOCK_Q, 4], each lane's of four for
+    itself: adding them up, which takes shuffles, waits until the end."""
+    return tl.sum(tl.sum(tl.reshape(p, [BLOCK_Q, BLOCK_K // 8, 4, 2]), 3), 1)
+
+
+@triton.jit
 def rows_below(local_max, highest, limit, BLOCK_Q: tl.constexpr, ROW_GROUP: tl.constexpr):
     """The λ test: bool [BLOCK_Q], the rows of groups whose probabilities in this block are all below 2^-limit of their
     largest so far, and the number of these groups; from the maxima of the rows in this block and so far."""

@@ -92,13 +92,13 @@ def test_queries(groups, dtype, dim, case):
     assert bool((found.quantised.abs().amax(-1) == 127)[:, :, :N].all()), "the range is not used"
 
 
-def prepared_keys(k, v, *, pv_int8, pooled, flags=None, groups=1, key_group=16, **arguments):
+def prepared_keys(k, v, *, pv_int8, pooled, flags=None, groups=1, key_group=16, judged=True, **arguments):
     """Keys, values and what the queries' launch sampled of them, as tensors."""
     from comfyui_spargeattn.kernels._triton.prepare_keys import prepare_keys
     from comfyui_spargeattn.kernels._triton.prepare_queries import prepare_queries
     _, statistics = prepare_queries(k, k, v, factor=FACTOR, block=BLOCK, flags=None, **arguments)
     keys, values = prepare_keys(k, v, statistics, block=BLOCK, pv_int8=pv_int8, pooled=pooled, flags=flags,
-                                groups=groups, key_group=key_group, **arguments)
+                                groups=groups, key_group=key_group, judged=judged, **arguments)
     return tensors(keys), values and tensors(values), tensors(statistics)
 
 
@@ -169,6 +169,44 @@ def test_keys_without_values():
     assert nothing is None and alone.pooled is None and alone.pooled_scale is None
     assert torch.equal(alone.quantised, both.quantised) and torch.equal(alone.mean, both.mean)
     assert torch.equal(alone.similarity, both.similarity)
+
+
+def test_similarity_is_left_out_where_nothing_asks_for_it():
+    """It is 1 then, but still tells blocks with flags and with numbers that are not finite; all else stays."""
+    from comfyui_spargeattn.kernels._triton.prepare_queries import prepare_queries
+    q, k, v = drifting_qkv(1, 2, N, 64, device=DEVICE)
+    q[:, 0, 70], k[:, 1, 40] = torch.inf, torch.nan
+    flags = flags_of([(130, 131)])
+    arguments = dict(order=None, padding=None)
+
+    def queries(judged):
+        return tensors(prepare_queries(q, k, v, factor=FACTOR, block=BLOCK, flags=flags, judged=judged, **arguments)[0])
+
+    def keys(judged):
+        return prepared_keys(k, v, pv_int8=False, pooled=True, flags=flags, judged=judged, **arguments)[0]
+
+    for prepare in (queries, keys):
+        asked, not_asked = prepare(True), prepare(False)
+        cosine = asked.similarity.abs() < 1
+        assert bool(cosine.any()) and bool(asked.similarity.isnan().any()) and bool(asked.similarity.isneginf().any())
+        asked.similarity[cosine] = 1
+        for name, x in vars(asked).items():
+            if x is not None:
+                torch.testing.assert_close(getattr(not_asked, name), x, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("pv_int8", (False, True))
+def test_programs_of_several_blocks_write_the_same(pv_int8, monkeypatch):
+    from comfyui_spargeattn.kernels._triton import prepare_keys
+    _, k, v = drifting_qkv(1, 2, N, 64, device=DEVICE)
+    arguments = dict(order=None, padding=None, pv_int8=pv_int8, pooled=True)
+    one = prepared_keys(k, v, **arguments)
+    monkeypatch.setattr(prepare_keys, "_LEAST_PROGRAMS", 1)  # six blocks: programs of four and of two
+    several = prepared_keys(k, v, **arguments)
+    for before, after in zip(one[:2], several[:2]):
+        for name, x in vars(before).items():
+            if x is not None and name != "channel_scale":  # which only blocks with outliers have
+                assert torch.equal(x, getattr(after, name)), name
 
 
 def test_long_sequences_are_sampled(monkeypatch):
