@@ -22,6 +22,7 @@ from .softmax import (
     beside_sums,
     frozen_max,
     mask_scores,
+    not_all,
     online_softmax_update,
     rounding_bytes,
     rows_below,
@@ -34,7 +35,7 @@ from .tiles import load_channels, load_tile
 # far (by 2^32) that P·V leaves float32.
 _MOST_TOTAL = tl.constexpr(2.0 ** 39)
 # In float16 with a frozen maximum P stays below the largest float16 where its sum does, and below the least sum small
-# probabilities would be lost.
+# probabilities would be lost. Sums over many keys are larger without such a P, which would leave infinity or NaN in acc.
 _MOST_FROZEN, _LEAST_FROZEN = tl.constexpr(60000.0), tl.constexpr(0.25)
 
 
@@ -136,10 +137,11 @@ def _attend_kernel(
             # Where a maximum rose too far, which is rare, this loop takes all blocks; a lane of zeros then makes NaN.
             total += tl.sum(lane_total, 1)
             if PV_INT8:
-                inside = total <= _MOST_TOTAL
+                again = not_all(total <= _MOST_TOTAL)
             else:
-                inside = (total <= _MOST_FROZEN) & (total >= _LEAST_FROZEN)
-            again = tl.max((inside == 0).to(tl.int32), 0) > 0
+                again = not_all((total <= _MOST_FROZEN) & (total >= _LEAST_FROZEN))
+                if again:
+                    again = not_all((total >= _LEAST_FROZEN) & (tl.sum(acc * 0.0, 1) == 0.0))
             first = warp_uniform(tl.where(again, 0, first), PTX=P_UNIT != 0)
             acc = tl.where(again, 0.0, acc)
             total = tl.where(again, 0.0, total)

@@ -59,6 +59,12 @@ def frozen_max(q, q_scale, k_ptr, k_scale_ptr, q_block, first_block, kv_batch_he
 
 
 @triton.jit
+def not_all(rows):
+    """Whether one of rows [N] is false."""
+    return tl.max((rows == 0).to(tl.int32), 0) > 0
+
+
+@triton.jit
 def sums_by_lane(p, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
     """The sums of P [BLOCK_Q, BLOCK_K] by rows as NVIDIA's tensor cores hold it, [BLOCK_Q, 4], each lane's of four for
     itself: adding them up, which takes shuffles, waits until the end."""

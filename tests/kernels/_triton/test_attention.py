@@ -235,7 +235,7 @@ def test_extremes(kind, pv_dtype, small_blocks):
 
 
 @formats
-@pytest.mark.parametrize("rise", (10.0, 31.0, 60.0, 300.0, -300.0))
+@pytest.mark.parametrize("rise", (10.0, 13.0, 31.0, 60.0, 300.0, -300.0))
 @pytest.mark.parametrize("skipped", ("drop", "pooled"))
 def test_a_maximum_that_rises_from_block_to_block(skipped, rise, pv_dtype, small_blocks):
     """In INT8, sums are relative to the maximum of the first block, in 16 bits P to that of the row's own place and the
