@@ -35,7 +35,7 @@ from .tiles import load_channels, load_tile
 # far (by 2^32) that P·V leaves float32.
 _MOST_TOTAL = tl.constexpr(2.0 ** 39)
 # In float16 with a frozen maximum P stays below the largest float16 where its sum does, and below the least sum small
-# probabilities would be lost. Sums over many keys are larger without such a P, which would leave infinity or NaN in acc.
+# probabilities would be lost. Sums over many keys are larger without such a P, which would leave infinity in acc.
 _MOST_FROZEN, _LEAST_FROZEN = tl.constexpr(60000.0), tl.constexpr(0.25)
 
 

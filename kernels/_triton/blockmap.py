@@ -15,6 +15,7 @@ from .threshold import PIECES, UNJUDGED, block_tile, by_row, find_threshold, loa
 
 _ROWS = 16  # query blocks of a program, the least that tensor cores multiply
 _RESIDENT = 512  # scores of a row that stay in registers while its threshold is sought, at most
+_SEARCHED = 256  # scores of a row beyond these that a step of the search takes together
 _CHUNK = 128  # scores of a row that a program looks at together elsewhere
 
 
@@ -122,8 +123,8 @@ def _select_kernel(
         q_blocks, k_blocks, q_tokens, heads, group,
         # constants
         D: tl.constexpr, PADDED_D: tl.constexpr, TOPK: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_Q: tl.constexpr,
-        BLOCK_K: tl.constexpr, ROWS: tl.constexpr, RESIDENT: tl.constexpr, CHUNK: tl.constexpr,
-        PRODUCT: tl.constexpr):
+        BLOCK_K: tl.constexpr, ROWS: tl.constexpr, RESIDENT: tl.constexpr, SEARCHED: tl.constexpr,
+        CHUNK: tl.constexpr, PRODUCT: tl.constexpr):
     """ROWS rows of the map a program.
 
     scores = q_mean · k_meanᵀ · factor + k_mean_bias. Under cdf a row keeps its largest softmax(scores) until their sum
@@ -179,7 +180,7 @@ def _select_kernel(
         D=D, PADDED_D=PADDED_D, TILE=PRODUCT)
     threshold, highest, n_visible = find_threshold(
         scores_ptr=scores_ptr, offset=offset, end=end, last=last, amount=amount, keep_all=keep_all,
-        TOPK=TOPK, ROWS=ROWS, RESIDENT=RESIDENT, CHUNK=CHUNK)
+        TOPK=TOPK, ROWS=ROWS, RESIDENT=RESIDENT, CHUNK=SEARCHED)
     n_plain, n_kept = write_list(
         scores_ptr=scores_ptr, k_count_ptr=k_count_ptr, k_mean_bias_ptr=k_mean_bias_ptr, k_biased_ptr=k_biased_ptr,
         v_block_scale_ptr=v_block_scale_ptr, v_plain_scale=v_plain_scale, threshold=threshold, highest=highest,
@@ -215,7 +216,7 @@ def select_blocks(queries: PreparedQueries, keys: PreparedKeys, values: Prepared
                      tail_ptr=lists.tail),
         sizes=dict(q_blocks=q_blocks, k_blocks=k_blocks, q_tokens=q_tokens, heads=heads, group=heads // kv_heads),
         constants=dict(D=dim, PADDED_D=padded, TOPK=selection == "topk", CAUSAL=causal, BLOCK_Q=block.q,
-                       BLOCK_K=block.k, ROWS=_ROWS, RESIDENT=_RESIDENT, CHUNK=_CHUNK,
-                       PRODUCT=min(64, 8192 // padded, _CHUNK)),
+                       BLOCK_K=block.k, ROWS=_ROWS, RESIDENT=_RESIDENT, SEARCHED=_SEARCHED,
+                       CHUNK=_CHUNK, PRODUCT=min(64, 8192 // padded, _CHUNK)),
         options=dict(num_warps=8, num_stages=2))
     return lists

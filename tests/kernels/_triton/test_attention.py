@@ -203,6 +203,7 @@ def test_long_rows_of_the_map(causal, monkeypatch):
     call = dict(params=TOPK, causal=causal, skipped="pooled")
     whole = check_call(q, k, v, **call)
     monkeypatch.setattr(blockmap, "_CHUNK", 32)
+    monkeypatch.setattr(blockmap, "_SEARCHED", 32)
     monkeypatch.setattr(blockmap, "_RESIDENT", 32)
     assert torch.equal(check_call(q, k, v, **call).mask(), whole.mask())
 

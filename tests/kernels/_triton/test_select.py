@@ -105,6 +105,7 @@ def test_selection(selection, causal, n_q, n_k):
 def test_per_head_and_padding(selection, chunk, resident, monkeypatch):
     from comfyui_spargeattn.kernels._triton import blockmap
     monkeypatch.setattr(blockmap, "_CHUNK", chunk)
+    monkeypatch.setattr(blockmap, "_SEARCHED", chunk)
     monkeypatch.setattr(blockmap, "_RESIDENT", resident)
     queries, keys = prepared(1000, 1500, padded=True, spread=2.0)
     check(queries, keys, n_q=1000, n_k=1500, selection=selection, causal=False, amounts=[0.3, 1.0, 0.8, 0.5],
