@@ -13,27 +13,60 @@ def add_pooled_tail(
         BLOCK_Q: tl.constexpr, PADDED_D: tl.constexpr, PITCH: tl.constexpr,
         TAIL_TILE: tl.constexpr, PV_INT8: tl.constexpr, P_SHIFT: tl.constexpr, TMA: tl.constexpr):
     """Add the skipped blocks of a row of the map to acc [BLOCK_Q, PADDED_D] and total [BLOCK_Q]: each is one key, with
-    the means of its keys and values. Returns both with the new running maximum [BLOCK_Q]."""
-    for start in range(0, k_blocks, TAIL_TILE):  # all of it, without a test for skipped blocks: loads run ahead
-        k_block = start + tl.arange(0, TAIL_TILE)  # [TAIL_TILE]
-        inside = k_block < k_blocks
-        k = load_pooled(source=pooled_k, kv_batch_head=kv_batch_head, k_blocks=k_blocks, start=start, PITCH=PITCH,
-                        ROWS=TAIL_TILE, COLS=PADDED_D, TMA=TMA)  # [TAIL_TILE, PADDED_D] int8
-        k_scale = tl.load(pooled_k_scale_ptr + kv_batch_head.to(tl.int64) * k_blocks + k_block, mask=inside,
-                          other=0.0).to(tl.float32)
-        weight = tl.load(tail_weight_ptr + map_row * k_blocks + k_block, mask=inside,
-                         other=float("-inf")).to(tl.float32)
-        scores = tl.dot(q, tl.trans(k)).to(tl.float32) * k_scale[None, :] * q_scale[:, None] + weight[None, :]
-        p, decay, total, running_max, local_max = online_softmax_update(
-            total=total, running_max=running_max, scores=scores, scores_max=tl.max(scores, 1),
-            scale=tl.full([BLOCK_Q], 1.0, tl.float32), P_SHIFT=P_SHIFT)
-        v = load_pooled(source=pooled_v, kv_batch_head=kv_batch_head, k_blocks=k_blocks, start=start, PITCH=PITCH,
-                        ROWS=TAIL_TILE, COLS=PADDED_D, TMA=TMA)  # [TAIL_TILE, PADDED_D] float16
-        if PV_INT8:
-            # A product of its own, which `fma` keeps apart from the sum: accumulated inside it, ptxas runs short of
-            # registers for the loops above too and lets every product of the kernel wait for the one before.
+    the means of its keys and values. Returns both with the new running maximum [BLOCK_Q].
+
+    All tiles are taken, without a test for skipped blocks, so that loads run ahead. A sum is rescaled beside a product
+    in INT8 and before all of them in 16 bits: else ptxas runs short of registers, for the loops above too, and lets
+    every product of the kernel wait for the one before.
+    """
+    if PV_INT8:
+        for start in range(0, k_blocks, TAIL_TILE):
+            scores = tail_scores(
+                q=q, q_scale=q_scale, pooled_k=pooled_k, pooled_k_scale_ptr=pooled_k_scale_ptr,
+                tail_weight_ptr=tail_weight_ptr, map_row=map_row, kv_batch_head=kv_batch_head, k_blocks=k_blocks,
+                start=start, PADDED_D=PADDED_D, PITCH=PITCH, TAIL_TILE=TAIL_TILE, TMA=TMA)
+            p, decay, total, running_max, _ = online_softmax_update(
+                total=total, running_max=running_max, scores=scores, scores_max=tl.max(scores, 1),
+                scale=tl.full([BLOCK_Q], 1.0, tl.float32), P_SHIFT=P_SHIFT)
+            v = load_pooled(source=pooled_v, kv_batch_head=kv_batch_head, k_blocks=k_blocks, start=start, PITCH=PITCH,
+                            ROWS=TAIL_TILE, COLS=PADDED_D, TMA=TMA)  # [TAIL_TILE, PADDED_D] float16
             decay = tl.broadcast_to(decay[:, None], [BLOCK_Q, PADDED_D])
             acc = tl.fma(acc, decay, tl.dot(p.to(tl.float16), v))
-        else:
-            acc = acc * decay[:, None] + tl.dot(p.to(tl.float16), v)
+    else:
+        before = running_max
+        for start in range(0, k_blocks, TAIL_TILE):
+            scores = tail_scores(
+                q=q, q_scale=q_scale, pooled_k=pooled_k, pooled_k_scale_ptr=pooled_k_scale_ptr,
+                tail_weight_ptr=tail_weight_ptr, map_row=map_row, kv_batch_head=kv_batch_head, k_blocks=k_blocks,
+                start=start, PADDED_D=PADDED_D, PITCH=PITCH, TAIL_TILE=TAIL_TILE, TMA=TMA)
+            running_max = tl.maximum(running_max, tl.max(scores, 1))
+        decay = tl.exp2(before - running_max)
+        acc *= decay[:, None]
+        total *= decay
+        for start in range(0, k_blocks, TAIL_TILE):
+            scores = tail_scores(
+                q=q, q_scale=q_scale, pooled_k=pooled_k, pooled_k_scale_ptr=pooled_k_scale_ptr,
+                tail_weight_ptr=tail_weight_ptr, map_row=map_row, kv_batch_head=kv_batch_head, k_blocks=k_blocks,
+                start=start, PADDED_D=PADDED_D, PITCH=PITCH, TAIL_TILE=TAIL_TILE, TMA=TMA)
+            p = tl.exp2(scores - running_max[:, None])
+            total += tl.sum(p, 1)
+            v = load_pooled(source=pooled_v, kv_batch_head=kv_batch_head, k_blocks=k_blocks, start=start, PITCH=PITCH,
+                            ROWS=TAIL_TILE, COLS=PADDED_D, TMA=TMA)
+            acc = tl.dot(p.to(tl.float16), v, acc)
     return acc, total, running_max
+
+
+@triton.jit
+def tail_scores(
+        q, q_scale, pooled_k, pooled_k_scale_ptr, tail_weight_ptr, map_row, kv_batch_head, k_blocks, start,
+        PADDED_D: tl.constexpr, PITCH: tl.constexpr, TAIL_TILE: tl.constexpr, TMA: tl.constexpr):
+    """Scores of the pooled keys from block `start` on, [BLOCK_Q, TAIL_TILE], log2; -inf for blocks that are not
+    skipped."""
+    k_block = start + tl.arange(0, TAIL_TILE)  # [TAIL_TILE]
+    inside = k_block < k_blocks
+    k = load_pooled(source=pooled_k, kv_batch_head=kv_batch_head, k_blocks=k_blocks, start=start, PITCH=PITCH,
+                    ROWS=TAIL_TILE, COLS=PADDED_D, TMA=TMA)  # [TAIL_TILE, PADDED_D] int8
+    k_scale = tl.load(pooled_k_scale_ptr + kv_batch_head.to(tl.int64) * k_blocks + k_block, mask=inside,
+                      other=0.0).to(tl.float32)
+    weight = tl.load(tail_weight_ptr + map_row * k_blocks + k_block, mask=inside, other=float("-inf")).to(tl.float32)
+    return tl.dot(q, tl.trans(k)).to(tl.float32) * k_scale[None, :] * q_scale[:, None] + weight[None, :]

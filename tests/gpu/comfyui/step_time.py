@@ -190,35 +190,35 @@ def with_sol_attention(model, tau=1.3):
 
 
 def compare(nodes, log, family, device):
-    """One row for dense attention, one for each peer, share of kept blocks and preset."""
+    """Yields a row for dense attention, one for each peer, share of kept blocks and preset."""
     from comfy_host import pack_module
     from sampling import apply
 
     model, clock = load(family, device), Clock(device)
-    rows = [{"model": family.name, "tokens": family.tokens, "attention": "dense", **measure(model, family, clock)}]
+    dense = measure(model, family, clock)
+
+    def row(attention, measured, **others):
+        return {"model": family.name, "tokens": family.tokens, "attention": attention, **others, **measured,
+                "speedup": dense["step_ms"] / measured["step_ms"],
+                "attention_share": measured["attention_ms"] / measured["step_ms"]}
+
+    yield row("dense", dense)
     peers = {"comfy-kitchen int8": with_int8_attention(model), "sol_attn τ=1.3": with_sol_attention(model)}
     for name, peer in peers.items():
         if peer is not None:
-            rows.append({"model": family.name, "tokens": family.tokens, "attention": name,
-                         **measure(peer, family, clock)})
+            yield row(name, measure(peer, family, clock))
     for percent in KEEP_PERCENT:
         log.lines.clear()
         selection = {"selection": "topk", "keep_percent": percent, "similarity_threshold": -1.0}
-        row = measure(apply(nodes, model, selection=selection), family, clock)
+        measured = measure(apply(nodes, model, selection=selection), family, clock)
         sparse = about_sparse_calls(log)
         assert sparse and all(f"{count} attention calls sparse" in line for count, line in zip(
             (2 * family.calls, STEPS * family.calls, STEPS * family.calls), sparse)), log.lines
-        rows.append({"model": family.name, "tokens": family.tokens, "attention": f"keep {percent:g}%",
-                     "log": sparse[-1], **row})
+        yield row(f"keep {percent:g}%", measured, log=sparse[-1])
     for preset in pack_module(nodes, "nodes.presets").PRESETS:
         log.lines.clear()
-        row = measure(apply(nodes, model, preset=preset), family, clock, PRESET_STEPS, statistics.fmean)
-        rows.append({"model": family.name, "tokens": family.tokens, "attention": f"{preset}, {PRESET_STEPS} steps",
-                     "log": about_sparse_calls(log)[-1], **row})
-    for row in rows:
-        row["speedup"] = rows[0]["step_ms"] / row["step_ms"]
-        row["attention_share"] = row["attention_ms"] / row["step_ms"]
-    return rows
+        measured = measure(apply(nodes, model, preset=preset), family, clock, PRESET_STEPS, statistics.fmean)
+        yield row(f"{preset}, {PRESET_STEPS} steps", measured, log=about_sparse_calls(log)[-1])
 
 
 def about_sparse_calls(log):
@@ -255,18 +255,19 @@ def main():
     families = full_size()
     if options.tiny:
         families = {name: FAMILIES[name] for name in families}
-    rows = []
-    for name, family in families.items():
-        if options.only in (None, name):
-            rows += compare(nodes, log, family, device)
-            comfy.model_management.unload_all_models()
-            comfy.model_management.soft_empty_cache()
-    print(table(rows))
-    options.out.write_text(json.dumps({
+    report = {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu", "torch": torch.__version__,
         "comfyui": comfyui_version.__version__,
-        "default_attention": comfy.ldm.modules.attention.optimized_attention.__name__, "steps": STEPS, "rows": rows,
-    }, indent=1))
+        "default_attention": comfy.ldm.modules.attention.optimized_attention.__name__, "steps": STEPS, "rows": [],
+    }
+    for name, family in families.items():
+        if options.only in (None, name):
+            for row in compare(nodes, log, family, device):
+                report["rows"].append(row)
+                options.out.write_text(json.dumps(report, indent=1))  # what is measured stays if the next row fails
+            comfy.model_management.unload_all_models()
+            comfy.model_management.soft_empty_cache()
+    print(table(report["rows"]))
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ pytestmark = pytest.mark.slow
 HERE = Path(__file__).parent
 ARCHES = ("sm80", "sm89", "sm90", "sm100", "sm120", "gfx942", "gfx1100", "gfx1201")  # sm86 gets what sm89 gets
 KERNELS = {"_queries_kernel", "_keys_kernel", "_select_kernel", "_attend_kernel", "_count_kernel"}
-VARIANTS = {"plain", "pooled tail, bias", "causal, padding", "λ test, order", "residual, log-sum-exp", "residual made",
-            "everything"}
+VARIANTS = {"plain", "pooled tail", "pooled tail, bias", "causal, padding", "λ test, order", "residual, log-sum-exp",
+            "residual made", "everything"}
 # Up to this head_dim no variant spills registers but for these, in bytes a thread, with Triton 3.9; the table in
 # config.py says what bounds them. Beyond, the accumulators alone fill the registers.
 PROMISED_DIM = 128

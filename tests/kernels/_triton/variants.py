@@ -19,6 +19,7 @@ def variants() -> dict[str, tuple[CallSpec, str]]:
     bias, order = torch.zeros(1, TOKENS), torch.arange(TOKENS, dtype=torch.int32)
     return {
         "plain": (CallSpec(cdf), "none"),
+        "pooled tail": (CallSpec(topk, skipped="pooled"), "none"),
         "pooled tail, bias": (CallSpec(topk, skipped="pooled", key_bias=bias), "none"),
         "causal, padding": (CallSpec(cdf, causal=True, key_padding_mask=bias.bool()), "none"),
         "λ test, order": (CallSpec(skipping, order=order), "none"),
