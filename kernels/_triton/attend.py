@@ -19,6 +19,7 @@ from .prepared import PreparedKeys, PreparedQueries, PreparedValues
 from .primitives import order_rows, padded_dim, threshold_of, token_strides, warp_uniform
 from .softmax import (
     INT8_UNIT,
+    SUMS_BY_LANE,
     beside_sums,
     frozen_max,
     mask_scores,
@@ -202,7 +203,10 @@ def _attend_kernel(
                 factor *= tl.where(by_channel, 1.0, v_scale) if CARE else v_scale
             elif FROZEN and not CARE:
                 p = tl.exp2(scores * scale[:, None] - running_max[:, None])
-                lane_total += sums_by_lane(p, BLOCK_Q, BLOCK_K)
+                if SUMS_BY_LANE:
+                    lane_total += sums_by_lane(p, BLOCK_Q, BLOCK_K)
+                else:
+                    total += tl.sum(p, 1)
             else:
                 p, decay, total, running_max, local_max = online_softmax_update(
                     total=total, running_max=running_max, scores=scores, scores_max=scores_max, scale=scale,

@@ -2,10 +2,13 @@
 import triton
 import triton.language as tl
 
+from ..triton_package import triton_version
 from .tiles import load_tile
 
 # log2 of the unit in which P is packed by PTX: 16 times float16's smallest number, see `to_int8_operand`.
 INT8_UNIT = -20
+# Triton 3.2 would send P through shared memory for `sums_by_lane`.
+SUMS_BY_LANE = tl.constexpr((triton_version() or (3, 3)) >= (3, 3))
 
 
 @triton.jit

@@ -146,7 +146,7 @@ def test_no_synchronisation(pv_dtype):
 @pytest.mark.parametrize("kind", ("plain", "everything"))
 def test_no_recompilation(kind, pv_dtype, monkeypatch):
     """A call with another length, batch, number of heads, threshold or scale compiles no kernel. (One that keeps every
-    block has a preparation of its own.)"""
+    block has a preparation of its own, and so has one with the judge off.)"""
     import triton
 
     from comfyui_spargeattn.kernels._triton import launch, prepare_queries
@@ -162,7 +162,8 @@ def test_no_recompilation(kind, pv_dtype, monkeypatch):
 
     prepare_queries._queries_kernel.device_caches.clear()
     launch.forget()
-    run(1000, 4, 1, 0.9, 0.5, None)
+    for theta in (0.5, -1.0):
+        run(1000, 4, 1, 0.9, theta, None)
     assert compiled, "the hook did not see the compilation of a kernel whose cache is empty"
     compiled.clear()
     for n in (1, 15, 16, 17, 64, 128, 1001, 1024, 4097, 20000):

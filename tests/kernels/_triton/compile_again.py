@@ -41,8 +41,9 @@ def main(arch):
     triton.knobs.runtime.jit_cache_hook = lambda **event: compiled.append(event["fn"].name)
     again = []
     for everything in (False, True):
-        launch(everything=everything)
-        assert compiled, "the hook did not see the first compilation"
+        for theta in (0.5, -1.0):  # with similarity and, where the judge is off, without
+            launch(theta=theta, everything=everything)
+        assert compiled, "the hook did not see the first compilations"
         compiled.clear()
         for n in (1, 15, 16, 17, 64, 128, 1001, 1024, 4097):
             launch(n, everything=everything)

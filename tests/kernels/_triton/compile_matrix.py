@@ -38,8 +38,9 @@ def compile_for(arch: str, triton: Path, path: str) -> tuple[str, list[str]]:
     said = [f"{error} (head_dim {line['dim']}, P·V {line['pv_dtype']})" for error, line in failed.items()]
     said += [f"P goes through shared memory in the format that is the default (head_dim {line['dim']}, P·V "
              f"{line['pv_dtype']})" for line in lines if line.get("waiting")]
-    said += [f"tensor-core products wait for one another (head_dim {line['dim']}, P·V {line['pv_dtype']}, "
-             f"{line['variant']})" for line in lines if line.get("serialised") and line["variant"] != "everything"]
+    if tuple(map(int, version(triton).split(".")[:2])) >= (3, 4):  # the assembler of older ones can't do better
+        said += [f"tensor-core products wait for one another (head_dim {line['dim']}, P·V {line['pv_dtype']}, "
+                 f"{line['variant']})" for line in lines if line.get("serialised") and line["variant"] != "everything"]
     if failed:  # what the compiler's passes have against a kernel stands in stderr alone
         said += [line for line in process.stderr.splitlines() if "error:" in line][:3]
     if process.returncode:
