@@ -54,7 +54,7 @@ def _both(block: BlockShape, warps: int, stages: int, maxnreg: int | None = None
 # registers spill, with any switch, but where a comment says so; bytes are of a thread, with Triton 3.9.
 _TABLE: dict[str, dict[int, tuple[AttendConfig, AttendConfig]]] = {
     # Measured as the fastest. At head_dim 128 they spill, but load few in the loop over blocks that need no care: INT8
-    # up to 88 bytes, because a third thread block leaves 168 registers, of which sums, products and, in the careful
+    # up to 104 bytes, because a third thread block leaves 168 registers, of which sums, products and, in the careful
     # loop, scales by channel fill 160; 16 bits up to 304, most where a thread's 128 sums meet 128 residuals. At
     # head_dim 64, 16 bits with a pooled tail spill 16.
     "sm90": {
@@ -79,7 +79,8 @@ _TABLE: dict[str, dict[int, tuple[AttendConfig, AttendConfig]]] = {
         256: _both(BlockShape(64, 64), 8, 2),
     },
     # RTX 30, 40 and 50: 99 KB of shared memory. RTX 50 spills up to 16 bytes in three variants of 16 bits at head_dim
-    # 64, under the cap by which a third thread block fits, and 16 in INT8 at 128 with all switches.
+    # 64, under the cap by which a third thread block fits, and up to 32 in INT8 at 128 with a pooled tail or all
+    # switches.
     "consumer": {
         64: (AttendConfig(BlockShape(64, 64), 4, 2, 168), AttendConfig(BlockShape(64, 64), 4, 3)),
         128: (AttendConfig(BlockShape(128, 64), 8, 3), AttendConfig(BlockShape(128, 32), 8, 3)),

@@ -19,8 +19,8 @@ VARIANTS = {"plain", "pooled tail", "pooled tail, bias", "causal, padding", "λ 
 # Up to this head_dim no variant spills registers but for these, in bytes a thread, with Triton 3.9; the table in
 # config.py says what bounds them. Beyond, the accumulators alone fill the registers.
 PROMISED_DIM = 128
-SPILLED = {("sm80", 128, "int8"): 96, ("sm120", 64, "fp16"): 16, ("sm120", 128, "int8"): 16,
-           ("sm90", 64, "fp16"): 16, ("sm90", 128, "int8"): 88, ("sm90", 128, "fp16"): 304,
+SPILLED = {("sm80", 128, "int8"): 96, ("sm120", 64, "fp16"): 16, ("sm120", 128, "int8"): 32,
+           ("sm90", 64, "fp16"): 16, ("sm90", 128, "int8"): 104, ("sm90", 128, "fp16"): 304,
            ("gfx1100", 128, "int8"): 756, ("gfx1100", 128, "fp16"): 476,
            ("gfx1201", 128, "int8"): 64, ("gfx1201", 128, "fp16"): 36}
 # One of these multiplies INT8 natively.
