@@ -20,6 +20,9 @@ DEVICE = "cuda" if ON_GPU else "cpu"
 # The interpreter does not multiply bfloat16.
 DTYPES = (torch.float16, torch.bfloat16, torch.float32) if ON_GPU else (torch.float16, torch.float32)
 PV_FORMATS = ("fp16", "int8")
+# (layout, format of P·V): all on a GPU, each once in the interpreter, where a call takes seconds.
+LAYOUTS_AND_FORMATS = [(layout, pv_dtype) for layout, usual in (("BHND", "int8"), ("BNHD", "fp16"))
+                       for pv_dtype in (PV_FORMATS if ON_GPU else (usual,))]
 # Distance to the λ test's limit, in log2 units, that one INT8 rounding can make up.
 _UNDECIDED = 0.02
 

@@ -7,7 +7,7 @@ import torch
 from comfyui_spargeattn.kernels import SpargeParams, sparge_attention
 from comfyui_spargeattn.tests.assertions import assert_near, relative_l1
 from comfyui_spargeattn.tests.cases import drifting_qkv
-from comfyui_spargeattn.tests.kernels._triton.harness import DEVICE, DTYPES, ON_GPU, PV_FORMATS, recorded_maps
+from comfyui_spargeattn.tests.kernels._triton.harness import DEVICE, DTYPES, LAYOUTS_AND_FORMATS, ON_GPU, recorded_maps
 from comfyui_spargeattn.tests.kernels.test_lse import CALLS, exact_lse
 
 N = 1500 if ON_GPU else 150
@@ -16,8 +16,7 @@ N = 1500 if ON_GPU else 150
 QUANTISED = 0.6
 
 
-@pytest.mark.parametrize("pv_dtype", PV_FORMATS)
-@pytest.mark.parametrize("layout", ("BHND", "BNHD"))
+@pytest.mark.parametrize("layout, pv_dtype", LAYOUTS_AND_FORMATS)
 @pytest.mark.parametrize("name", CALLS)
 def test_against_float64(name, layout, pv_dtype, small_blocks):
     q, k, v = drifting_qkv(2, 4, N, 64, kv_heads=2, dtype=torch.float16, device=DEVICE)

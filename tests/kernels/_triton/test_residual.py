@@ -5,7 +5,7 @@ import torch
 from comfyui_spargeattn.kernels import Residual, SpargeParams, attention_residual, dense_attention, sparge_attention
 from comfyui_spargeattn.tests.assertions import assert_near
 from comfyui_spargeattn.tests.cases import drifting_qkv
-from comfyui_spargeattn.tests.kernels._triton.harness import DEVICE, DTYPES, ON_GPU, PV_FORMATS
+from comfyui_spargeattn.tests.kernels._triton.harness import DEVICE, DTYPES, LAYOUTS_AND_FORMATS, ON_GPU
 
 N = 1500 if ON_GPU else 150
 PARAMS = SpargeParams(cdf_threshold=0.5, similarity_threshold=-1.0)
@@ -31,8 +31,7 @@ def assert_same(made: Residual, difference: torch.Tensor):
     assert_near(made.tensor(), difference, atol=0.51 * step + 2e-6, what="residual")
 
 
-@pytest.mark.parametrize("pv_dtype", PV_FORMATS)
-@pytest.mark.parametrize("layout", ("BHND", "BNHD"))
+@pytest.mark.parametrize("layout, pv_dtype", LAYOUTS_AND_FORMATS)
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
 def test_is_what_dense_attention_has_beyond(call, layout, pv_dtype, small_blocks):
     q, k, v, dense = inputs(layout=layout)
