@@ -19,40 +19,34 @@ def add_pooled_tail(
     in INT8 and before all of them in 16 bits: else ptxas runs short of registers, for the loops above too, and lets
     every product of the kernel wait for the one before.
     """
-    if PV_INT8:
+    before = running_max
+    for SUM in tl.static_range(1 if PV_INT8 else 0, 2):
+        if SUM and not PV_INT8:
+            decay = tl.exp2(before - running_max)
+            acc *= decay[:, None]
+            total *= decay
         for start in range(0, k_blocks, TAIL_TILE):
             scores = tail_scores(
                 q=q, q_scale=q_scale, pooled_k=pooled_k, pooled_k_scale_ptr=pooled_k_scale_ptr,
                 tail_weight_ptr=tail_weight_ptr, map_row=map_row, kv_batch_head=kv_batch_head, k_blocks=k_blocks,
                 start=start, PADDED_D=PADDED_D, PITCH=PITCH, TAIL_TILE=TAIL_TILE, TMA=TMA)
-            p, decay, total, running_max, _ = online_softmax_update(
-                total=total, running_max=running_max, scores=scores, scores_max=tl.max(scores, 1),
-                scale=tl.full([BLOCK_Q], 1.0, tl.float32), P_SHIFT=P_SHIFT)
-            v = load_pooled(source=pooled_v, kv_batch_head=kv_batch_head, k_blocks=k_blocks, start=start, PITCH=PITCH,
-                            ROWS=TAIL_TILE, COLS=PADDED_D, TMA=TMA)  # [TAIL_TILE, PADDED_D] float16
-            decay = tl.broadcast_to(decay[:, None], [BLOCK_Q, PADDED_D])
-            acc = tl.fma(acc, decay, tl.dot(p.to(tl.float16), v))
-    else:
-        before = running_max
-        for start in range(0, k_blocks, TAIL_TILE):
-            scores = tail_scores(
-                q=q, q_scale=q_scale, pooled_k=pooled_k, pooled_k_scale_ptr=pooled_k_scale_ptr,
-                tail_weight_ptr=tail_weight_ptr, map_row=map_row, kv_batch_head=kv_batch_head, k_blocks=k_blocks,
-                start=start, PADDED_D=PADDED_D, PITCH=PITCH, TAIL_TILE=TAIL_TILE, TMA=TMA)
-            running_max = tl.maximum(running_max, tl.max(scores, 1))
-        decay = tl.exp2(before - running_max)
-        acc *= decay[:, None]
-        total *= decay
-        for start in range(0, k_blocks, TAIL_TILE):
-            scores = tail_scores(
-                q=q, q_scale=q_scale, pooled_k=pooled_k, pooled_k_scale_ptr=pooled_k_scale_ptr,
-                tail_weight_ptr=tail_weight_ptr, map_row=map_row, kv_batch_head=kv_batch_head, k_blocks=k_blocks,
-                start=start, PADDED_D=PADDED_D, PITCH=PITCH, TAIL_TILE=TAIL_TILE, TMA=TMA)
-            p = tl.exp2(scores - running_max[:, None])
-            total += tl.sum(p, 1)
-            v = load_pooled(source=pooled_v, kv_batch_head=kv_batch_head, k_blocks=k_blocks, start=start, PITCH=PITCH,
-                            ROWS=TAIL_TILE, COLS=PADDED_D, TMA=TMA)
-            acc = tl.dot(p.to(tl.float16), v, acc)
+            if not SUM:
+                running_max = tl.maximum(running_max, tl.max(scores, 1))
+            else:
+                if PV_INT8:
+                    p, decay, total, running_max, _ = online_softmax_update(
+                        total=total, running_max=running_max, scores=scores, scores_max=tl.max(scores, 1),
+                        scale=tl.full([BLOCK_Q], 1.0, tl.float32), P_SHIFT=P_SHIFT)
+                else:
+                    p = tl.exp2(scores - running_max[:, None])
+                    total += tl.sum(p, 1)
+                v = load_pooled(source=pooled_v, kv_batch_head=kv_batch_head, k_blocks=k_blocks, start=start,
+                                PITCH=PITCH, ROWS=TAIL_TILE, COLS=PADDED_D, TMA=TMA)  # [TAIL_TILE, PADDED_D] float16
+                if PV_INT8:
+                    decay = tl.broadcast_to(decay[:, None], [BLOCK_Q, PADDED_D])
+                    acc = tl.fma(acc, decay, tl.dot(p.to(tl.float16), v))
+                else:
+                    acc = tl.dot(p.to(tl.float16), v, acc)
     return acc, total, running_max
 
 

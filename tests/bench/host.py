@@ -59,7 +59,8 @@ def _through_override(q: Tensor, k: Tensor, v: Tensor, params: SpargeParams, rep
                           transformer_options=transformer_options)
             found.append(_median(run, repeats))
 
-        told = {KEY: Expectation(_GRID), "cond_or_uncond": [0]}
+        # A model numbers its transformer blocks. Without, each call here would be a block whose map the report wants.
+        told = {KEY: Expectation(_GRID), "cond_or_uncond": [0], "block_type": "double", "block_index": 0}
         override.names.count(model, q, q, transformer_options=options | told)
 
     sample(override, evaluate, steps=1)
