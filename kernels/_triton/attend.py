@@ -129,6 +129,7 @@ def _attend_kernel(
     indices_ptr += map_row * k_blocks
     n_plain = tl.load(counts_ptr + map_row * 3)
     n_kept = tl.load(counts_ptr + map_row * 3 + 1)
+    tail_end = k_blocks
 
     # Blocks that need no care come first in the list, in a loop of their own.
     for CARE in tl.static_range(2):
@@ -144,6 +145,8 @@ def _attend_kernel(
                 if again:
                     again = not_all((total >= _LEAST_FROZEN) & (tl.sum(acc * 0.0, 1) == 0.0))
             first = warp_uniform(tl.where(again, 0, first), PTX=P_UNIT != 0)
+            if FROZEN:  # the tail is in acc already
+                tail_end = tl.where(again, k_blocks, 0)
             acc = tl.where(again, 0.0, acc)
             total = tl.where(again, 0.0, total)
             running_max = tl.where(again, -1e30, running_max)
@@ -157,6 +160,13 @@ def _attend_kernel(
             running_max = frozen_max(q=q, q_scale=q_scale, k_ptr=k_ptr, k_scale_ptr=k_scale_ptr, q_block=q_block,
                                      first_block=next_block, kv_batch_head=kv_batch_head, k_blocks=k_blocks,
                                      BLOCK_Q=BLOCK_Q, BLOCK_K=BLOCK_K, PADDED_D=PADDED_D, PITCH=PITCH, TMA=TMA)
+            if pooled_k_ptr is not None:  # first, while acc is empty: behind the loop ptxas runs short of registers
+                acc, total, running_max = add_pooled_tail(
+                    acc=acc, total=total, running_max=running_max, q=q, q_scale=q_scale, pooled_k=pooled_k_ptr,
+                    pooled_k_scale_ptr=pooled_k_scale_ptr, pooled_v=pooled_v_ptr, tail_weight_ptr=tail_weight_ptr,
+                    map_row=map_row, kv_batch_head=kv_batch_head, k_blocks=k_blocks, end=k_blocks, BLOCK_Q=BLOCK_Q,
+                    PADDED_D=PADDED_D, PITCH=PITCH, TAIL_TILE=TAIL_TILE, PV_INT8=False, FROZEN=True, P_SHIFT=P_SHIFT,
+                    TMA=TMA, STAGES=None)
         for entry in range(first, last):
             k_block, k_scale, v_scale = next_block, next_k_scale, next_v_scale
             next_block = tl.load(indices_ptr + entry + 1, mask=entry + 1 < n_kept, other=0)
@@ -248,13 +258,13 @@ def _attend_kernel(
             if CARE and not (PV_INT8 or FP16_SUMS):
                 acc *= v_scale
 
-    if pooled_k_ptr is not None:
+    if pooled_k_ptr is not None:  # of one stage where it is rare: more would take memory from another thread block
         acc, total, running_max = add_pooled_tail(
             acc=acc, total=total, running_max=running_max, q=q, q_scale=q_scale, pooled_k=pooled_k_ptr,
-            pooled_k_scale_ptr=pooled_k_scale_ptr, pooled_v=pooled_v_ptr,
-            tail_weight_ptr=tail_weight_ptr, map_row=map_row, kv_batch_head=kv_batch_head, k_blocks=k_blocks,
-            BLOCK_Q=BLOCK_Q, PADDED_D=PADDED_D, PITCH=PITCH, TAIL_TILE=TAIL_TILE, PV_INT8=PV_INT8, P_SHIFT=P_SHIFT,
-            TMA=TMA)
+            pooled_k_scale_ptr=pooled_k_scale_ptr, pooled_v=pooled_v_ptr, tail_weight_ptr=tail_weight_ptr,
+            map_row=map_row, kv_batch_head=kv_batch_head, k_blocks=k_blocks, end=tail_end, BLOCK_Q=BLOCK_Q,
+            PADDED_D=PADDED_D, PITCH=PITCH, TAIL_TILE=TAIL_TILE, PV_INT8=PV_INT8, FROZEN=False, P_SHIFT=P_SHIFT,
+            TMA=TMA, STAGES=1 if FROZEN else None)
 
     write_output(
         acc=acc, total=total, v_scale_ptr=v_scale_ptr, v_centre_ptr=v_centre_ptr, order_ptr=order_ptr,

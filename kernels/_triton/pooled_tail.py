@@ -9,23 +9,25 @@ from .tiles import load_pooled
 @triton.jit
 def add_pooled_tail(
         acc, total, running_max, q, q_scale, pooled_k, pooled_k_scale_ptr, pooled_v, tail_weight_ptr, map_row,
-        kv_batch_head, k_blocks,
-        BLOCK_Q: tl.constexpr, PADDED_D: tl.constexpr, PITCH: tl.constexpr,
-        TAIL_TILE: tl.constexpr, PV_INT8: tl.constexpr, P_SHIFT: tl.constexpr, TMA: tl.constexpr):
-    """Add the skipped blocks of a row of the map to acc [BLOCK_Q, PADDED_D] and total [BLOCK_Q]: each is one key, with
-    the means of its keys and values. Returns both with the new running maximum [BLOCK_Q].
+        kv_batch_head, k_blocks, end,
+        BLOCK_Q: tl.constexpr, PADDED_D: tl.constexpr, PITCH: tl.constexpr, TAIL_TILE: tl.constexpr,
+        PV_INT8: tl.constexpr, FROZEN: tl.constexpr, P_SHIFT: tl.constexpr, TMA: tl.constexpr, STAGES: tl.constexpr):
+    """Add the skipped blocks before `end` of a row of the map to acc [BLOCK_Q, PADDED_D] and total [BLOCK_Q]: each is
+    one key, with the means of its keys and values. Returns both with the new running maximum [BLOCK_Q], which stays
+    what it is under FROZEN: P then may leave float16, as in the loop over blocks. STAGES: of the pipeline, None for
+    that of the launch.
 
     All tiles are taken, without a test for skipped blocks, so that loads run ahead. A sum is rescaled beside a product
-    in INT8 and before all of them in 16 bits: else ptxas runs short of registers, for the loops above too, and lets
-    every product of the kernel wait for the one before.
+    in INT8 and before all of them in 16 bits: else ptxas runs short of registers, for the loops over blocks too, and
+    lets every product of the kernel wait for the one before.
     """
     before = running_max
-    for SUM in tl.static_range(1 if PV_INT8 else 0, 2):
-        if SUM and not PV_INT8:
+    for SUM in tl.static_range(1 if PV_INT8 or FROZEN else 0, 2):
+        if SUM and not (PV_INT8 or FROZEN):
             decay = tl.exp2(before - running_max)
             acc *= decay[:, None]
             total *= decay
-        for start in range(0, k_blocks, TAIL_TILE):
+        for start in tl.range(0, end, TAIL_TILE, num_stages=STAGES):
             scores = tail_scores(
                 q=q, q_scale=q_scale, pooled_k=pooled_k, pooled_k_scale_ptr=pooled_k_scale_ptr,
                 tail_weight_ptr=tail_weight_ptr, map_row=map_row, kv_batch_head=kv_batch_head, k_blocks=k_blocks,

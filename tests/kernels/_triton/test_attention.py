@@ -250,11 +250,12 @@ def test_a_maximum_that_rises_from_block_to_block(skipped, rise, pv_dtype, small
 
 @formats
 @pytest.mark.parametrize("own", (-40.0, 3.0, 40.0))
-def test_own_keys_that_are_not_kept(own, pv_dtype, small_blocks):
+@pytest.mark.parametrize("skipped", ("drop", "pooled"))
+def test_own_keys_that_are_not_kept(skipped, own, pv_dtype, small_blocks):
     """In 16 bits P is relative to the scores of those keys, although their block is left out; `own`: in log2 units."""
     q, _, v = random_qkv(1, 2, 300, 64, dtype=torch.float32, device=DEVICE)
     q[:, :, 1::2] = -q[:, :, ::2]  # means are zero but for the first channel, which lets the first blocks be kept
     k = q * own / (q * q).sum(-1, keepdim=True) / LOG2E
     q[..., 0], k[..., 0] = 1.0, torch.linspace(1.0, 0.0, 300, device=DEVICE)
-    found = check_call(q, k, v, params=SpargeParams(topk=0.2), pv_dtype=pv_dtype, scale=1.0)
+    found = check_call(q, k, v, params=SpargeParams(topk=0.2), pv_dtype=pv_dtype, skipped=skipped, scale=1.0)
     assert not found.mask()[:, :, 3, 3 * found.block.q // found.block.k].any()
