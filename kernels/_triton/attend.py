@@ -12,11 +12,12 @@ from ..formats import INT8_MAX, ROW_GROUP
 from ..types import Residual
 from .block_lists import BlockLists
 from .config import AttendConfig
-from .launch import HAS_DESCRIPTORS, Region, allocate, descriptor, launch
+from .launch import HAS_DESCRIPTORS, Region, TensorDescriptor, allocate, descriptor, launch
 from .output import Target, write_lse, write_output
 from .pooled_tail import add_pooled_tail
 from .prepared import PreparedKeys, PreparedQueries, PreparedValues
-from .primitives import order_rows, padded_dim, threshold_of, token_strides, warp_uniform
+from .primitives import channel_tiles, order_rows, padded_dim, threshold_of, token_strides, warp_uniform
+from .products import plus_values, times_keys
 from .softmax import (
     INT8_UNIT,
     SUMS_BY_LANE,
@@ -30,7 +31,7 @@ from .softmax import (
     sums_by_lane,
     to_int8_operand,
 )
-from .tiles import load_channels, load_tile
+from .tiles import load_tile
 
 # Where the sum of P of a row, relative to the maximum of its first block, is beyond this, its maximum may have risen so
 # far (by 2^32) that P·V leaves float32.
@@ -44,9 +45,9 @@ _MOST_FROZEN, _LEAST_FROZEN = tl.constexpr(60000.0), tl.constexpr(0.25)
                                "heads", "group", "order_rows", "residual_batch", "lse_batch"])
 def _attend_kernel(
         # inputs
-        q_ptr, q_scale_ptr, k_ptr, k_scale_ptr, v_ptr, v_scale_ptr, v_centre_ptr, v_block_scale_ptr,
-        v_channel_scale_ptr, v_plain_scale, k_valid_ptr,
-        k_bias_ptr, indices_ptr, counts_ptr, pooled_k_ptr, pooled_k_scale_ptr, pooled_v_ptr, tail_weight_ptr,
+        q_ptr, q_scale_ptr, k_ptr, k_rest_ptr, k_scale_ptr, v_ptr, v_rest_ptr, v_scale_ptr, v_centre_ptr,
+        v_block_scale_ptr, v_channel_scale_ptr, v_plain_scale, k_valid_ptr, k_bias_ptr, indices_ptr, counts_ptr,
+        pooled_k_ptr, pooled_k_rest_ptr, pooled_k_scale_ptr, pooled_v_ptr, pooled_v_rest_ptr, tail_weight_ptr,
         order_ptr, per_head_ptr, pv_threshold, residual_ptr, residual_scale_ptr,
         # outputs
         out_ptr, lse_ptr, skips_ptr, made_ptr, made_scale_ptr,
@@ -54,11 +55,11 @@ def _attend_kernel(
         stride_b: tl.int64, stride_h: tl.int64, stride_n: tl.int64, q_blocks, k_blocks, q_tokens, k_tokens, heads,
         group, order_rows, residual_batch, lse_batch,
         # constants
-        D: tl.constexpr, PADDED_D: tl.constexpr, PITCH: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-        ALIGN: tl.constexpr, PV_INT8: tl.constexpr, KEY_GROUP: tl.constexpr, FP16_SUMS: tl.constexpr,
-        FROZEN: tl.constexpr, CAUSAL: tl.constexpr, SKIP_PV: tl.constexpr, ROW_GROUP: tl.constexpr,
-        TAIL_TILE: tl.constexpr, P_SHIFT: tl.constexpr, P_UNIT: tl.constexpr, TMA: tl.constexpr,
-        INT8_MAX: tl.constexpr):
+        D: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, PITCH: tl.constexpr, BLOCK_Q: tl.constexpr,
+        BLOCK_K: tl.constexpr, ALIGN: tl.constexpr, PV_INT8: tl.constexpr, KEY_GROUP: tl.constexpr,
+        FP16_SUMS: tl.constexpr, FROZEN: tl.constexpr, CAUSAL: tl.constexpr, SKIP_PV: tl.constexpr,
+        ROW_GROUP: tl.constexpr, TAIL_TILE: tl.constexpr, P_SHIFT: tl.constexpr, P_UNIT: tl.constexpr,
+        TMA: tl.constexpr, INT8_MAX: tl.constexpr):
     """A block of queries a program, over its list of kept blocks; the online softmax in log2 units.
 
     s = (q · kᵀ) · q_scale · k_scale + k_bias                    of a kept block, -inf where a query sees no key
@@ -77,7 +78,10 @@ def _attend_kernel(
     Σ p. With a pooled tail each skipped block is one more key.
     Source: SpargeAttn (arXiv 2502.18137), sections 3.4 and 3.5.
 
-    Inputs; under TMA, k_ptr, v_ptr, pooled_k_ptr and pooled_v_ptr are descriptors of the same as matrices:
+    Channels come as one tile of MAIN or two of MAIN and REST, see `channel_tiles`.
+
+    Inputs; under TMA, k_ptr, v_ptr, pooled_k_ptr and pooled_v_ptr are descriptors of the same as matrices, in tiles of
+    MAIN channels. k_rest_ptr and the like are the same in tiles of REST channels, None without:
     q_ptr: int8 (B, H, q_blocks · BLOCK_Q, PITCH).
     q_scale_ptr: float32 (B, H, q_blocks · BLOCK_Q), with the softmax scale and log2 e.
     k_ptr: int8 (B, Hkv, k_blocks · BLOCK_K, PITCH).
@@ -110,14 +114,18 @@ def _attend_kernel(
     kv_batch_head = batch * (heads // group) + head // group
     map_row = batch_head.to(tl.int64) * q_blocks + q_block
     lane = tl.arange(0, BLOCK_Q)
-    channels = tl.arange(0, PADDED_D)
     q_places = q_block * BLOCK_Q + lane
 
-    q = load_tile(source=q_ptr, row=map_row * BLOCK_Q, PITCH=PITCH, ROWS=BLOCK_Q, COLS=PADDED_D,
-                  TMA=False)  # [BLOCK_Q, PADDED_D] int8
+    q = load_tile(source=q_ptr, row=map_row * BLOCK_Q, PITCH=PITCH, ROWS=BLOCK_Q, FIRST=0, COLS=MAIN,
+                  TMA=False)  # [BLOCK_Q, MAIN] int8
+    q_rest = q
+    if REST:
+        q_rest = load_tile(source=q_ptr, row=map_row * BLOCK_Q, PITCH=PITCH, ROWS=BLOCK_Q, FIRST=MAIN, COLS=REST,
+                           TMA=False)  # [BLOCK_Q, REST] int8
     q_scale = tl.load(q_scale_ptr + map_row * BLOCK_Q + lane)  # [BLOCK_Q]
     limit = threshold_of(per_head_ptr=per_head_ptr, ROW=2, head=head, heads=heads, value=pv_threshold)
-    acc = tl.zeros([BLOCK_Q, PADDED_D], tl.float32)
+    acc = tl.zeros([BLOCK_Q, MAIN], tl.float32)
+    acc_rest = tl.zeros([BLOCK_Q, REST if REST else 1], tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
     lane_total = tl.zeros([BLOCK_Q, 4], tl.float32)  # what the plain loop adds to it, each lane for itself
     running_max = tl.full([BLOCK_Q], -1e30, tl.float32)
@@ -129,7 +137,6 @@ def _attend_kernel(
     indices_ptr += map_row * k_blocks
     n_plain = tl.load(counts_ptr + map_row * 3)
     n_kept = tl.load(counts_ptr + map_row * 3 + 1)
-    tail_end = k_blocks
 
     # Blocks that need no care come first in the list, in a loop of their own.
     for CARE in tl.static_range(2):
@@ -143,11 +150,14 @@ def _attend_kernel(
             else:
                 again = not_all((total <= _MOST_FROZEN) & (total >= _LEAST_FROZEN))
                 if again:
-                    again = not_all((total >= _LEAST_FROZEN) & (tl.sum(acc * 0.0, 1) == 0.0))
+                    nothing = tl.sum(acc * 0.0, 1)  # NaN where a sum is infinite
+                    if REST:
+                        nothing += tl.sum(acc_rest * 0.0, 1)
+                    again = not_all((total >= _LEAST_FROZEN) & (nothing == 0.0))
             first = warp_uniform(tl.where(again, 0, first), PTX=P_UNIT != 0)
-            if FROZEN:  # the tail is in acc already
-                tail_end = tl.where(again, k_blocks, 0)
             acc = tl.where(again, 0.0, acc)
+            if REST:
+                acc_rest = tl.where(again, 0.0, acc_rest)
             total = tl.where(again, 0.0, total)
             running_max = tl.where(again, -1e30, running_max)
             highest = tl.where(again, -1e30, highest)
@@ -157,25 +167,20 @@ def _attend_kernel(
         next_k_scale = tl.load(k_scale_ptr + next_block)
         next_v_scale = tl.load(v_block_scale_ptr + next_block)
         if FROZEN and not CARE:
-            running_max = frozen_max(q=q, q_scale=q_scale, k_ptr=k_ptr, k_scale_ptr=k_scale_ptr, q_block=q_block,
-                                     first_block=next_block, kv_batch_head=kv_batch_head, k_blocks=k_blocks,
-                                     BLOCK_Q=BLOCK_Q, BLOCK_K=BLOCK_K, PADDED_D=PADDED_D, PITCH=PITCH, TMA=TMA)
-            if pooled_k_ptr is not None:  # first, while acc is empty: behind the loop ptxas runs short of registers
-                acc, total, running_max = add_pooled_tail(
-                    acc=acc, total=total, running_max=running_max, q=q, q_scale=q_scale, pooled_k=pooled_k_ptr,
-                    pooled_k_scale_ptr=pooled_k_scale_ptr, pooled_v=pooled_v_ptr, tail_weight_ptr=tail_weight_ptr,
-                    map_row=map_row, kv_batch_head=kv_batch_head, k_blocks=k_blocks, end=k_blocks, BLOCK_Q=BLOCK_Q,
-                    PADDED_D=PADDED_D, PITCH=PITCH, TAIL_TILE=TAIL_TILE, PV_INT8=False, FROZEN=True, P_SHIFT=P_SHIFT,
-                    TMA=TMA, STAGES=None)
+            running_max = frozen_max(
+                q=q, q_rest=q_rest, q_scale=q_scale, k_ptr=k_ptr, k_rest_ptr=k_rest_ptr, k_scale_ptr=k_scale_ptr,
+                q_block=q_block, first_block=next_block, kv_batch_head=kv_batch_head, k_blocks=k_blocks,
+                BLOCK_Q=BLOCK_Q, BLOCK_K=BLOCK_K, MAIN=MAIN, REST=REST, PITCH=PITCH, TMA=TMA)
         for entry in range(first, last):
             k_block, k_scale, v_scale = next_block, next_k_scale, next_v_scale
             next_block = tl.load(indices_ptr + entry + 1, mask=entry + 1 < n_kept, other=0)
             next_k_scale = tl.load(k_scale_ptr + next_block)
             if PV_INT8 or CARE:
                 next_v_scale = tl.load(v_block_scale_ptr + next_block)
-            k = load_tile(source=k_ptr, row=(kv_batch_head * k_blocks + k_block) * BLOCK_K, PITCH=PITCH, ROWS=BLOCK_K,
-                          COLS=PADDED_D, TMA=TMA)  # [BLOCK_K, PADDED_D] int8
-            products = tl.dot(q, tl.trans(k))  # [BLOCK_Q, BLOCK_K] int32
+            products = times_keys(
+                q=q, q_rest=q_rest, k_ptr=k_ptr, k_rest_ptr=k_rest_ptr,
+                row=(kv_batch_head * k_blocks + k_block) * BLOCK_K, BLOCK_K=BLOCK_K, MAIN=MAIN, REST=REST, PITCH=PITCH,
+                TMA=TMA)  # [BLOCK_Q, BLOCK_K] int32
             scores = products.to(tl.float32)
             scale = q_scale * k_scale  # [BLOCK_Q]
             if CARE:
@@ -186,6 +191,7 @@ def _attend_kernel(
                 scores_max = tl.max(scores, 1)
             elif not FROZEN:
                 scores_max = tl.max(products, 1).to(tl.float32)  # of integers: three in one instruction on sm90
+            factor, by_channel = scale, False  # of INT8 alone
             if PV_INT8:
                 local_max = scores_max * scale
                 if SKIP_PV:
@@ -198,12 +204,14 @@ def _attend_kernel(
                     running_max = tl.maximum(before, block_max)
                     decay = tl.exp2(before - running_max)
                     acc *= decay[:, None]
+                    if REST:
+                        acc_rest *= decay[:, None]
                     total *= decay
                 else:
                     running_max = tl.where(entry == 0, block_max, running_max)
                 p = tl.exp2(scores * scale[:, None] - (block_max - (P_SHIFT + P_UNIT))[:, None])
-                p_int8, sums = to_int8_operand(p=p, row_bytes=rounding_bytes(block_max), BLOCK_Q=BLOCK_Q,
-                                               BLOCK_K=BLOCK_K, KEY_GROUP=KEY_GROUP, P_UNIT=P_UNIT)
+                operand, sums = to_int8_operand(p=p, row_bytes=rounding_bytes(block_max), BLOCK_Q=BLOCK_Q,
+                                                BLOCK_K=BLOCK_K, KEY_GROUP=KEY_GROUP, P_UNIT=P_UNIT)
                 factor = tl.exp2(block_max - running_max)
                 if CARE or lse_ptr is not None:  # integers lose a bias that is NaN, and small probabilities
                     total += tl.sum(p, 1) * (factor * 2.0 ** -P_UNIT)
@@ -225,6 +233,8 @@ def _attend_kernel(
                 if CARE and not FP16_SUMS:  # the sums are brought to the unit of this block's values and back
                     decay /= v_scale
                 acc *= decay[:, None]
+                if REST:
+                    acc_rest *= decay[:, None]
             n_below = 0
             if SKIP_PV:
                 # Values that are not finite reach every row.
@@ -236,42 +246,33 @@ def _attend_kernel(
                     factor = tl.where(below, 0.0, factor)
                 else:
                     p = tl.where(below[:, None], 0.0, p)
+            if not PV_INT8:
+                operand = p
             if n_below < BLOCK_Q // ROW_GROUP:
-                if PV_INT8:
-                    v = load_channels(source=v_ptr, row=kv_batch_head * D, column=k_block * BLOCK_K,
-                                      pitch=k_blocks * BLOCK_K, ROWS=PADDED_D, COLS=BLOCK_K, LIMIT=D,
-                                      TMA=TMA)  # [PADDED_D, BLOCK_K] int8
-                    product = tl.dot(p_int8, tl.trans(v)).to(tl.float32)
-                    if CARE:
-                        channel_scale = tl.load(v_channel_scale_ptr + (kv_offset + k_block) * D + channels,
-                                                mask=channels < tl.where(by_channel, D, 0), other=1.0)  # [PADDED_D]
-                        product *= channel_scale[None, :]
-                    acc = tl.fma(product, tl.broadcast_to(factor[:, None], [BLOCK_Q, PADDED_D]), acc)
-                else:
-                    v = load_tile(source=v_ptr, row=(kv_batch_head * k_blocks + k_block) * BLOCK_K, PITCH=PITCH,
-                                  ROWS=BLOCK_K, COLS=PADDED_D, TMA=TMA)  # [BLOCK_K, PADDED_D] float16
-                    if FP16_SUMS:
-                        product = tl.dot(p.to(tl.float16), v, out_dtype=tl.float16).to(tl.float32)
-                        acc += product * v_scale if CARE else product
-                    else:
-                        acc = tl.dot(p.to(tl.float16), v, acc)
+                acc, acc_rest = plus_values(
+                    acc=acc, acc_rest=acc_rest, p=operand, factor=factor, v_ptr=v_ptr, v_rest_ptr=v_rest_ptr,
+                    v_scale=v_scale, v_channel_scale_ptr=v_channel_scale_ptr, by_channel=by_channel,
+                    kv_batch_head=kv_batch_head, k_block=k_block, k_blocks=k_blocks, BLOCK_Q=BLOCK_Q, BLOCK_K=BLOCK_K,
+                    MAIN=MAIN, REST=REST, D=D, PITCH=PITCH, PV_INT8=PV_INT8, FP16_SUMS=FP16_SUMS, CARE=CARE, TMA=TMA)
             if CARE and not (PV_INT8 or FP16_SUMS):
                 acc *= v_scale
+                if REST:
+                    acc_rest *= v_scale
 
-    if pooled_k_ptr is not None:  # of one stage where it is rare: more would take memory from another thread block
-        acc, total, running_max = add_pooled_tail(
-            acc=acc, total=total, running_max=running_max, q=q, q_scale=q_scale, pooled_k=pooled_k_ptr,
-            pooled_k_scale_ptr=pooled_k_scale_ptr, pooled_v=pooled_v_ptr, tail_weight_ptr=tail_weight_ptr,
-            map_row=map_row, kv_batch_head=kv_batch_head, k_blocks=k_blocks, end=tail_end, BLOCK_Q=BLOCK_Q,
-            PADDED_D=PADDED_D, PITCH=PITCH, TAIL_TILE=TAIL_TILE, PV_INT8=PV_INT8, FROZEN=False, P_SHIFT=P_SHIFT,
-            TMA=TMA, STAGES=1 if FROZEN else None)
+    if pooled_k_ptr is not None:
+        acc, acc_rest, total, running_max = add_pooled_tail(
+            acc=acc, acc_rest=acc_rest, total=total, running_max=running_max, q=q, q_rest=q_rest, q_scale=q_scale,
+            pooled_k=pooled_k_ptr, pooled_k_rest=pooled_k_rest_ptr, pooled_k_scale_ptr=pooled_k_scale_ptr,
+            pooled_v=pooled_v_ptr, pooled_v_rest=pooled_v_rest_ptr, tail_weight_ptr=tail_weight_ptr, map_row=map_row,
+            kv_batch_head=kv_batch_head, k_blocks=k_blocks, BLOCK_Q=BLOCK_Q, MAIN=MAIN, REST=REST, PITCH=PITCH,
+            TAIL_TILE=TAIL_TILE, PV_INT8=PV_INT8, P_SHIFT=P_SHIFT, TMA=TMA)
 
     write_output(
-        acc=acc, total=total, v_scale_ptr=v_scale_ptr, v_centre_ptr=v_centre_ptr, order_ptr=order_ptr,
-        residual_ptr=residual_ptr, residual_scale_ptr=residual_scale_ptr, out_ptr=out_ptr, made_ptr=made_ptr,
-        made_scale_ptr=made_scale_ptr, kv_batch_head=kv_batch_head, batch=batch, head=head, group=group,
-        order_rows=order_rows, q_places=q_places, stride_b=stride_b, stride_h=stride_h, stride_n=stride_n,
-        q_tokens=q_tokens, residual_batch=residual_batch, D=D, PADDED_D=PADDED_D, ALIGN=ALIGN, INT8_MAX=INT8_MAX)
+        acc=acc, acc_rest=acc_rest, total=total, v_scale_ptr=v_scale_ptr, v_centre_ptr=v_centre_ptr,
+        order_ptr=order_ptr, residual_ptr=residual_ptr, residual_scale_ptr=residual_scale_ptr, out_ptr=out_ptr,
+        made_ptr=made_ptr, made_scale_ptr=made_scale_ptr, kv_batch_head=kv_batch_head, batch=batch, head=head,
+        group=group, order_rows=order_rows, q_places=q_places, stride_b=stride_b, stride_h=stride_h, stride_n=stride_n,
+        q_tokens=q_tokens, residual_batch=residual_batch, D=D, MAIN=MAIN, REST=REST, ALIGN=ALIGN, INT8_MAX=INT8_MAX)
     if lse_ptr is not None:
         write_lse(total=total, running_max=running_max, order_ptr=order_ptr, lse_ptr=lse_ptr, batch=batch, head=head,
                   group=group, order_rows=order_rows, q_places=q_places, q_tokens=q_tokens, lse_batch=lse_batch,
@@ -292,34 +293,43 @@ def attend(queries: PreparedQueries, keys: PreparedKeys, values: PreparedValues,
     out, made, lse = target.out, target.residual, target.lse
     batch, heads, q_tokens, dim = out.shape
     kv_heads, k_blocks = keys.similarity.shape[1:]
-    q_blocks, pitch, padded = queries.similarity.shape[2], keys.quantised.shape[-1], padded_dim(dim)
+    q_blocks, pitch = queries.similarity.shape[2], keys.quantised.shape[-1]
     block, pv_int8 = config.block, values.values.dtype == torch.int8
     skip_pv = pv_threshold < float("inf")
     skips = None
     if skip_pv and count_skips:
         skips, = allocate(out.device, ((batch, heads, q_blocks), torch.int32))
-    k, v, pooled_k, pooled_v = keys.quantised, values.values, keys.pooled, values.pooled
-    tma = config.tma and HAS_DESCRIPTORS
-    if tma:
-        rows = batch * kv_heads
-        k = descriptor(k, rows * k_blocks * block.k, pitch, [block.k, padded])
-        v = (descriptor(v, rows * dim, k_blocks * block.k, [padded, block.k]) if pv_int8 else
-             descriptor(v, rows * k_blocks * block.k, pitch, [block.k, padded]))
-        if pooled_k is not None:
-            tile = [config.tail_tile, padded]
-            pooled_k, pooled_v = (descriptor(x, rows * k_blocks, pitch, tile) for x in (pooled_k, pooled_v))
+    # Two products inside the branch of the λ test come out wrong in 16 bits with Triton 3.6.
+    tiles = (padded_dim(dim), 0) if skip_pv else channel_tiles(dim)
+    rows, tma = batch * kv_heads, config.tma and HAS_DESCRIPTORS
+
+    def in_tiles(x: Region | None, rows: int, pitch: int, *tile: int) -> Region | TensorDescriptor | None:
+        """x as the kernel takes it, None for tiles without channels."""
+        if x is None or 0 in tile:
+            return None
+        return descriptor(x, rows, pitch, [*tile]) if tma else x
+
+    k, k_rest = (in_tiles(keys.quantised, rows * k_blocks * block.k, pitch, block.k, n) for n in tiles)
+    if pv_int8:
+        v, v_rest = (in_tiles(values.values, rows * dim, k_blocks * block.k, n, block.k) for n in tiles)
+    else:
+        v, v_rest = (in_tiles(values.values, rows * k_blocks * block.k, pitch, block.k, n) for n in tiles)
+    pooled_k, pooled_k_rest = (in_tiles(keys.pooled, rows * k_blocks, pitch, config.tail_tile, n) for n in tiles)
+    pooled_v, pooled_v_rest = (in_tiles(values.pooled, rows * k_blocks, pitch, config.tail_tile, n) for n in tiles)
     # Causal rows see their own keys with care only, and other keys than the queries' have no place in common with them.
     frozen = predicted and not (pv_int8 or config.fp16_sums or skip_pv or causal) and q_tokens == k_tokens
     strides, align = token_strides(out)
     stored = residual or made
     launch(
         _attend_kernel, (q_blocks * batch * heads,), out.device,
-        inputs=dict(q_ptr=queries.quantised, q_scale_ptr=queries.scale, k_ptr=k, k_scale_ptr=keys.scale, v_ptr=v,
-                    v_scale_ptr=values.scale, v_centre_ptr=values.centre, v_block_scale_ptr=values.block_scale,
+        inputs=dict(q_ptr=queries.quantised, q_scale_ptr=queries.scale, k_ptr=k, k_rest_ptr=k_rest,
+                    k_scale_ptr=keys.scale, v_ptr=v, v_rest_ptr=v_rest, v_scale_ptr=values.scale,
+                    v_centre_ptr=values.centre, v_block_scale_ptr=values.block_scale,
                     v_channel_scale_ptr=values.channel_scale, v_plain_scale=values.plain_scale,
                     k_valid_ptr=keys.valid, k_bias_ptr=keys.bias, indices_ptr=lists.indices, counts_ptr=lists.counts,
-                    pooled_k_ptr=pooled_k, pooled_k_scale_ptr=keys.pooled_scale, pooled_v_ptr=pooled_v,
-                    tail_weight_ptr=lists.tail, order_ptr=order, per_head_ptr=per_head, pv_threshold=pv_threshold,
+                    pooled_k_ptr=pooled_k, pooled_k_rest_ptr=pooled_k_rest, pooled_k_scale_ptr=keys.pooled_scale,
+                    pooled_v_ptr=pooled_v, pooled_v_rest_ptr=pooled_v_rest, tail_weight_ptr=lists.tail,
+                    order_ptr=order, per_head_ptr=per_head, pv_threshold=pv_threshold,
                     residual_ptr=residual and residual.quantised, residual_scale_ptr=residual and residual.scale),
         outputs=dict(out_ptr=out, lse_ptr=lse, skips_ptr=skips, made_ptr=made and made.quantised,
                      made_scale_ptr=made and made.scale),
@@ -327,7 +337,7 @@ def attend(queries: PreparedQueries, keys: PreparedKeys, values: PreparedValues,
                    k_blocks=k_blocks, q_tokens=q_tokens, k_tokens=k_tokens, heads=heads, group=heads // kv_heads,
                    order_rows=order_rows(order), residual_batch=stored.rows_a_batch if stored else 0,
                    lse_batch=0 if lse is None else lse.stride(0)),
-        constants=dict(D=dim, PADDED_D=padded, PITCH=pitch, BLOCK_Q=block.q, BLOCK_K=block.k, ALIGN=align,
+        constants=dict(D=dim, MAIN=tiles[0], REST=tiles[1], PITCH=pitch, BLOCK_Q=block.q, BLOCK_K=block.k, ALIGN=align,
                        PV_INT8=pv_int8, KEY_GROUP=config.key_group, FP16_SUMS=config.fp16_sums, FROZEN=frozen,
                        CAUSAL=causal, SKIP_PV=skip_pv, ROW_GROUP=ROW_GROUP, TAIL_TILE=config.tail_tile,
                        P_SHIFT=math.log2(INT8_MAX) if pv_int8 else 0.0,

@@ -50,7 +50,7 @@ def _both(block: BlockShape, warps: int, stages: int, maxnreg: int | None = None
     return config, config
 
 
-# family -> head_dim padded to a power of two -> configurations: 16-bit P·V, then INT8 P·V. Up to head_dim 128 no
+# family -> the most channels, see `channel_tiles` -> configurations: 16-bit P·V, then INT8 P·V. Up to head_dim 128 no
 # registers spill, with any switch, but where a comment says so; bytes are of a thread, with Triton 3.9.
 _TABLE: dict[str, dict[int, tuple[AttendConfig, AttendConfig]]] = {
     # Measured as the fastest. At head_dim 128 they spill, but load few in the loop over blocks that need no care: INT8
@@ -60,8 +60,11 @@ _TABLE: dict[str, dict[int, tuple[AttendConfig, AttendConfig]]] = {
     "sm90": {
         64: (AttendConfig(BlockShape(64, 128), 4, 2, 168, tma=True),
              AttendConfig(BlockShape(64, 128), 4, 3, 168, tma=True)),
+        96: (AttendConfig(BlockShape(64, 64), 4, 2, 128, tma=True),
+             AttendConfig(BlockShape(64, 128), 4, 2, 168, tma=True)),
         128: (AttendConfig(BlockShape(128, 64), 4, 3, tma=True),
               AttendConfig(BlockShape(64, 128), 4, 2, 168, tma=True)),
+        160: _both(BlockShape(64, 64), 4, 2, 168, tma=True),
         256: _both(BlockShape(64, 64), 4, 2, tma=True),
     },
     # Four warps: Triton 3.9 does not compile the λ test with eight here.
@@ -112,12 +115,13 @@ _FAMILIES = {"sm80": "sm80", "sm90": "sm90", "sm100": "sm100", "sm103": "sm100",
 
 
 @functools.lru_cache
-def attend_config(arch: str, padded_dim: int, pv_format: str) -> AttendConfig:
-    """The configuration for an architecture ("sm90", "gfx942", …), a head_dim padded to a power of two, and a format of
-    P·V, "int8" or "fp16"."""
+def attend_config(arch: str, channels: int, pv_format: str) -> AttendConfig:
+    """The configuration for an architecture ("sm90", "gfx942", …), the channels of a head in whole tiles, at most 256,
+    and a format of P·V, "int8" or "fp16"."""
     family = _FAMILIES.get(arch) or _FAMILIES.get(arch[:4]) or ("consumer" if arch.startswith("sm") else "other")
-    return replace(_TABLE[family][max(64, padded_dim)][pv_format == "int8"], ptx=arch.startswith("sm"),
-                   fp16_sums=family == "consumer" and pv_format == "fp16",
+    entries = _TABLE[family]
+    entry = entries[min(most for most in entries if most >= channels)][pv_format == "int8"]
+    return replace(entry, ptx=arch.startswith("sm"), fp16_sums=family == "consumer" and pv_format == "fp16",
                    key_group=32 if family in ("sm80", "consumer") and _eight_keys_a_thread() else 16)
 
 

@@ -35,34 +35,76 @@ class Target:
 
 @triton.jit
 def write_output(
-        acc, total, v_scale_ptr, v_centre_ptr, order_ptr, residual_ptr, residual_scale_ptr, out_ptr, made_ptr,
+        acc, acc_rest, total, v_scale_ptr, v_centre_ptr, order_ptr, residual_ptr, residual_scale_ptr, out_ptr, made_ptr,
         made_scale_ptr, kv_batch_head, batch, head, group, order_rows, q_places, stride_b, stride_h, stride_n, q_tokens,
-        residual_batch, D: tl.constexpr, PADDED_D: tl.constexpr, ALIGN: tl.constexpr, INT8_MAX: tl.constexpr):
+        residual_batch, D: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, ALIGN: tl.constexpr,
+        INT8_MAX: tl.constexpr):
     """Write acc / total in the units of V to the tokens at q_places, zero in rows that saw no key, plus the residual if
-    there is one; or write what out_ptr has beyond it, if that is to be made."""
-    channels = tl.arange(0, PADDED_D)
-    scale = tl.load(v_scale_ptr + kv_batch_head * D + channels, mask=channels < D, other=0.0)
-    centre = tl.load(v_centre_ptr + kv_batch_head * D + channels, mask=channels < D, other=0.0)
-    out = tl.where(total[:, None] == 0, 0.0, acc / total[:, None] * scale[None, :] + centre[None, :])
+    there is one; or write what out_ptr has beyond it, if that is to be made. Of the channels from MAIN on: acc_rest."""
     tokens = tokens_at(places=q_places, order_ptr=order_ptr, order_row=(head // group) % order_rows, n_tokens=q_tokens)
     rows = row_pointers(x_ptr=out_ptr, batch=batch, head=head, tokens=tokens, stride_b=stride_b, stride_h=stride_h,
                         stride_n=stride_n, ALIGN=ALIGN)
     exists = q_places < q_tokens
-    mask = exists[:, None] & (channels < D)
-    if residual_ptr is not None:
-        row = rows_of(batch=batch, head=head, tokens=tokens, q_tokens=q_tokens, batch_rows=residual_batch)
-        residual = tl.load(residual_ptr + row[:, None] * D + channels, mask=mask, other=0)  # [BLOCK_Q, PADDED_D] int8
-        out += residual.to(tl.float32) * tl.load(residual_scale_ptr + row, mask=exists, other=0.0)[:, None]
+    row = rows_of(batch=batch, head=head, tokens=tokens, q_tokens=q_tokens, batch_rows=residual_batch)
+    out = _in_units_of_values(
+        acc=acc, total=total, v_scale_ptr=v_scale_ptr, v_centre_ptr=v_centre_ptr, residual_ptr=residual_ptr,
+        residual_scale_ptr=residual_scale_ptr, kv_batch_head=kv_batch_head, row=row, exists=exists, D=D, FIRST=0,
+        CHANNELS=MAIN)
+    rest = out
+    if REST:
+        rest = _in_units_of_values(
+            acc=acc_rest, total=total, v_scale_ptr=v_scale_ptr, v_centre_ptr=v_centre_ptr, residual_ptr=residual_ptr,
+            residual_scale_ptr=residual_scale_ptr, kv_batch_head=kv_batch_head, row=row, exists=exists, D=D, FIRST=MAIN,
+            CHANNELS=REST)
     if made_ptr is not None:
-        row = rows_of(batch=batch, head=head, tokens=tokens, q_tokens=q_tokens, batch_rows=residual_batch)
-        residual = tl.load(rows[:, None] + channels, mask=mask, other=0.0).to(tl.float32) - out
-        residual = tl.where(mask & (tl.abs(residual) < float("inf")), residual, 0.0)  # NaN is not below infinity
-        scale = tl.max(tl.abs(residual), 1) / INT8_MAX
+        out = _lacking(out=out, rows=rows, exists=exists, D=D, FIRST=0, CHANNELS=MAIN)
+        largest = tl.max(tl.abs(out), 1)
+        if REST:
+            rest = _lacking(out=rest, rows=rows, exists=exists, D=D, FIRST=MAIN, CHANNELS=REST)
+            largest = tl.maximum(largest, tl.max(tl.abs(rest), 1))
+        scale = largest / INT8_MAX
         tl.store(made_scale_ptr + row, scale, mask=exists)
-        residual /= tl.maximum(scale, 1e-30)[:, None]
-        tl.store(made_ptr + row[:, None] * D + channels, to_int8(residual), mask=mask)
+        made = made_ptr + row * D
+        divisor = tl.maximum(scale, 1e-30)[:, None]
+        _store(made, to_int8(out / divisor), exists, D, 0, MAIN)
+        if REST:
+            _store(made, to_int8(rest / divisor), exists, D, MAIN, REST)
     else:
-        tl.store(rows[:, None] + channels, out.to(out_ptr.dtype.element_ty), mask=mask)
+        _store(rows, out.to(out_ptr.dtype.element_ty), exists, D, 0, MAIN)
+        if REST:
+            _store(rows, rest.to(out_ptr.dtype.element_ty), exists, D, MAIN, REST)
+
+
+@triton.jit
+def _in_units_of_values(
+        acc, total, v_scale_ptr, v_centre_ptr, residual_ptr, residual_scale_ptr, kv_batch_head, row, exists,
+        D: tl.constexpr, FIRST: tl.constexpr, CHANNELS: tl.constexpr):
+    """acc [BLOCK_Q, CHANNELS] / total in the units of V, plus the residual of `row` [BLOCK_Q] if there is one."""
+    channels = FIRST + tl.arange(0, CHANNELS)
+    scale = tl.load(v_scale_ptr + kv_batch_head * D + channels, mask=channels < D, other=0.0)
+    centre = tl.load(v_centre_ptr + kv_batch_head * D + channels, mask=channels < D, other=0.0)
+    out = tl.where(total[:, None] == 0, 0.0, acc / total[:, None] * scale[None, :] + centre[None, :])
+    if residual_ptr is not None:
+        residual = tl.load(residual_ptr + row[:, None] * D + channels, mask=exists[:, None] & (channels < D),
+                           other=0)  # [BLOCK_Q, CHANNELS] int8
+        out += residual.to(tl.float32) * tl.load(residual_scale_ptr + row, mask=exists, other=0.0)[:, None]
+    return out
+
+
+@triton.jit
+def _lacking(out, rows, exists, D: tl.constexpr, FIRST: tl.constexpr, CHANNELS: tl.constexpr):
+    """What the tensor at `rows` has beyond `out` [BLOCK_Q, CHANNELS], zero where that is not finite."""
+    channels = FIRST + tl.arange(0, CHANNELS)
+    mask = exists[:, None] & (channels < D)
+    residual = tl.load(rows[:, None] + channels, mask=mask, other=0.0).to(tl.float32) - out
+    return tl.where(mask & (tl.abs(residual) < float("inf")), residual, 0.0)  # NaN is not below infinity
+
+
+@triton.jit
+def _store(rows, x, exists, D: tl.constexpr, FIRST: tl.constexpr, CHANNELS: tl.constexpr):
+    """Store x [BLOCK_Q, CHANNELS] in the rows that exist, from channel FIRST on."""
+    channels = FIRST + tl.arange(0, CHANNELS)
+    tl.store(rows[:, None] + channels, x, mask=exists[:, None] & (channels < D))
 
 
 @triton.jit

@@ -23,7 +23,7 @@ from .output import Target
 from .prepare_keys import prepare_keys
 from .prepare_queries import prepare_queries
 from .prepared import PreparedKeys, PreparedQueries, PreparedValues, SampledStatistics
-from .primitives import padded_dim
+from .primitives import channel_tiles, padded_dim
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, call: CallSpec) -> SpargeStats | None:
@@ -117,10 +117,10 @@ def block_of(q: Tensor, pv_dtype: str) -> BlockShape:
 
 def _configure(q: Tensor, pv_dtype: str) -> tuple[AttendConfig, bool]:
     """The launch configuration, and whether P·V is multiplied in INT8."""
-    arch = arch_of(q.device)
-    padded = padded_dim(q.shape[-1])
-    chosen = pv_format(pv_dtype, arch, q.shape[-1])
-    return configuration(q.device, attend_config(arch, padded, chosen), padded, chosen), chosen == "int8"
+    arch, dim = arch_of(q.device), q.shape[-1]
+    chosen = pv_format(pv_dtype, arch, dim)
+    entry = attend_config(arch, sum(channel_tiles(dim)), chosen)
+    return configuration(q.device, entry, padded_dim(dim), chosen), chosen == "int8"
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, target: Target, call: CallSpec, config: AttendConfig,

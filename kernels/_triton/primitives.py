@@ -29,14 +29,21 @@ def round_up(n: int, multiple: int) -> int:
 
 
 def row_pitch(dim: int) -> int:
-    """Elements from one stored row of a head_dim to the next: whole sectors of memory, 32 bytes in INT8. Beyond 128 the
-    padded head_dim, because the tensor memory accelerator is slow where a part of a tile lies outside of all rows."""
-    return round_up(dim, 32) if dim <= 128 else padded_dim(dim)
+    """Elements from one stored row of a head_dim to the next: whole sectors of memory, 32 bytes in INT8. Beyond 128
+    whole tiles, because the tensor memory accelerator is slow where a part of a tile lies outside of all rows."""
+    return round_up(dim, 32) if dim <= 128 else sum(channel_tiles(dim))
 
 
 def padded_dim(dim: int) -> int:
     """The power of two, at least the 32 that INT8 products need, that a head_dim fills up to in registers."""
     return 1 << (max(dim, 32) - 1).bit_length()
+
+
+def channel_tiles(dim: int) -> tuple[int, int]:
+    """Channels of the two tiles in which attention takes a head_dim where they hold fewer than one would; of that one
+    and 0 elsewhere."""
+    one, two = padded_dim(dim), (padded_dim(dim) // 2, padded_dim(dim - padded_dim(dim) // 2))
+    return two if sum(two) < one else (one, 0)
 
 
 def order_rows(order: torch.Tensor | None) -> int:

@@ -3,7 +3,7 @@ import triton
 import triton.language as tl
 
 from ..triton_package import triton_version
-from .tiles import load_tile
+from .products import times_keys
 
 # log2 of the unit in which P is packed by PTX: 16 times float16's smallest number, see `to_int8_operand`.
 INT8_UNIT = -20
@@ -45,8 +45,9 @@ def online_softmax_update(total, running_max, scores, scores_max, scale, P_SHIFT
 
 
 @triton.jit
-def frozen_max(q, q_scale, k_ptr, k_scale_ptr, q_block, first_block, kv_batch_head, k_blocks, BLOCK_Q: tl.constexpr,
-               BLOCK_K: tl.constexpr, PADDED_D: tl.constexpr, PITCH: tl.constexpr, TMA: tl.constexpr):
+def frozen_max(q, q_rest, q_scale, k_ptr, k_rest_ptr, k_scale_ptr, q_block, first_block, kv_batch_head, k_blocks,
+               BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr,
+               PITCH: tl.constexpr, TMA: tl.constexpr):
     """The maximum [BLOCK_Q] of the scores of a block of queries with the keys at their own places, kept or not, and of
     the block that is listed first, for queries that attend to nothing near, such as text. That of all kept keys is
     hardly ever higher by 2^16."""
@@ -54,9 +55,9 @@ def frozen_max(q, q_scale, k_ptr, k_scale_ptr, q_block, first_block, kv_batch_he
     own: tl.constexpr = BLOCK_Q // BLOCK_K if BLOCK_Q > BLOCK_K else 1
     for i in tl.static_range(own + 1):
         block = first_block if i == own else tl.minimum(q_block * BLOCK_Q // BLOCK_K + i, k_blocks - 1)
-        k = load_tile(source=k_ptr, row=(kv_batch_head * k_blocks + block) * BLOCK_K, PITCH=PITCH, ROWS=BLOCK_K,
-                      COLS=PADDED_D, TMA=TMA)  # [BLOCK_K, PADDED_D] int8
-        products = tl.dot(q, tl.trans(k))
+        products = times_keys(q=q, q_rest=q_rest, k_ptr=k_ptr, k_rest_ptr=k_rest_ptr,
+                              row=(kv_batch_head * k_blocks + block) * BLOCK_K, BLOCK_K=BLOCK_K, MAIN=MAIN, REST=REST,
+                              PITCH=PITCH, TMA=TMA)
         highest = tl.maximum(highest, tl.max(products, 1).to(tl.float32) * (q_scale * tl.load(k_scale_ptr + block)))
     return highest
 

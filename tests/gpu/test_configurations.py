@@ -27,7 +27,7 @@ SWITCHES = {
 
 @pytest.mark.parametrize("switches", SWITCHES.values(), ids=SWITCHES.keys())
 @pytest.mark.parametrize("pv_dtype", PV_FORMATS)
-@pytest.mark.parametrize("dim", (64, 128, 256))
+@pytest.mark.parametrize("dim", (64, 96, 128, 160, 192, 256))
 def test_every_configuration(dim, pv_dtype, switches):
     thresholds, call = switches
     call = dict(call)

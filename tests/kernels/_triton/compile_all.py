@@ -22,7 +22,7 @@ from variants import FORMATS, run, variants
 
 from comfyui_spargeattn.kernels import capability
 from comfyui_spargeattn.kernels._triton.config import attend_config
-from comfyui_spargeattn.kernels._triton.primitives import padded_dim
+from comfyui_spargeattn.kernels._triton.primitives import channel_tiles
 from comfyui_spargeattn.tests.bench.inner_loop import inner_loop
 
 MOST_BARRIERS = 12  # of a block pair; where P becomes an operand through shared memory, it is 13 to 154
@@ -59,7 +59,7 @@ def serialised(text: str) -> bool:
 
 def barriers(text: str, arch: str, dim: int, pv_dtype: str, **_) -> float:
     """How often the warps wait for each other in a block pair that needs no care."""
-    config = attend_config(arch, padded_dim(dim), pv_dtype)
+    config = attend_config(arch, sum(channel_tiles(dim)), pv_dtype)
     loop = inner_loop(text, block_q=config.block.q, block_k=config.block.k, dim=dim, warps=config.warps, lanes=32)
     return loop.opcodes.get("BAR", 0) / loop.pairs
 
