@@ -17,7 +17,7 @@ from .output import Target, write_lse, write_output
 from .pooled_tail import add_pooled_tail
 from .prepared import PreparedKeys, PreparedQueries, PreparedValues
 from .primitives import channel_tiles, order_rows, padded_dim, threshold_of, token_strides, warp_uniform
-from .products import plus_values, times_keys
+from .products import plus_values, rescaled, times_keys
 from .softmax import (
     INT8_UNIT,
     SUMS_BY_LANE,
@@ -203,9 +203,7 @@ def _attend_kernel(
                     before = running_max
                     running_max = tl.maximum(before, block_max)
                     decay = tl.exp2(before - running_max)
-                    acc *= decay[:, None]
-                    if REST:
-                        acc_rest *= decay[:, None]
+                    acc, acc_rest = rescaled(acc=acc, acc_rest=acc_rest, factor=decay, REST=REST)
                     total *= decay
                 else:
                     running_max = tl.where(entry == 0, block_max, running_max)
@@ -232,9 +230,7 @@ def _attend_kernel(
                 highest = running_max
                 if CARE and not FP16_SUMS:  # the sums are brought to the unit of this block's values and back
                     decay /= v_scale
-                acc *= decay[:, None]
-                if REST:
-                    acc_rest *= decay[:, None]
+                acc, acc_rest = rescaled(acc=acc, acc_rest=acc_rest, factor=decay, REST=REST)
             n_below = 0
             if SKIP_PV:
                 # Values that are not finite reach every row.

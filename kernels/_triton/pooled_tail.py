@@ -2,6 +2,7 @@
 import triton
 import triton.language as tl
 
+from .products import rescaled
 from .softmax import online_softmax_update
 from .tiles import load_pooled
 
@@ -23,9 +24,7 @@ def add_pooled_tail(
     for SUM in tl.static_range(1 if PV_INT8 else 0, 2):
         if SUM and not PV_INT8:
             decay = tl.exp2(before - running_max)
-            acc *= decay[:, None]
-            if REST:
-                acc_rest *= decay[:, None]
+            acc, acc_rest = rescaled(acc=acc, acc_rest=acc_rest, factor=decay, REST=REST)
             total *= decay
         for start in range(0, k_blocks, TAIL_TILE):
             scores = tail_scores(

@@ -48,6 +48,12 @@ def plus_values(acc, acc_rest, p, factor, v_ptr, v_rest_ptr, v_scale, v_channel_
 
 
 @triton.jit
+def rescaled(acc, acc_rest, factor, REST: tl.constexpr):
+    """acc [BLOCK_Q, MAIN] and acc_rest [BLOCK_Q, REST] times a factor [BLOCK_Q]."""
+    return acc * factor[:, None], acc_rest * factor[:, None] if REST else acc_rest
+
+
+@triton.jit
 def _load_values(v_ptr, kv_batch_head, k_block, k_blocks, BLOCK_K: tl.constexpr, FIRST: tl.constexpr,
                  CHANNELS: tl.constexpr, D: tl.constexpr, PITCH: tl.constexpr, PV_INT8: tl.constexpr,
                  TMA: tl.constexpr):
