@@ -2,7 +2,14 @@
 import pytest
 import torch
 
-from comfyui_spargeattn.kernels import Residual, SpargeParams, attention_residual, dense_attention, sparge_attention
+from comfyui_spargeattn.kernels import (
+    Residual,
+    SpargeParams,
+    attention_residual,
+    dense_attention,
+    sparge_attention,
+    types,
+)
 from comfyui_spargeattn.tests.assertions import assert_near
 from comfyui_spargeattn.tests.cases import drifting_qkv
 
@@ -25,8 +32,10 @@ def test_int8_with_a_scale_for_each_row():
     assert residual.bytes == difference.numel() + 4 * difference[..., 0].numel()
 
 
-def test_extrapolated():
+@pytest.mark.parametrize("at_once", (1, 2 * 4 * 2 * 50 * 8, 1 << 20), ids=("one head", "two heads", "all heads"))
+def test_extrapolated(at_once, monkeypatch):
     """By the definition, in a fresh residual; parts of tensors as well."""
+    monkeypatch.setattr(types, "EXTRAPOLATED_AT_ONCE", at_once)
     a, b = (torch.randn(2, 3, 50, 8, generator=torch.Generator().manual_seed(i)) for i in (1, 2))
     old, new = Residual.of(a), Residual.of(b)
     led = new.extrapolated(old, 0.3)
