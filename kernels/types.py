@@ -216,9 +216,14 @@ class Residual:
     def of(cls, difference: Tensor) -> Residual:
         """The residual of dense - sparse, floating (B, H, Nq, D); zero where that is not finite."""
         difference = difference.float()
-        difference = difference.where(difference.isfinite(), 0.0)
-        scale = difference.abs().amax(-1) / INT8_MAX
-        rounded = (difference / scale.clamp(min=1e-30)[..., None]).round()
+        return cls._rounded(difference.where(difference.isfinite(), 0.0))
+
+    @classmethod
+    def _rounded(cls, difference: Tensor) -> Residual:
+        """The residual of a float32 difference, which is overwritten; a row with infinity becomes zero."""
+        scale = torch.linalg.vector_norm(difference, math.inf, -1).div_(INT8_MAX)
+        scale = scale.where(scale < math.inf, 0.0)
+        rounded = difference.div_(scale.clamp(min=1e-30)[..., None]).round_()
         return cls(rounded.to(torch.int8).contiguous(), scale.contiguous())
 
     @property
@@ -245,7 +250,7 @@ class Residual:
         for first in range(0, heads, at_once):
             part = slice(first, first + at_once)
             new, old = (x.heads(part.start, part.stop).tensor() for x in (self, earlier))
-            led = Residual.of(new.lerp_(old, -by))
+            led = Residual._rounded(new.lerp_(old, -by))
             made.quantised[:, part], made.scale[:, part] = led.quantised, led.scale
         return made
 

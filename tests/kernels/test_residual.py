@@ -42,6 +42,9 @@ def test_extrapolated(at_once, monkeypatch):
     expected = new.tensor() + 0.3 * (new.tensor() - old.tensor())
     assert_near(led.tensor(), expected, atol=0.51 * expected.abs().amax(-1, keepdim=True) / 127 + 1e-6)
     assert torch.equal(new.quantised, Residual.of(b).quantised), "an operand was written to"
+    beyond = Residual(new.quantised, new.scale.clone())
+    beyond.scale[0, 0, 3] = 1e38
+    assert torch.equal(beyond.extrapolated(old, 9.0).tensor()[0, 0, 3], torch.zeros(8)), "beyond float32"
     part = new.batch(1, 2).extrapolated(old.batch(1, 2), 0.3)
     assert torch.equal(part.quantised, led.quantised[1:]) and torch.equal(part.scale, led.scale[1:])
 
