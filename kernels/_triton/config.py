@@ -96,7 +96,7 @@ _TABLE: dict[str, dict[int, tuple[AttendConfig, AttendConfig]]] = {
         256: (AttendConfig(BlockShape(128, 32), 4, 2), AttendConfig(BlockShape(128, 32), 4, 1)),
     },
     # At head_dim 128 they spill, because a thread has 256 registers: RX 7900 up to 476 bytes in 16 bits and 756 in
-    # INT8, RX 9070 up to 36 and 64. Twice the warps for as many rows spill less, with a bound 1.4 to 1.5 times as
+    # INT8, RX 9070 up to 48 and 64. Twice the warps for as many rows spill less, with a bound 1.4 to 1.5 times as
     # high; 64×16 spills none, but its map is too large.
     "rdna": {
         64: _both(BlockShape(128, 32), 8, 1),
