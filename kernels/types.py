@@ -243,15 +243,15 @@ class Residual:
     def extrapolated(self, earlier: Residual, by: float) -> Residual:
         """Where the line from an `earlier` residual of the same shape through this one leads, `by` times their distance
         beyond this one. Many heads at a time, because head by head the launches take longer than attention does on
-        short sequences; temporary tensors take five times EXTRAPOLATED_AT_ONCE bytes, or one head in float32."""
+        short sequences: beside the result two float32 tensors of at most EXTRAPOLATED_AT_ONCE bytes, or of one head."""
         batch, heads, tokens, dim = self.quantised.shape
         at_once = max(1, EXTRAPOLATED_AT_ONCE // max(1, 4 * batch * tokens * dim))
         made = Residual.empty(self.quantised.shape, self.quantised.device)
         for first in range(0, heads, at_once):
-            part = slice(first, first + at_once)
-            new, old = (x.heads(part.start, part.stop).tensor() for x in (self, earlier))
-            led = Residual._rounded(new.lerp_(old, -by))
-            made.quantised[:, part], made.scale[:, part] = led.quantised, led.scale
+            new, old, target = (x.heads(first, first + at_once) for x in (self, earlier, made))
+            led = Residual._rounded(new.tensor().lerp_(old.tensor(), -by))
+            target.quantised.copy_(led.quantised)
+            target.scale.copy_(led.scale)
         return made
 
     def batch(self, first: int, last: int) -> Residual:
