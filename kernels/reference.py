@@ -284,7 +284,9 @@ def attend(queries: Compressed, keys: Compressed, values: Tensor, mask: Tensor, 
             p = (tail - top).exp2()
             total = total + p.sum(-1, keepdim=True)
             means = values.sum(3) / keys.valid.sum(-1, keepdim=True).clamp(min=1) / v_scale
-            acc = acc + p @ (_to_fp16(means.clamp(-65504.0, 65504.0)) if emulated else means)
+            if emulated:
+                p, means = (x.bfloat16().to(x.dtype) for x in (p, means))
+            acc = acc + p @ means
         out.append(torch.where(total == 0, 0.0, acc / total * v_scale + v_centre))
         lse.append((top + total.log2())[..., 0])
     groups = mask.sum((-2, -1)) * (block_q // ROW_GROUP)
@@ -316,7 +318,8 @@ def _tail_scores(q: Tensor, keys: Compressed, kept: Tensor, visible: Tensor, rou
     if rounded:
         weight = _to_fp16(weight)
         step = mean.abs().amax(-1, keepdim=True).clamp(min=1e-12) / INT8_MAX * (1 + 2.0 ** -7)
-        step = step.bfloat16().to(mean.dtype)
+        bits = weight.half().view(torch.int16).int()[..., None] & 0xFFFF  # they are the step's last
+        step = (step.float().view(torch.int32) & -0x10000 | bits).view(torch.float32).to(mean.dtype)
         mean = (mean / step).round() * step
     scores = q @ mean.mT + weight[:, :, None]
     return scores.masked_fill(~(visible & ~kept)[:, :, None], -math.inf)

@@ -47,7 +47,7 @@ def _attend_kernel(
         # inputs
         q_ptr, q_scale_ptr, k_ptr, k_rest_ptr, k_scale_ptr, v_ptr, v_rest_ptr, v_scale_ptr, v_centre_ptr,
         v_block_scale_ptr, v_channel_scale_ptr, v_plain_scale, k_valid_ptr, k_bias_ptr, indices_ptr, counts_ptr,
-        pooled_k_ptr, pooled_k_rest_ptr, pooled_k_scale_ptr, pooled_v_ptr, pooled_v_rest_ptr, tail_weight_ptr,
+        pooled_k_ptr, pooled_k_rest_ptr, pooled_terms_ptr, pooled_v_ptr, pooled_v_rest_ptr, skipped_ptr,
         order_ptr, per_head_ptr, pv_threshold, residual_ptr, residual_scale_ptr,
         # outputs
         out_ptr, lse_ptr, skips_ptr, made_ptr, made_scale_ptr,
@@ -94,9 +94,8 @@ def _attend_kernel(
     k_bias_ptr: float32 (B, Hkv, k_blocks · BLOCK_K), log2, -inf where there is no key, or None.
     indices_ptr: int32 (B, H, q_blocks, k_blocks), kept blocks of K.
     counts_ptr: int32 (B, H, q_blocks, 3), entries that need no care, entries; the third is not read.
-    pooled_k_ptr: int8 (B, Hkv, k_blocks, PITCH); pooled_k_scale_ptr: bfloat16 (B, Hkv, k_blocks); or None.
-    pooled_v_ptr: float16 (B, Hkv, k_blocks, PITCH), or None.
-    tail_weight_ptr: float16 (B, H, q_blocks, k_blocks), log2, -inf for blocks that are not skipped, or None.
+    pooled_k_ptr, pooled_terms_ptr, pooled_v_ptr, skipped_ptr: pooled and pooled_terms of `PreparedKeys`, pooled of
+        `PreparedValues`, skipped of `BlockLists`; None where skipped blocks are dropped.
     order_ptr: int32 (order_rows, q_tokens), the token at each place of the blocking order, or None.
     per_head_ptr: float32 (3, H), whose last row takes the place of pv_threshold, in log2 units; or None.
     residual_ptr: int8 (B, H, q_tokens, D); residual_scale_ptr: float32 (B, H, q_tokens); or None.
@@ -258,10 +257,10 @@ def _attend_kernel(
     if pooled_k_ptr is not None:
         acc, acc_rest, total, running_max = add_pooled_tail(
             acc=acc, acc_rest=acc_rest, total=total, running_max=running_max, q=q, q_rest=q_rest, q_scale=q_scale,
-            pooled_k=pooled_k_ptr, pooled_k_rest=pooled_k_rest_ptr, pooled_k_scale_ptr=pooled_k_scale_ptr,
-            pooled_v=pooled_v_ptr, pooled_v_rest=pooled_v_rest_ptr, tail_weight_ptr=tail_weight_ptr, map_row=map_row,
+            pooled_k=pooled_k_ptr, pooled_k_rest=pooled_k_rest_ptr, pooled_terms_ptr=pooled_terms_ptr,
+            pooled_v=pooled_v_ptr, pooled_v_rest=pooled_v_rest_ptr, skipped_ptr=skipped_ptr, map_row=map_row,
             kv_batch_head=kv_batch_head, k_blocks=k_blocks, BLOCK_Q=BLOCK_Q, MAIN=MAIN, REST=REST, PITCH=PITCH,
-            TAIL_TILE=TAIL_TILE, PV_INT8=PV_INT8, P_SHIFT=P_SHIFT, TMA=TMA)
+            TAIL_TILE=TAIL_TILE, P_SHIFT=P_SHIFT, TMA=TMA)
 
     write_output(
         acc=acc, acc_rest=acc_rest, total=total, v_scale_ptr=v_scale_ptr, v_centre_ptr=v_centre_ptr,
@@ -323,8 +322,8 @@ def attend(queries: PreparedQueries, keys: PreparedKeys, values: PreparedValues,
                     v_centre_ptr=values.centre, v_block_scale_ptr=values.block_scale,
                     v_channel_scale_ptr=values.channel_scale, v_plain_scale=values.plain_scale,
                     k_valid_ptr=keys.valid, k_bias_ptr=keys.bias, indices_ptr=lists.indices, counts_ptr=lists.counts,
-                    pooled_k_ptr=pooled_k, pooled_k_rest_ptr=pooled_k_rest, pooled_k_scale_ptr=keys.pooled_scale,
-                    pooled_v_ptr=pooled_v, pooled_v_rest_ptr=pooled_v_rest, tail_weight_ptr=lists.tail,
+                    pooled_k_ptr=pooled_k, pooled_k_rest_ptr=pooled_k_rest, pooled_terms_ptr=keys.pooled_terms,
+                    pooled_v_ptr=pooled_v, pooled_v_rest_ptr=pooled_v_rest, skipped_ptr=lists.skipped,
                     order_ptr=order, per_head_ptr=per_head, pv_threshold=pv_threshold,
                     residual_ptr=residual and residual.quantised, residual_scale_ptr=residual and residual.scale),
         outputs=dict(out_ptr=out, lse_ptr=lse, skips_ptr=skips, made_ptr=made and made.quantised,

@@ -6,14 +6,10 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from torch import float16, int32
+from torch import int32
 
 from ..types import BlockMap, BlockShape
 from .launch import Region, allocate
-
-# A mean of values fits the float16 of the pooled tail where the scale of their block is at most this: it is a 127th of
-# the largest value in INT8, and at least a 256th in float16. Larger means come of samples in which V does not vary.
-_MOST_POOLED = tl.constexpr(255.0)
 
 
 @dataclass(frozen=True)
@@ -23,13 +19,13 @@ class BlockLists:
     indices: int32 (B, H, q_blocks, k_blocks), kept blocks, ascending; what follows them in a row is undefined.
     counts: int32 (B, H, q_blocks, 3): leading entries that need no special care, see `needs_care`; all entries; blocks
         that dense attention would visit.
-    tail: float16 (B, H, q_blocks, k_blocks), what is added in log2 units to the score of a skipped block's pooled key,
-        -inf for other blocks; None where skipped blocks are dropped.
+    skipped: int32 (B, H, q_blocks, skip_words(k_blocks)), a bit for each block of K, from the lowest of the first word
+        on: whether it is skipped and stands in the pooled tail; None where skipped blocks are dropped.
     """
 
     indices: Region
     counts: Region
-    tail: Region | None
+    skipped: Region | None
 
     def public(self, block: BlockShape) -> BlockMap:
         """The map for the outside, in memory of its own."""
@@ -39,7 +35,12 @@ class BlockLists:
 def allocate_lists(device: torch.device, shape: tuple[int, int, int, int], pooled: bool) -> BlockLists:
     """Room for the lists of a map of shape (B, H, q_blocks, k_blocks)."""
     return BlockLists(*allocate(device, (tuple(shape), int32), ((*shape[:3], 3), int32),
-                                (tuple(shape), float16) if pooled else None))
+                                ((*shape[:3], skip_words(shape[3])), int32) if pooled else None))
+
+
+def skip_words(k_blocks: int) -> int:
+    """Words of 32 bits for a row of BlockLists.skipped: an even number, because attention may take two together."""
+    return -(-k_blocks // 64) * 2
 
 
 @triton.jit
@@ -68,20 +69,17 @@ def needs_care(k_block, count, diagonal, v_block_scale, v_plain_scale, biased_pt
 
 
 @triton.jit
-def cannot_skip(v_block_scale, tail_ptr):
-    """Blocks of values that are not finite, or that the pooled tail, if there is one, can't stand for."""
-    most = float("inf") if tail_ptr is None else _MOST_POOLED
-    return (v_block_scale <= most) == 0
+def cannot_skip(v_block_scale):
+    """Blocks of values that are not finite."""
+    return (v_block_scale < float("inf")) == 0
 
 
 @triton.jit
-def tail_weights(k_block, count, visible, kept, mean_bias_ptr, kv_offset, inside):
-    """What is added to the scores of pooled keys, in log2 units: the number of keys that each stands for and their mean
-    bias; -inf where the block is not skipped, that is kept or not visible."""
-    weight = tl.log2(tl.maximum(count, 1).to(tl.float32))
-    if mean_bias_ptr is not None:
-        weight += tl.load(mean_bias_ptr + kv_offset + k_block, mask=inside, other=0.0)
-    return tl.where(visible & (kept == 0), weight, float("-inf")).to(tl.float16)
+def skip_bits(visible, kept, AXIS: tl.constexpr):
+    """Words of BlockLists.skipped, from flags of 32 blocks each along AXIS, the last."""
+    place = tl.arange(0, 32)
+    place = place[None, :] if AXIS == 1 else place[None, None, :]
+    return tl.sum((visible & (kept == 0)).to(tl.int32) << place, AXIS)
 
 
 @triton.jit

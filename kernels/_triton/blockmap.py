@@ -7,7 +7,7 @@ from torch import Tensor, float32
 
 from ..formats import LOG2E
 from ..types import BlockShape
-from .block_lists import BlockLists, allocate_lists, cannot_skip, causal_limits, needs_care, store_counts, tail_weights
+from .block_lists import BlockLists, allocate_lists, cannot_skip, causal_limits, needs_care, skip_bits, store_counts
 from .launch import launch
 from .prepared import PreparedKeys, PreparedQueries, PreparedValues
 from .primitives import kept_by_rule, padded_dim, threshold_of
@@ -58,15 +58,14 @@ def predict_scores(
 @triton.jit
 def write_list(
         # inputs
-        scores_ptr, k_count_ptr, k_mean_bias_ptr, k_biased_ptr, v_block_scale_ptr, v_plain_scale, threshold, highest,
-        keep_all,
+        scores_ptr, k_count_ptr, k_biased_ptr, v_block_scale_ptr, v_plain_scale, threshold, highest, keep_all,
         # outputs
-        indices_ptr, tail_ptr,
+        indices_ptr, skipped_ptr,
         # sizes
-        offset, kv_offset, diagonal, end, last, k_blocks,
+        map_row, exists, offset, kv_offset, diagonal, end, last, k_blocks,
         # constants
         TOPK: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr):
-    """Write the blocks of rows of the map that a rule or their score keeps, and the tail weights of the others.
+    """Write the blocks of rows of the map that a rule or their score keeps, and the bits of the others.
 
     Returns (n_plain, n_kept), [ROWS]: how many leading entries need no care, and how many there are. `indices_ptr` may
     be the memory of `scores_ptr`: an entry is never written beyond the chunk whose scores have been read.
@@ -84,7 +83,7 @@ def write_list(
         v_block_scale = None
         if v_block_scale_ptr is not None:
             v_block_scale = tl.load(v_block_scale_ptr + kv_offset + k_block, mask=inside, other=1.0)
-            kept = kept | cannot_skip(v_block_scale=v_block_scale, tail_ptr=tail_ptr)
+            kept = kept | cannot_skip(v_block_scale)
         special = needs_care(k_block=k_block, count=count, diagonal=by_row(diagonal), v_block_scale=v_block_scale,
                              v_plain_scale=v_plain_scale, biased_ptr=k_biased_ptr, kv_offset=kv_offset, inside=inside,
                              BLOCK_K=BLOCK_K)
@@ -93,10 +92,9 @@ def write_list(
         n_piece = tl.sum(taken, 2)
         place = tl.cumsum(taken, 2) - 1 + (by_row(n_kept) + (tl.cumsum(n_piece, PIECES) - n_piece)[:, :, None])
         n_plain = tl.minimum(n_plain, tl.min(tl.min(tl.where(kept & special, place, k_blocks), PIECES), 1))
-        if tail_ptr is not None:
-            weight = tail_weights(k_block=k_block, count=count, visible=visible, kept=kept,
-                                  mean_bias_ptr=k_mean_bias_ptr, kv_offset=kv_offset, inside=inside)
-            tl.store(tail_ptr + by_row(offset) + k_block, weight, mask=k_block < by_row(end))
+        if skipped_ptr is not None:
+            store_skipped(skipped_ptr=skipped_ptr, bits=skip_bits(visible=visible, kept=kept, AXIS=2), map_row=map_row,
+                          exists=exists, start=start, k_blocks=k_blocks, CHUNK=CHUNK)
         tl.debug_barrier()  # every score of this chunk has been read before its memory takes the list
         tl.store(indices_ptr + by_row(offset) + place, tl.broadcast_to(k_block, place.shape), mask=kept)
         n_kept += tl.sum(n_piece, PIECES)
@@ -104,12 +102,16 @@ def write_list(
 
 
 @triton.jit
-def clear_tail(tail_ptr, offset, exists, end, k_blocks, CHUNK: tl.constexpr):
-    """Tail weights of -inf for the blocks of K from `end` [ROWS] on, which causal rows don't reach."""
-    for start in range(tl.min(tl.where(exists, end, k_blocks), 0) // CHUNK * CHUNK, k_blocks, CHUNK):
-        k_block = block_tile(start, CHUNK)
-        beyond = by_row(exists) & (k_block >= by_row(end)) & (k_block < k_blocks)
-        tl.store(tail_ptr + by_row(offset) + k_block, float("-inf"), mask=beyond)
+def store_skipped(skipped_ptr, bits, map_row, exists, start, k_blocks, CHUNK: tl.constexpr):
+    """Words of BlockLists.skipped for the CHUNK blocks from `start` on, one a piece, of rows that exist."""
+    words = tl.cdiv(k_blocks, 64) * 2
+    word, row = tl.arange(0, CHUNK // 32), (map_row * words)
+    if PIECES == 1:
+        word, row, exists = word[None, :], row[:, None], exists[:, None]
+    else:
+        word, row, exists = word[:, None], row[None, :], exists[None, :]
+    word += start // 32
+    tl.store(skipped_ptr + row + word, bits, mask=exists & (word < words))
 
 
 @triton.jit(do_not_specialize=["q_blocks", "k_blocks", "q_tokens", "heads", "group"])
@@ -118,7 +120,7 @@ def _select_kernel(
         q_mean_ptr, k_mean_ptr, q_similarity_ptr, k_similarity_ptr, k_count_ptr, k_mean_bias_ptr, k_biased_ptr,
         v_block_scale_ptr, v_plain_scale, per_head_ptr, amount, similarity_threshold, factor,
         # outputs
-        scores_ptr, indices_ptr, counts_ptr, tail_ptr,
+        scores_ptr, indices_ptr, counts_ptr, skipped_ptr,
         # sizes
         q_blocks, k_blocks, q_tokens, heads, group,
         # constants
@@ -130,7 +132,7 @@ def _select_kernel(
     scores = q_mean · k_meanᵀ · factor + k_mean_bias. Under cdf a row keeps its largest softmax(scores) until their sum
     reaches `amount`, under TOPK the share `amount` of its visible blocks; equal scores are kept together. On top come
     blocks with a similarity below `similarity_threshold` (cdf alone), `FORCED` ones, ones that the causal diagonal cuts
-    and ones that no mean can stand for (`cannot_skip`). Source: SpargeAttn (arXiv 2502.18137), section 3.3.
+    and ones with values that are not finite. Source: SpargeAttn (arXiv 2502.18137), section 3.3.
 
     Inputs:
     q_mean_ptr, k_mean_ptr: float32 (B, H, q_blocks, D) and (B, Hkv, k_blocks, D), in the units of q and k.
@@ -142,8 +144,7 @@ def _select_kernel(
     factor: softmax scale · log2 e.
     Outputs:
     scores_ptr: float32 (B, H, q_blocks, k_blocks), in the memory of the indices: a row's list replaces its scores.
-    indices_ptr, counts_ptr, tail_ptr: int32 (B, H, q_blocks, k_blocks), int32 (B, H, q_blocks, 3), float16
-    (B, H, q_blocks, k_blocks) or None, see `BlockLists`.
+    indices_ptr, counts_ptr, skipped_ptr: see `BlockLists`.
     """
     programs = tl.cdiv(q_blocks, ROWS)  # of a head
     batch_head = tl.program_id(0) // programs
@@ -182,24 +183,28 @@ def _select_kernel(
         scores_ptr=scores_ptr, offset=offset, end=end, last=last, amount=amount, keep_all=keep_all,
         TOPK=TOPK, ROWS=ROWS, RESIDENT=RESIDENT, CHUNK=SEARCHED)
     n_plain, n_kept = write_list(
-        scores_ptr=scores_ptr, k_count_ptr=k_count_ptr, k_mean_bias_ptr=k_mean_bias_ptr, k_biased_ptr=k_biased_ptr,
+        scores_ptr=scores_ptr, k_count_ptr=k_count_ptr, k_biased_ptr=k_biased_ptr,
         v_block_scale_ptr=v_block_scale_ptr, v_plain_scale=v_plain_scale, threshold=threshold, highest=highest,
-        keep_all=keep_all, indices_ptr=indices_ptr, tail_ptr=tail_ptr,
-        offset=offset, kv_offset=kv_offset, diagonal=diagonal, end=end, last=last, k_blocks=k_blocks,
+        keep_all=keep_all, indices_ptr=indices_ptr, skipped_ptr=skipped_ptr,
+        map_row=map_row, exists=exists, offset=offset, kv_offset=kv_offset, diagonal=diagonal, end=end, last=last,
+        k_blocks=k_blocks,
         TOPK=TOPK, BLOCK_K=BLOCK_K, ROWS=ROWS, CHUNK=CHUNK)
-    if tail_ptr is not None:
-        clear_tail(tail_ptr=tail_ptr, offset=offset, exists=exists, end=end, k_blocks=k_blocks, CHUNK=CHUNK)
+    if CAUSAL and skipped_ptr is not None:  # nothing is skipped beyond the diagonal
+        for start in range(tl.cdiv(last, CHUNK) * CHUNK, k_blocks, CHUNK):
+            store_skipped(skipped_ptr=skipped_ptr, bits=0, map_row=map_row, exists=exists, start=start,
+                          k_blocks=k_blocks, CHUNK=CHUNK)
     store_counts(counts_ptr=counts_ptr, map_row=map_row, n_plain=n_plain, n_kept=n_kept, n_visible=n_visible,
                  exists=exists)
 
 
 def select_blocks(queries: PreparedQueries, keys: PreparedKeys, values: PreparedValues | None, *, scale: float,
                   per_head: Tensor | None, thresholds: list[float], selection: str, causal: bool, q_tokens: int,
-                  block: BlockShape, pooled: bool) -> BlockLists:
+                  block: BlockShape, pooled: bool, registers: int | None = None) -> BlockLists:
     """The lists of kept blocks of every query block of every head.
 
     scale: of the softmax. per_head: float32 (3, H), or None, where `thresholds` holds the same three as numbers.
-    selection: "cdf" or "topk". pooled: whether the skipped blocks get weights in a tail.
+    selection: "cdf" or "topk". pooled: whether the skipped blocks stand in a tail.
+    registers: the most of a thread, None for the compiler's choice.
     """
     batch, heads, q_blocks, dim = queries.mean.shape
     kv_heads, k_blocks = keys.similarity.shape[1:]
@@ -213,10 +218,10 @@ def select_blocks(queries: PreparedQueries, keys: PreparedKeys, values: Prepared
                     v_plain_scale=values.plain_scale if values else 1.0, per_head_ptr=per_head,
                     amount=thresholds[0], similarity_threshold=thresholds[1], factor=scale * LOG2E),
         outputs=dict(scores_ptr=lists.indices.view(float32), indices_ptr=lists.indices, counts_ptr=lists.counts,
-                     tail_ptr=lists.tail),
+                     skipped_ptr=lists.skipped),
         sizes=dict(q_blocks=q_blocks, k_blocks=k_blocks, q_tokens=q_tokens, heads=heads, group=heads // kv_heads),
         constants=dict(D=dim, PADDED_D=padded, TOPK=selection == "topk", CAUSAL=causal, BLOCK_Q=block.q,
                        BLOCK_K=block.k, ROWS=_ROWS, RESIDENT=_RESIDENT, SEARCHED=_SEARCHED,
                        CHUNK=_CHUNK, PRODUCT=min(64, 8192 // padded, _CHUNK)),
-        options=dict(num_warps=8, num_stages=2))
+        options=dict(num_warps=8, num_stages=2) | ({} if registers is None else dict(maxnreg=registers)))
     return lists

@@ -33,9 +33,14 @@ class AttendConfig:
 
     @property
     def tail_tile(self) -> int:
-        """Pooled blocks that a step of the tail takes together: so many that no thread holds more than 32 scores, and
-        no more than a block has keys, because the loop over blocks leaves registers for no more."""
-        return min(64, self.block.k, 1024 * self.warps // self.block.q)
+        """Pooled blocks that a step of the tail takes together, 32 or 64: half as many as a block has keys, because the
+        loop over blocks leaves registers for no more."""
+        return max(32, min(64, self.block.k // 2))
+
+    @property
+    def map_registers(self) -> int | None:
+        """Most registers of a thread of the map's kernel: so few that two programs fit a multiprocessor of NVIDIA's."""
+        return 128 if self.ptx else None
 
     def options(self) -> dict:
         """Triton's launch options."""

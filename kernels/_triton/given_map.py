@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..types import BlockShape
-from .block_lists import BlockLists, allocate_lists, cannot_skip, causal_limits, needs_care, store_counts, tail_weights
+from .block_lists import BlockLists, allocate_lists, cannot_skip, causal_limits, needs_care, skip_bits, store_counts
 from .launch import launch
 from .prepared import PreparedKeys, PreparedValues
 
@@ -17,9 +17,9 @@ _CHUNK = 1024  # entries of a row that a program looks at together
                                "heads", "group"])
 def _given_kernel(
         # inputs
-        mask_ptr, k_count_ptr, k_mean_bias_ptr, k_biased_ptr, v_block_scale_ptr, v_plain_scale,
+        mask_ptr, k_count_ptr, k_biased_ptr, v_block_scale_ptr, v_plain_scale,
         # outputs
-        indices_ptr, counts_ptr, tail_ptr,
+        indices_ptr, counts_ptr, skipped_ptr,
         # sizes
         stride_b: tl.int64, stride_h: tl.int64, stride_q: tl.int64, stride_k: tl.int64, q_blocks, k_blocks, q_tokens,
         heads, group,
@@ -28,8 +28,8 @@ def _given_kernel(
     """One row of the map a program: the blocks that the mask keeps and that have anything to attend.
 
     mask_ptr: bool (B, H, q_blocks, k_blocks) with strides in elements, 0 where it is broadcast.
-    k_count_ptr, k_mean_bias_ptr, k_biased_ptr: count, mean_bias and biased of `PreparedKeys`; v_block_scale_ptr and
-    v_plain_scale: of `PreparedValues`. Outputs: `BlockLists`.
+    k_count_ptr, k_biased_ptr: count and biased of `PreparedKeys`; v_block_scale_ptr and v_plain_scale: of
+    `PreparedValues`. Outputs: `BlockLists`.
     """
     map_row = tl.program_id(0).to(tl.int64)
     q_block = (map_row % q_blocks).to(tl.int32)
@@ -55,18 +55,20 @@ def _given_kernel(
         visible = count > 0
         kept = visible & (tl.load(mask_ptr + k_block * stride_k, mask=visible, other=0) != 0)
         v_block_scale = tl.load(v_block_scale_ptr + kv_offset + k_block, mask=inside, other=1.0)
-        if tail_ptr is not None:
-            kept = kept | visible & cannot_skip(v_block_scale=v_block_scale, tail_ptr=tail_ptr)
+        if skipped_ptr is not None:
+            kept = kept | visible & cannot_skip(v_block_scale)
         place = n_kept + tl.cumsum(kept.to(tl.int32), 0) - 1
         special = kept & needs_care(k_block=k_block, count=count, diagonal=diagonal, v_block_scale=v_block_scale,
                                     v_plain_scale=v_plain_scale, biased_ptr=k_biased_ptr, kv_offset=kv_offset,
                                     inside=inside, BLOCK_K=BLOCK_K)
         n_plain = tl.minimum(n_plain, tl.min(tl.where(special, place, k_blocks), 0))
         tl.store(indices_ptr + place, k_block, mask=kept)
-        if tail_ptr is not None:
-            weight = tail_weights(k_block=k_block, count=count, visible=visible, kept=kept,
-                                  mean_bias_ptr=k_mean_bias_ptr, kv_offset=kv_offset, inside=inside)
-            tl.store(tail_ptr + map_row * k_blocks + k_block, weight, mask=k_block < k_blocks)
+        if skipped_ptr is not None:
+            words = tl.cdiv(k_blocks, 64) * 2
+            word = start // 32 + tl.arange(0, CHUNK // 32)
+            bits = skip_bits(visible=tl.reshape(visible, [CHUNK // 32, 32]), kept=tl.reshape(kept, [CHUNK // 32, 32]),
+                             AXIS=1)
+            tl.store(skipped_ptr + map_row * words + word, bits, mask=word < words)
         n_kept += tl.sum(kept.to(tl.int32), 0)
         n_visible += tl.sum(visible.to(tl.int32), 0)
     store_counts(counts_ptr=counts_ptr, map_row=map_row, n_plain=n_plain, n_kept=n_kept, n_visible=n_visible,
@@ -83,9 +85,9 @@ def lists_from_mask(mask: Tensor, keys: PreparedKeys, values: PreparedValues, *,
     lists = allocate_lists(mask.device, mask.shape, pooled)
     launch(
         _given_kernel, (rows.numel(),), mask.device,
-        inputs=dict(mask_ptr=mask, k_count_ptr=keys.count, k_mean_bias_ptr=keys.mean_bias, k_biased_ptr=keys.biased,
+        inputs=dict(mask_ptr=mask, k_count_ptr=keys.count, k_biased_ptr=keys.biased,
                     v_block_scale_ptr=values.block_scale, v_plain_scale=values.plain_scale),
-        outputs=dict(indices_ptr=lists.indices, counts_ptr=lists.counts, tail_ptr=lists.tail),
+        outputs=dict(indices_ptr=lists.indices, counts_ptr=lists.counts, skipped_ptr=lists.skipped),
         sizes=dict(stride_b=strides[0], stride_h=strides[1], stride_q=strides[2], stride_k=strides[3],
                    q_blocks=rows[2], k_blocks=k_blocks, q_tokens=q_tokens, heads=heads, group=heads // kv_heads),
         constants=dict(CAUSAL=causal, BLOCK_Q=block.q, BLOCK_K=block.k, CHUNK=_CHUNK),

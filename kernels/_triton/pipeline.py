@@ -161,7 +161,7 @@ def _prepare(q: Tensor, k: Tensor, v: Tensor | None, call: CallSpec, config: Att
         thresholds = call.thresholds
         lists = select_blocks(queries, keys, values, scale=scale, per_head=thresholds.per_head,
                               thresholds=thresholds.numbers, selection=thresholds.selection, causal=call.causal,
-                              q_tokens=q.shape[2], block=block, pooled=pooled)
+                              q_tokens=q.shape[2], block=block, pooled=pooled, registers=config.map_registers)
     return queries, statistics, keys, values, lists
 
 

@@ -3,76 +3,97 @@ import triton
 import triton.language as tl
 
 from .products import rescaled
-from .softmax import online_softmax_update
+from .softmax import SUMS_BY_LANE, not_all, sums_by_lane
 from .tiles import load_pooled
+
+# Beside a sum this large, of P relative to the kept keys, these are nothing in float32.
+_MOST_TOTAL = tl.constexpr(2.0 ** 62)
+# Terms of a pooled key that none of it is left of: a scale of 0 and, in float16, a weight of -inf.
+_NO_TERMS = tl.constexpr(0xFC00)
 
 
 @triton.jit
 def add_pooled_tail(
-        acc, acc_rest, total, running_max, q, q_rest, q_scale, pooled_k, pooled_k_rest, pooled_k_scale_ptr, pooled_v,
-        pooled_v_rest, tail_weight_ptr, map_row, kv_batch_head, k_blocks,
+        acc, acc_rest, total, running_max, q, q_rest, q_scale, pooled_k, pooled_k_rest, pooled_terms_ptr, pooled_v,
+        pooled_v_rest, skipped_ptr, map_row, kv_batch_head, k_blocks,
         BLOCK_Q: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, PITCH: tl.constexpr, TAIL_TILE: tl.constexpr,
-        PV_INT8: tl.constexpr, P_SHIFT: tl.constexpr, TMA: tl.constexpr):
+        P_SHIFT: tl.constexpr, TMA: tl.constexpr):
     """Add the skipped blocks of a row of the map to acc [BLOCK_Q, MAIN], acc_rest [BLOCK_Q, REST] and total [BLOCK_Q]:
     each is one key, with the means of its keys and values. Returns them with the new running maximum [BLOCK_Q].
 
-    All tiles are taken, without a test for skipped blocks, so that loads run ahead. A sum is rescaled beside a product
-    in INT8 and before all of them in 16 bits: else ptxas runs short of registers, for the loops over blocks too, and
-    lets every product of the kernel wait for the one before.
+    P is relative to the log-sum-exp of the kept keys and has the range of float32, so that one pass does, without a
+    maximum. Rows whose sum leaves that range, or that kept no key, which is rare, are the tail's alone, and take it
+    again relative to its own maximum.
     """
-    before = running_max
-    for SUM in tl.static_range(1 if PV_INT8 else 0, 2):
-        if SUM and not PV_INT8:
-            decay = tl.exp2(before - running_max)
-            acc, acc_rest = rescaled(acc=acc, acc_rest=acc_rest, factor=decay, REST=REST)
-            total *= decay
+    # What was kept becomes one key of weight 1. Without a step between the loops ptxas lets all their products wait.
+    empty = total == 0.0
+    running_max = tl.where(empty, -1e30, running_max + tl.log2(total))
+    acc, acc_rest = rescaled(acc=acc, acc_rest=acc_rest, factor=tl.where(empty, 0.0, 1.0 / total), REST=REST)
+    total = tl.where(empty, 0.0, total / total)  # of NaN itself
+    acc, acc_rest, total = _add(
+        acc, acc_rest, total, running_max, q, q_rest, q_scale, pooled_k, pooled_k_rest, pooled_terms_ptr, pooled_v,
+        pooled_v_rest, skipped_ptr, map_row, kv_batch_head, k_blocks, BLOCK_Q, MAIN, REST, PITCH, TAIL_TILE, P_SHIFT,
+        TMA)
+    alone = total > _MOST_TOTAL
+    if not_all(alone == 0):
+        highest = tl.full([BLOCK_Q], float("-inf"), tl.float32)
         for start in range(0, k_blocks, TAIL_TILE):
-            scores = tail_scores(
-                q=q, q_rest=q_rest, q_scale=q_scale, pooled_k=pooled_k, pooled_k_rest=pooled_k_rest,
-                pooled_k_scale_ptr=pooled_k_scale_ptr, tail_weight_ptr=tail_weight_ptr, map_row=map_row,
-                kv_batch_head=kv_batch_head, k_blocks=k_blocks, start=start, MAIN=MAIN, REST=REST, PITCH=PITCH,
-                TAIL_TILE=TAIL_TILE, TMA=TMA)
-            if not SUM:
-                running_max = tl.maximum(running_max, tl.max(scores, 1))
-            else:
-                decay = running_max  # of INT8 alone
-                if PV_INT8:
-                    p, decay, total, running_max, _ = online_softmax_update(
-                        total=total, running_max=running_max, scores=scores, scores_max=tl.max(scores, 1),
-                        scale=tl.full([BLOCK_Q], 1.0, tl.float32), P_SHIFT=P_SHIFT)
-                else:
-                    p = tl.exp2(scores - running_max[:, None])
-                    total += tl.sum(p, 1)
-                v = load_pooled(source=pooled_v, kv_batch_head=kv_batch_head, k_blocks=k_blocks, start=start,
-                                PITCH=PITCH, ROWS=TAIL_TILE, FIRST=0, COLS=MAIN, TMA=TMA)  # [TAIL_TILE, MAIN] float16
-                if REST:
-                    v_rest = load_pooled(source=pooled_v_rest, kv_batch_head=kv_batch_head, k_blocks=k_blocks,
-                                         start=start, PITCH=PITCH, ROWS=TAIL_TILE, FIRST=MAIN, COLS=REST, TMA=TMA)
-                acc = _plus_product(acc=acc, decay=decay, p=p, v=v, BLOCK_Q=BLOCK_Q, CHANNELS=MAIN, PV_INT8=PV_INT8)
-                if REST:
-                    acc_rest = _plus_product(acc=acc_rest, decay=decay, p=p, v=v_rest, BLOCK_Q=BLOCK_Q, CHANNELS=REST,
-                                             PV_INT8=PV_INT8)
+            terms = _terms(pooled_terms_ptr, skipped_ptr, map_row, kv_batch_head, k_blocks, start, TAIL_TILE)
+            scores = _scores(q, q_rest, q_scale, pooled_k, pooled_k_rest, terms, kv_batch_head, k_blocks, start, MAIN,
+                             REST, PITCH, TAIL_TILE, TMA)
+            highest = tl.maximum(highest, tl.max(scores, 1))
+        running_max = tl.where(alone, highest, running_max)
+        acc = tl.where(alone[:, None], 0.0, acc)
+        if REST:
+            acc_rest = tl.where(alone[:, None], 0.0, acc_rest)
+        total = tl.where(alone, 0.0, total)
+        acc, acc_rest, total = _add(
+            acc, acc_rest, total, tl.where(alone, highest, float("inf")), q, q_rest, q_scale, pooled_k, pooled_k_rest,
+            pooled_terms_ptr, pooled_v, pooled_v_rest, skipped_ptr, map_row, kv_batch_head, k_blocks, BLOCK_Q, MAIN,
+            REST, PITCH, TAIL_TILE, P_SHIFT, TMA)
     return acc, acc_rest, total, running_max
 
 
 @triton.jit
-def _plus_product(acc, decay, p, v, BLOCK_Q: tl.constexpr, CHANNELS: tl.constexpr, PV_INT8: tl.constexpr):
-    """acc [BLOCK_Q, CHANNELS], in INT8 times decay [BLOCK_Q], plus P·V."""
-    if PV_INT8:
-        return tl.fma(acc, tl.broadcast_to(decay[:, None], [BLOCK_Q, CHANNELS]), tl.dot(p.to(tl.float16), v))
-    else:
-        return tl.dot(p.to(tl.float16), v, acc)
+def _add(acc, acc_rest, total, relative_to, q, q_rest, q_scale, pooled_k, pooled_k_rest, pooled_terms_ptr, pooled_v,
+         pooled_v_rest, skipped_ptr, map_row, kv_batch_head, k_blocks, BLOCK_Q: tl.constexpr, MAIN: tl.constexpr,
+         REST: tl.constexpr, PITCH: tl.constexpr, TAIL_TILE: tl.constexpr, P_SHIFT: tl.constexpr, TMA: tl.constexpr):
+    """acc, acc_rest and total plus the tail, with P relative to relative_to [BLOCK_Q].
+
+    All tiles are taken, without a test for skipped blocks, so that loads run ahead.
+    """
+    lane_total = tl.zeros([BLOCK_Q, 4], tl.float32)
+    last = (k_blocks - 1) // TAIL_TILE * TAIL_TILE
+    # Terms come one step ahead: loaded where they are used, they would wait for shared memory at a barrier.
+    next_terms = _terms(pooled_terms_ptr, skipped_ptr, map_row, kv_batch_head, k_blocks, 0, TAIL_TILE)
+    for start in range(0, k_blocks, TAIL_TILE):
+        terms = next_terms
+        next_terms = _terms(pooled_terms_ptr, skipped_ptr, map_row, kv_batch_head, k_blocks,
+                            tl.minimum(start + TAIL_TILE, last), TAIL_TILE)
+        scores = _scores(q, q_rest, q_scale, pooled_k, pooled_k_rest, terms, kv_batch_head, k_blocks, start, MAIN, REST,
+                         PITCH, TAIL_TILE, TMA)
+        p = tl.exp2(scores - (relative_to - P_SHIFT)[:, None])
+        if SUMS_BY_LANE:
+            lane_total += sums_by_lane(p, BLOCK_Q, TAIL_TILE)
+        else:
+            total += tl.sum(p, 1)
+        v = load_pooled(source=pooled_v, kv_batch_head=kv_batch_head, k_blocks=k_blocks, start=start, PITCH=PITCH,
+                        ROWS=TAIL_TILE, FIRST=0, COLS=MAIN, TMA=TMA)  # [TAIL_TILE, MAIN] bfloat16
+        if REST:
+            v_rest = load_pooled(source=pooled_v_rest, kv_batch_head=kv_batch_head, k_blocks=k_blocks, start=start,
+                                 PITCH=PITCH, ROWS=TAIL_TILE, FIRST=MAIN, COLS=REST, TMA=TMA)
+        p = p.to(v.dtype)
+        acc = tl.dot(p, v, acc)
+        if REST:
+            acc_rest = tl.dot(p, v_rest, acc_rest)
+    return acc, acc_rest, total + tl.sum(lane_total, 1)
 
 
 @triton.jit
-def tail_scores(
-        q, q_rest, q_scale, pooled_k, pooled_k_rest, pooled_k_scale_ptr, tail_weight_ptr, map_row, kv_batch_head,
-        k_blocks, start, MAIN: tl.constexpr, REST: tl.constexpr, PITCH: tl.constexpr, TAIL_TILE: tl.constexpr,
-        TMA: tl.constexpr):
-    """Scores of the pooled keys from block `start` on, [BLOCK_Q, TAIL_TILE], log2; -inf for blocks that are not
-    skipped."""
-    k_block = start + tl.arange(0, TAIL_TILE)  # [TAIL_TILE]
-    inside = k_block < k_blocks
+def _scores(
+        q, q_rest, q_scale, pooled_k, pooled_k_rest, terms, kv_batch_head, k_blocks, start,
+        MAIN: tl.constexpr, REST: tl.constexpr, PITCH: tl.constexpr, TAIL_TILE: tl.constexpr, TMA: tl.constexpr):
+    """Scores of the pooled keys from block `start` on, [BLOCK_Q, TAIL_TILE], log2, given their terms."""
     k = load_pooled(source=pooled_k, kv_batch_head=kv_batch_head, k_blocks=k_blocks, start=start, PITCH=PITCH,
                     ROWS=TAIL_TILE, FIRST=0, COLS=MAIN, TMA=TMA)  # [TAIL_TILE, MAIN] int8
     if REST:
@@ -81,7 +102,20 @@ def tail_scores(
     products = tl.dot(q, tl.trans(k))
     if REST:
         products = tl.dot(q_rest, tl.trans(k_rest), products, out_dtype=tl.int32)
-    k_scale = tl.load(pooled_k_scale_ptr + kv_batch_head.to(tl.int64) * k_blocks + k_block, mask=inside,
-                      other=0.0).to(tl.float32)
-    weight = tl.load(tail_weight_ptr + map_row * k_blocks + k_block, mask=inside, other=float("-inf")).to(tl.float32)
-    return products.to(tl.float32) * k_scale[None, :] * q_scale[:, None] + weight[None, :]
+    scale = terms.to(tl.float32, bitcast=True)
+    weight = terms.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    return products.to(tl.float32) * scale[None, :] * q_scale[:, None] + weight[None, :]
+
+
+@triton.jit
+def _terms(pooled_terms_ptr, skipped_ptr, map_row, kv_batch_head, k_blocks, start, TAIL_TILE: tl.constexpr):
+    """`pooled_terms` of the pooled keys from block `start` on, [TAIL_TILE], as of none where blocks are not skipped."""
+    words = tl.cdiv(k_blocks, 64) * 2
+    place = tl.arange(0, TAIL_TILE)
+    bits = tl.load(skipped_ptr + map_row * words + start // 32)
+    if TAIL_TILE == 64:
+        bits = tl.where(place < 32, bits, tl.load(skipped_ptr + map_row * words + start // 32 + 1))
+    # So that a thread, which holds two columns of every eight, shifts twice and tests constant bits.
+    skipped = ((bits >> (place % 8)) & (1 << (place // 8 * 8 % 32))) != 0
+    terms = tl.load(pooled_terms_ptr + kv_batch_head.to(tl.int64) * (words * 32) + start + place)
+    return tl.where(skipped, terms, _NO_TERMS)

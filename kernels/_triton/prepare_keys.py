@@ -1,6 +1,8 @@
 """Preparation, second launch: pool and quantise K, convert V, less the constants that the first launch sampled."""
 from __future__ import annotations
 
+import os
+
 import torch
 import triton
 import triton.language as tl
@@ -9,6 +11,7 @@ from torch import Tensor
 from ..formats import FLOAT16_LIMIT, INT8_LIMIT, INT8_MAX
 from ..types import BlockShape
 from . import sample
+from .block_lists import skip_words
 from .config import prepare_warps, store_bytes
 from .launch import allocate, launch
 from .prepared import PreparedKeys, PreparedValues, SampledStatistics
@@ -46,7 +49,7 @@ def quantise_keys(
         # inputs
         k_ptr, order_ptr, flags_ptr, padding_ptr, bias_ptr, centre,
         # outputs
-        quantised_ptr, scale_ptr, mean_ptr, similarity_ptr, count_ptr, valid_ptr, pooled_ptr, pooled_scale_ptr,
+        quantised_ptr, scale_ptr, mean_ptr, similarity_ptr, count_ptr, valid_ptr, pooled_ptr, pooled_terms_ptr,
         stored_bias_ptr, mean_bias_ptr, biased_ptr,
         # sizes
         k_block, kv_batch_head, batch, kv_head, order_row, stride_b, stride_h, stride_n, k_tokens, k_blocks, row_stores,
@@ -99,11 +102,21 @@ def quantise_keys(
     else:
         tl.store(quantised_ptr + stored[:, None] + channels, k, mask=(channels < PITCH)[None, :])
     if pooled_ptr is not None:
-        # Two bytes, because the attention kernel would wait for larger ones at a barrier; rounded up to fit.
-        pooled_scale = (tl.maximum(tl.max(tl.abs(mean)), 1e-12) / 127.0 * (1 + 2.0 ** -7)).to(tl.bfloat16)
-        tl.store(pooled_scale_ptr + block, (pooled_scale.to(tl.float32) / GROUPS).to(tl.bfloat16))
-        pooled = to_int8(mean / pooled_scale.to(tl.float32))
+        weight = tl.log2(count)
+        if bias_ptr is not None:
+            weight += tl.sum(bias, 0) / count
+        weight = weight.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 65535
+        pooled_scale = tl.maximum(tl.max(tl.abs(mean)), 1e-12) * ((1 + 2.0 ** -7) / 127.0 / GROUPS)
+        terms = pooled_scale.to(tl.int32, bitcast=True) & -65536 | weight  # at most 2^-7 less, so that all numbers fit
+        tl.store(pooled_terms_ptr + kv_batch_head.to(tl.int64) * (tl.cdiv(k_blocks, 64) * 64) + k_block, terms)
+        pooled = to_int8(mean / (terms.to(tl.float32, bitcast=True) * GROUPS))
         tl.store(pooled_ptr + block * PITCH + channels, pooled, mask=channels < PITCH)
+
+
+def pooled_dtype(device: torch.device) -> torch.dtype:
+    """Of PreparedValues.pooled: float32's range leaves P without a maximum. The interpreter can't multiply bfloat16."""
+    interpreted = device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    return torch.float32 if interpreted else torch.bfloat16
 
 
 @triton.jit
@@ -154,8 +167,8 @@ def convert_values(
     v = (v - centre[None, :] * exists.to(tl.float32)[:, None]) * (1.0 / scale)[None, :]
     if pooled_ptr is not None:
         mean = tl.sum(v, 0) / tl.maximum(tl.sum(exists.to(tl.int32), 0), 1).to(tl.float32)  # [PADDED_D]
-        mean = tl.clamp(mean, -65504.0, 65504.0)
-        tl.store(pooled_ptr + block * PITCH + channels, mean.to(tl.float16), mask=channels < PITCH)
+        mean = tl.where(tl.abs(mean) < 1e38, mean, 0.0)  # not even zero times it may meet a row
+        tl.store(pooled_ptr + block * PITCH + channels, mean.to(pooled_ptr.dtype.element_ty), mask=channels < PITCH)
     block_scale = block_scale_of(values=v, PV_INT8=PV_INT8)
     tl.store(block_scale_ptr + block, block_scale)
     inverse = 1.0 / block_scale
@@ -182,7 +195,7 @@ def _keys_kernel(
         # inputs
         k_ptr, v_ptr, order_ptr, flags_ptr, padding_ptr, bias_ptr, partial_ptr, sampled_ptr,
         # outputs
-        quantised_ptr, scale_ptr, mean_ptr, similarity_ptr, count_ptr, valid_ptr, pooled_ptr, pooled_scale_ptr,
+        quantised_ptr, scale_ptr, mean_ptr, similarity_ptr, count_ptr, valid_ptr, pooled_ptr, pooled_terms_ptr,
         stored_bias_ptr, mean_bias_ptr, biased_ptr, v_centre_ptr, v_scale_ptr, values_ptr, v_block_scale_ptr,
         v_channel_scale_ptr, v_pooled_ptr,
         # sizes
@@ -223,7 +236,7 @@ def _keys_kernel(
                 k_ptr=k_ptr, order_ptr=order_ptr, flags_ptr=flags_ptr, padding_ptr=padding_ptr, bias_ptr=bias_ptr,
                 centre=centre,
                 quantised_ptr=quantised_ptr, scale_ptr=scale_ptr, mean_ptr=mean_ptr, similarity_ptr=similarity_ptr,
-                count_ptr=count_ptr, valid_ptr=valid_ptr, pooled_ptr=pooled_ptr, pooled_scale_ptr=pooled_scale_ptr,
+                count_ptr=count_ptr, valid_ptr=valid_ptr, pooled_ptr=pooled_ptr, pooled_terms_ptr=pooled_terms_ptr,
                 stored_bias_ptr=stored_bias_ptr, mean_bias_ptr=mean_bias_ptr, biased_ptr=biased_ptr,
                 k_block=k_block, kv_batch_head=kv_batch_head, batch=batch, kv_head=kv_head, order_row=order_row,
                 stride_b=k_stride_b, stride_h=k_stride_h, stride_n=k_stride_n, k_tokens=k_tokens, k_blocks=k_blocks,
@@ -266,14 +279,14 @@ def prepare_keys(k: Tensor, v: Tensor | None, statistics: SampledStatistics, *, 
         similarity=(each_block, f32), count=(each_block, torch.int32),
         valid=(places, int8) if padding is not None and bias is None else None,
         pooled=((*each_block, pitch), int8) if pooled else None,
-        pooled_scale=(each_block, torch.bfloat16) if pooled else None,
+        pooled_terms=((*head, 32 * skip_words(k_blocks)), torch.int32) if pooled else None,
         bias=None if bias is None else (places, f32), mean_bias=None if bias is None else (each_block, f32),
         biased=None if bias is None else (each_block, int8))
     converted = ((*head, dim, places[2]), int8) if pv_int8 else ((*places, pitch), f16)
     of_values = dict(
         values=None if v is None else converted, scale=((*head, dim), f32), centre=((*head, dim), f32),
         block_scale=(each_block, f32), channel_scale=((*each_block, dim), f32) if pv_int8 else None,
-        pooled=((*each_block, pitch), f16) if pooled and v is not None else None)
+        pooled=((*each_block, pitch), pooled_dtype(k.device)) if pooled and v is not None else None)
     regions = allocate(k.device, *of_keys.values(), *of_values.values())
     keys = PreparedKeys(**dict(zip(of_keys, regions)))
     values = PreparedValues(**dict(zip(of_values, regions[len(of_keys):])))
@@ -286,7 +299,7 @@ def prepare_keys(k: Tensor, v: Tensor | None, statistics: SampledStatistics, *, 
                     partial_ptr=statistics.partial, sampled_ptr=statistics.sampled),
         outputs=dict(quantised_ptr=keys.quantised, scale_ptr=keys.scale, mean_ptr=keys.mean,
                      similarity_ptr=keys.similarity, count_ptr=keys.count, valid_ptr=keys.valid,
-                     pooled_ptr=keys.pooled, pooled_scale_ptr=keys.pooled_scale, stored_bias_ptr=keys.bias,
+                     pooled_ptr=keys.pooled, pooled_terms_ptr=keys.pooled_terms, stored_bias_ptr=keys.bias,
                      mean_bias_ptr=keys.mean_bias, biased_ptr=keys.biased, v_centre_ptr=values.centre,
                      v_scale_ptr=values.scale, values_ptr=values.values, v_block_scale_ptr=values.block_scale,
                      v_channel_scale_ptr=values.channel_scale, v_pooled_ptr=values.pooled),

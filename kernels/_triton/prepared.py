@@ -57,8 +57,11 @@ class PreparedKeys:
     similarity: float32 (B, Hkv, k_blocks), as of queries; `FORCED` where the block holds a sink.
     count: int32 (B, Hkv, k_blocks), keys of the block that exist.
     valid: int8 (B, Hkv, k_places), whether the key exists; None without padding, and beside a bias.
-    pooled, pooled_scale: int8 (B, Hkv, k_blocks, pitch) and bfloat16 (B, Hkv, k_blocks), `mean` for the pooled tail;
-        None where skipped blocks are dropped.
+    pooled: int8 (B, Hkv, k_blocks, pitch), `mean` for the pooled tail; None, as the next, where skipped blocks are
+        dropped.
+    pooled_terms: int32 (B, Hkv, 32 · skip_words(k_blocks)), for each pooled key a word that, read as float32, is what
+        its numbers are multiplied by, and whose lower half, read as float16, is what is added to its scores in log2
+        units, for the number of keys that it stands for and their mean bias.
     bias: float32 (B, Hkv, k_places), added to the scores of a key in log2 units, -inf where there is none; None, as the
         next two, without a bias.
     mean_bias: float32 (B, Hkv, k_blocks), its mean over the keys that exist.
@@ -72,7 +75,7 @@ class PreparedKeys:
     count: Region
     valid: Region | None
     pooled: Region | None
-    pooled_scale: Region | None
+    pooled_terms: Region | None
     bias: Region | None = None
     mean_bias: Region | None = None
     biased: Region | None = None
@@ -89,7 +92,7 @@ class PreparedValues:
         the sampled ones. NaN where the block holds a number that is not finite.
     channel_scale: float32 (B, Hkv, k_blocks, D), which takes the place of block_scale where that is above
         `plain_scale`, and is not written elsewhere; None beside float16.
-    pooled: float16 (B, Hkv, k_blocks, pitch), means of (v - centre) / scale over the keys that exist; None where
+    pooled: `pooled_dtype` (B, Hkv, k_blocks, pitch), means of (v - centre) / scale over the keys that exist; None where
         skipped blocks are dropped.
     """
 

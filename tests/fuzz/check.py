@@ -172,7 +172,7 @@ def check_lse(q: Tensor, k: Tensor, v: Tensor, lse: Tensor, found: BlockMap, par
     longest_k = apart.abs().sum(-1).amax(-1, keepdim=True)
     allowed = (step_q * longest_k + step_k * q.abs().sum(-1) + step_q * step_k * dim) * scale / 2
     largest = q.norm(dim=-1) * apart.norm(dim=-1).amax(-1, keepdim=True) * scale
-    if spec.pooled:  # its keys have a scale in bfloat16, and weights in float16
+    if spec.pooled:  # its keys are in INT8, and their weights in float16
         allowed += largest / 256 + 0.01
     bias = arguments["key_bias"].double().clamp(min=-1e4).abs().max().item() if "key_bias" in arguments else 0.0
     allowed += (largest + (q.abs() @ centre.abs().mT)[..., 0] * scale + expected.abs() + bias) * 1e-5 + 1e-4

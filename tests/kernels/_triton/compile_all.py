@@ -32,17 +32,16 @@ BARRIER = r"\bBAR\.SYNC|\bs_barrier\b"
 def compile_calls(arch: str, dims, dtypes, thin: bool = False):
     """Yield (call, name of the kernel, compiled kernel or exception) over head_dims, dtypes, formats and variants.
 
-    thin: every configuration in the plain variant and in the one with everything, and every other variant at one of the
-    head_dims only; of kernels other than attention's, the plain variant, and the one with everything at one head_dim.
+    thin: every configuration in the plain variant, and every other variant at one of the head_dims only; of kernels
+    other than attention's, the variant with everything alone beside the plain one.
     """
-    chosen, everywhere = True, ("plain", "everything")
+    chosen = True
     compiled = compile_launches(arch, lambda kernel: chosen or kernel == "_attend_kernel")
     calls = itertools.product(range(len(dims)), dtypes, FORMATS, enumerate(variants().items()))
     for i, dtype, pv_dtype, (j, (variant, call)) in calls:
-        here = j % len(dims) == i
-        if thin and not here and variant not in everywhere:
+        if thin and variant != "plain" and j % len(dims) != i:
             continue
-        chosen = not thin or variant == "plain" or variant == "everything" and here
+        chosen = not thin or variant in ("plain", "everything")
         run(dims[i], dtype, pv_dtype, *call)
         for name, kernel in compiled:
             yield dict(dim=dims[i], dtype=str(dtype), pv_dtype=pv_dtype, variant=variant), name, kernel

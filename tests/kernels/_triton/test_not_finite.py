@@ -49,22 +49,24 @@ def test_reaches_the_rows_that_dense_attention_breaks(where, value, pv_dtype, sm
         assert bool((~out.isfinite().all(-1) | ~expected).all()), f"{name}: the reference hides it"
 
 
-def test_causal_rows_before_it_stay(small_blocks):
+@pytest.mark.parametrize("where, skipped", [("k", "drop"), ("k", "pooled"), ("v", "pooled")])
+def test_causal_rows_before_it_stay(where, skipped, small_blocks):
     q, k, v = drifting_qkv(1, 1, N, 16, dtype=torch.float16, device=DEVICE)
-    k[0, 0, TOKEN] = math.nan
-    out = sparge_attention(q, k, v, params=CDF, causal=True, pv_dtype="fp16", impl="triton")
+    (k if where == "k" else v)[0, 0, TOKEN] = math.nan
+    out = sparge_attention(q, k, v, params=CDF, causal=True, pv_dtype="fp16", skipped=skipped, impl="triton")
     assert bool(out[0, 0, TOKEN:].isnan().all())
     block = block_shape(q, pv_dtype="fp16", impl="triton")
     seen_from = TOKEN // block.k * block.k  # one scale for a block of K
     assert bool(out[0, 0, :seen_from // block.q * block.q].isfinite().all())
 
 
-def test_in_the_sample(small_blocks):
+@pytest.mark.parametrize("skipped", ("drop", "pooled"))
+def test_in_the_sample(skipped, small_blocks):
     """The constants of K and V come from it: the head is NaN, others are not."""
     for which in (1, 2):
         tensors = drifting_qkv(1, 2, N, 16, dtype=torch.float16, device=DEVICE)
         tensors[which][0, 1, 0, 3] = math.nan  # token 0 is always sampled
-        out = sparge_attention(*tensors, params=CDF, pv_dtype="fp16", impl="triton")
+        out = sparge_attention(*tensors, params=CDF, pv_dtype="fp16", skipped=skipped, impl="triton")
         assert bool(out[:, 1].isnan().any(-1).all()) and bool(out[:, 0].isfinite().all())
 
 

@@ -81,10 +81,11 @@ def check(queries, keys, *, n_q, n_k, selection, causal, amounts, thetas=(0.3,),
     places = (mask.cumsum(-1) - 1).where(mask & inside, mask.shape[-1]).amin(-1)
     assert torch.equal(lists.counts[..., 0], places.minimum(found.counts).int())
     if pooled:
-        weight = count.clamp(min=1).log2().expand_as(mask).where(visible & ~mask, -torch.inf)
-        torch.testing.assert_close(lists.tail.float(), weight, rtol=2e-3, atol=0)
+        bits = (lists.skipped[..., None] >> torch.arange(32, device=DEVICE) & 1).flatten(-2)
+        assert torch.equal(bits[..., :mask.shape[-1]] != 0, visible & ~mask)
+        assert not bool(bits[..., mask.shape[-1]:].any()), "a block that does not exist is skipped"
     else:
-        assert lists.tail is None
+        assert lists.skipped is None
     return mask
 
 

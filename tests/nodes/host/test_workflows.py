@@ -1,4 +1,5 @@
-"""Example workflows on a running server, those of today and those that a release has brought: all are valid and run.
+"""Example workflows on a running server, those of today and those that a release has brought: all are valid, and run,
+but of saved prompts one for each set of inputs that they give to this pack.
 
 saved/VERSION/ holds the workflows and prompts of a release as they were, and saved/0.2.0.dev/ those of the last version
 without presets. Users have such files: never change them.
@@ -15,7 +16,6 @@ HOST = Path(__file__).parent
 PROMPTS = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in (HOST / "prompts").glob("*.json")}
 SAVED = {f"{path.parents[1].name}/{path.stem}": json.loads(path.read_text(encoding="utf-8"))
          for path in (HOST / "saved").glob("*/prompts/*.json")}
-RUN = PROMPTS | {name: prompt for name, prompt in SAVED.items() if prompt not in PROMPTS.values()}  # each one once
 WORKFLOWS = comfy_server.REPOSITORY / "workflows"
 # A tiny checkpoint takes the place of the file that the workflow names; test_demo.py runs the one that names none.
 FAMILY = {"minimax_h3_text_to_video": "minimax_h3", "wan2.1_text_to_video": "wan", "wan2.2_text_to_video": "wan",
@@ -30,6 +30,20 @@ SIZES = {"EmptyHunyuanLatentVideo": CLIP, "EmptyHunyuanVideo15Latent": CLIP, "Wa
                                                                                    "length": 17},
          "EmptySD3LatentImage": IMAGE, "EmptyLatentImage": {"width": 256, "height": 256}}
 DECODING = {"VAEDecode", "VAEDecodeAudio", "CreateVideo", "SaveVideo", "SaveImage"}
+
+
+def inputs_of_pack(prompt):
+    """The nodes of this pack in a prompt and their inputs, but for file names; of numbers and links the kind alone."""
+    return {(node["class_type"], frozenset((name, value if isinstance(value, str | bool) else type(value))
+                                           for name, value in node["inputs"].items() if "name" not in name))
+            for node in prompt.values() if "SpargeAttn" in node["class_type"]}
+
+
+# Of the saved prompts, one for each set of inputs that they give to the nodes of this pack.
+RUN = dict(PROMPTS)
+for name, prompt in sorted(SAVED.items()):
+    if inputs_of_pack(prompt) not in map(inputs_of_pack, RUN.values()):
+        RUN[name] = prompt
 
 
 def family_of(name):
