@@ -59,7 +59,7 @@ def _both(block: BlockShape, warps: int, stages: int, maxnreg: int | None = None
 # registers spill, with any switch, but where a comment says so; bytes are of a thread, with Triton 3.9.
 _TABLE: dict[str, dict[int, tuple[AttendConfig, AttendConfig]]] = {
     # Measured as the fastest. At head_dim 128 they spill, but load few in the loop over blocks that need no care: INT8
-    # up to 104 bytes, because a third thread block leaves 168 registers, of which sums, products and, in the careful
+    # up to 120 bytes, because a third thread block leaves 168 registers, of which sums, products and, in the careful
     # loop, scales by channel fill 160; 16 bits up to 304, most where a thread's 128 sums meet 128 residuals. At
     # head_dim 64, 16 bits with a pooled tail spill 16.
     "sm90": {
@@ -87,8 +87,8 @@ _TABLE: dict[str, dict[int, tuple[AttendConfig, AttendConfig]]] = {
         256: _both(BlockShape(64, 64), 8, 2),
     },
     # RTX 30, 40 and 50: 99 KB of shared memory. RTX 50 spills up to 16 bytes in three variants of 16 bits at head_dim
-    # 64, under the cap by which a third thread block fits, and up to 32 in INT8 at 128 with a pooled tail or all
-    # switches.
+    # 64, under the cap by which a third thread block fits, and at 128 with a pooled tail or all switches up to 48 in
+    # INT8 and 40 in 16 bits; RTX 40 8 in INT8 there.
     "consumer": {
         64: (AttendConfig(BlockShape(64, 64), 4, 2, 168), AttendConfig(BlockShape(64, 64), 4, 3)),
         128: (AttendConfig(BlockShape(128, 64), 8, 3), AttendConfig(BlockShape(128, 32), 8, 3)),
@@ -100,8 +100,8 @@ _TABLE: dict[str, dict[int, tuple[AttendConfig, AttendConfig]]] = {
         128: _both(BlockShape(128, 64), 4, 1),
         256: (AttendConfig(BlockShape(128, 32), 4, 2), AttendConfig(BlockShape(128, 32), 4, 1)),
     },
-    # At head_dim 128 they spill, because a thread has 256 registers: RX 7900 up to 476 bytes in 16 bits and 756 in
-    # INT8, RX 9070 up to 48 and 64. Twice the warps for as many rows spill less, with a bound 1.4 to 1.5 times as
+    # At head_dim 128 they spill, because a thread has 256 registers: RX 7900 up to 512 bytes in 16 bits and 756 in
+    # INT8, RX 9070 up to 48 and 168. Twice the warps for as many rows spill less, with a bound 1.4 to 1.5 times as
     # high; 64×16 spills none, but its map is too large.
     "rdna": {
         64: _both(BlockShape(128, 32), 8, 1),

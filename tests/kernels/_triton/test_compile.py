@@ -19,10 +19,10 @@ VARIANTS = {"plain", "pooled tail", "pooled tail, bias", "causal, padding", "λ 
 # Up to this head_dim no variant spills registers but for these, in bytes a thread, with Triton 3.9; the table in
 # config.py says what bounds them. Beyond, the accumulators alone fill the registers.
 PROMISED_DIM = 128
-SPILLED = {("sm80", 128, "int8"): 96, ("sm120", 64, "fp16"): 16, ("sm120", 128, "int8"): 32,
-           ("sm90", 64, "fp16"): 16, ("sm90", 128, "int8"): 104, ("sm90", 128, "fp16"): 304,
-           ("gfx1100", 128, "int8"): 756, ("gfx1100", 128, "fp16"): 476,
-           ("gfx1201", 128, "int8"): 64, ("gfx1201", 128, "fp16"): 48}
+SPILLED = {("sm80", 128, "int8"): 96, ("sm89", 128, "int8"): 8, ("sm120", 64, "fp16"): 16, ("sm120", 128, "int8"): 48,
+           ("sm120", 128, "fp16"): 40, ("sm90", 64, "fp16"): 16, ("sm90", 128, "int8"): 120,
+           ("sm90", 128, "fp16"): 304, ("gfx1100", 128, "int8"): 756, ("gfx1100", 128, "fp16"): 512,
+           ("gfx1201", 128, "int8"): 168, ("gfx1201", 128, "fp16"): 48}
 # One of these multiplies INT8 natively.
 INT8_PRODUCTS = re.compile("(UTC)?IG?MMA|v_wmma_i32_16x16x16_iu8|v_mfma_i32_.*_i8")
 
