@@ -105,7 +105,7 @@ def write_list(
 def store_skipped(skipped_ptr, bits, map_row, exists, start, k_blocks, CHUNK: tl.constexpr):
     """Words of BlockLists.skipped for the CHUNK blocks from `start` on, one a piece, of rows that exist."""
     words = tl.cdiv(k_blocks, 64) * 2
-    word, row = tl.arange(0, CHUNK // 32), (map_row * words)
+    word, row = tl.arange(0, CHUNK // 32), map_row * words
     if PIECES == 1:
         word, row, exists = word[None, :], row[:, None], exists[:, None]
     else:

@@ -19,7 +19,7 @@ def copied_bytes(q: Tensor, k: Tensor, pv_int8: bool, block: BlockShape, pooled:
     (batch, heads, q_tokens, dim), (_, kv_heads, k_tokens, _) = q.shape, k.shape
     q_blocks, k_blocks = block.counts(q_tokens, k_tokens)
     pitch = row_pitch(dim)
-    by_head = q_blocks * (block.q * (pitch + 4) + 4 * dim) + q_blocks * k_blocks * (6 if pooled else 4)
+    by_head = q_blocks * (block.q * (pitch + 4) + 4 * dim + 4 * k_blocks + (k_blocks // 8 if pooled else 0))
     values = block.k * pitch + 4 * dim if pv_int8 else 2 * block.k * pitch
     by_kv_head = k_blocks * (block.k * pitch + 4 * dim + values + (3 * pitch if pooled else 0))
     return batch * (heads * by_head + kv_heads * by_kv_head)

@@ -114,7 +114,8 @@ def quantise_keys(
 
 
 def pooled_dtype(device: torch.device) -> torch.dtype:
-    """Of PreparedValues.pooled: float32's range leaves P without a maximum. The interpreter can't multiply bfloat16."""
+    """What PreparedValues.pooled is stored as: bfloat16, because with P in a format of float32's range the pooled tail
+    needs no maximum; float32 in Triton's interpreter, which does not multiply bfloat16."""
     interpreted = device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
     return torch.float32 if interpreted else torch.bfloat16
 

@@ -92,8 +92,8 @@ class PreparedValues:
         the sampled ones. NaN where the block holds a number that is not finite.
     channel_scale: float32 (B, Hkv, k_blocks, D), which takes the place of block_scale where that is above
         `plain_scale`, and is not written elsewhere; None beside float16.
-    pooled: `pooled_dtype` (B, Hkv, k_blocks, pitch), means of (v - centre) / scale over the keys that exist; None where
-        skipped blocks are dropped.
+    pooled: bfloat16, see `pooled_dtype`, (B, Hkv, k_blocks, pitch), means of (v - centre) / scale over the keys that
+        exist; None where skipped blocks are dropped.
     """
 
     values: Region

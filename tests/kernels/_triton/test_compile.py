@@ -29,8 +29,8 @@ INT8_PRODUCTS = re.compile("(UTC)?IG?MMA|v_wmma_i32_16x16x16_iu8|v_mfma_i32_.*_i
 
 def run(script, *arguments):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    return subprocess.run([sys.executable, str(HERE / script), *arguments], capture_output=True, text=True, timeout=580,
-                          check=False, env=environment | {"OMP_NUM_THREADS": "1"})
+    return subprocess.run([sys.executable, str(HERE / script), *arguments], capture_output=True, text=True, check=False,
+                          timeout=3600, env=environment | {"OMP_NUM_THREADS": "1"})
 
 
 @pytest.fixture(scope="module")
