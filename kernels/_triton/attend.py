@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..formats import INT8_MAX, ROW_GROUP
+from ..triton_package import triton_version
 from ..types import Residual
 from .block_lists import BlockLists
 from .config import AttendConfig
@@ -58,8 +59,8 @@ def _attend_kernel(
         D: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, PITCH: tl.constexpr, BLOCK_Q: tl.constexpr,
         BLOCK_K: tl.constexpr, ALIGN: tl.constexpr, PV_INT8: tl.constexpr, KEY_GROUP: tl.constexpr,
         FP16_SUMS: tl.constexpr, FROZEN: tl.constexpr, CAUSAL: tl.constexpr, SKIP_PV: tl.constexpr,
-        ROW_GROUP: tl.constexpr, TAIL_TILE: tl.constexpr, P_SHIFT: tl.constexpr, P_UNIT: tl.constexpr,
-        TMA: tl.constexpr, INT8_MAX: tl.constexpr):
+        ROW_GROUP: tl.constexpr, TAIL_TILE: tl.constexpr, TAIL_STAGES: tl.constexpr, P_SHIFT: tl.constexpr,
+        P_UNIT: tl.constexpr, TMA: tl.constexpr, INT8_MAX: tl.constexpr):
     """A block of queries a program, over its list of kept blocks; the online softmax in log2 units.
 
     s = (q · kᵀ) · q_scale · k_scale + k_bias                    of a kept block, -inf where a query sees no key
@@ -260,7 +261,7 @@ def _attend_kernel(
             pooled_k=pooled_k_ptr, pooled_k_rest=pooled_k_rest_ptr, pooled_terms_ptr=pooled_terms_ptr,
             pooled_v=pooled_v_ptr, pooled_v_rest=pooled_v_rest_ptr, skipped_ptr=skipped_ptr, map_row=map_row,
             kv_batch_head=kv_batch_head, k_blocks=k_blocks, BLOCK_Q=BLOCK_Q, MAIN=MAIN, REST=REST, PITCH=PITCH,
-            TAIL_TILE=TAIL_TILE, P_SHIFT=P_SHIFT, TMA=TMA)
+            TAIL_TILE=TAIL_TILE, TAIL_STAGES=TAIL_STAGES, P_SHIFT=P_SHIFT, TMA=TMA)
 
     write_output(
         acc=acc, acc_rest=acc_rest, total=total, v_scale_ptr=v_scale_ptr, v_centre_ptr=v_centre_ptr,
@@ -274,6 +275,13 @@ def _attend_kernel(
                   P_SHIFT=P_SHIFT)
     if skips_ptr is not None:
         tl.store(skips_ptr + map_row, n_skipped)
+
+
+def _tail_stages(config: AttendConfig, pv_int8: bool) -> int | None:
+    """Stages of the pooled tail's loads; None, which Triton 3.2 does not take, for as many as in the other loops."""
+    if pv_int8 and triton_version() == (3, 5):  # with more, ptxas lets all products of the call wait
+        return 1
+    return config.stages if triton_version() == (3, 2) else None
 
 
 def attend(queries: PreparedQueries, keys: PreparedKeys, values: PreparedValues, lists: BlockLists, target: Target, *,
@@ -335,6 +343,7 @@ def attend(queries: PreparedQueries, keys: PreparedKeys, values: PreparedValues,
         constants=dict(D=dim, MAIN=tiles[0], REST=tiles[1], PITCH=pitch, BLOCK_Q=block.q, BLOCK_K=block.k, ALIGN=align,
                        PV_INT8=pv_int8, KEY_GROUP=config.key_group, FP16_SUMS=config.fp16_sums, FROZEN=frozen,
                        CAUSAL=causal, SKIP_PV=skip_pv, ROW_GROUP=ROW_GROUP, TAIL_TILE=config.tail_tile,
+                       TAIL_STAGES=_tail_stages(config, pv_int8),
                        P_SHIFT=math.log2(INT8_MAX) if pv_int8 else 0.0,
                        P_UNIT=INT8_UNIT if pv_int8 and config.ptx else 0, TMA=tma, INT8_MAX=INT8_MAX),
         options=config.options())

@@ -17,7 +17,7 @@ def add_pooled_tail(
         acc, acc_rest, total, running_max, q, q_rest, q_scale, pooled_k, pooled_k_rest, pooled_terms_ptr, pooled_v,
         pooled_v_rest, skipped_ptr, map_row, kv_batch_head, k_blocks,
         BLOCK_Q: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, PITCH: tl.constexpr, TAIL_TILE: tl.constexpr,
-        P_SHIFT: tl.constexpr, TMA: tl.constexpr):
+        TAIL_STAGES: tl.constexpr, P_SHIFT: tl.constexpr, TMA: tl.constexpr):
     """Add the skipped blocks of a row of the map to acc [BLOCK_Q, MAIN], acc_rest [BLOCK_Q, REST] and total [BLOCK_Q]:
     each is one key, with the means of its keys and values. Returns them with the new running maximum [BLOCK_Q].
 
@@ -32,8 +32,8 @@ def add_pooled_tail(
     total = tl.where(empty, 0.0, total / total)  # of NaN itself
     acc, acc_rest, total = _add(
         acc, acc_rest, total, running_max, q, q_rest, q_scale, pooled_k, pooled_k_rest, pooled_terms_ptr, pooled_v,
-        pooled_v_rest, skipped_ptr, map_row, kv_batch_head, k_blocks, BLOCK_Q, MAIN, REST, PITCH, TAIL_TILE, P_SHIFT,
-        TMA)
+        pooled_v_rest, skipped_ptr, map_row, kv_batch_head, k_blocks, BLOCK_Q, MAIN, REST, PITCH, TAIL_TILE,
+        TAIL_STAGES, P_SHIFT, TMA)
     alone = total > _MOST_TOTAL
     if not_all(alone == 0):
         highest = tl.full([BLOCK_Q], float("-inf"), tl.float32)
@@ -50,14 +50,15 @@ def add_pooled_tail(
         acc, acc_rest, total = _add(
             acc, acc_rest, total, tl.where(alone, highest, float("inf")), q, q_rest, q_scale, pooled_k, pooled_k_rest,
             pooled_terms_ptr, pooled_v, pooled_v_rest, skipped_ptr, map_row, kv_batch_head, k_blocks, BLOCK_Q, MAIN,
-            REST, PITCH, TAIL_TILE, P_SHIFT, TMA)
+            REST, PITCH, TAIL_TILE, TAIL_STAGES, P_SHIFT, TMA)
     return acc, acc_rest, total, running_max
 
 
 @triton.jit
 def _add(acc, acc_rest, total, relative_to, q, q_rest, q_scale, pooled_k, pooled_k_rest, pooled_terms_ptr, pooled_v,
          pooled_v_rest, skipped_ptr, map_row, kv_batch_head, k_blocks, BLOCK_Q: tl.constexpr, MAIN: tl.constexpr,
-         REST: tl.constexpr, PITCH: tl.constexpr, TAIL_TILE: tl.constexpr, P_SHIFT: tl.constexpr, TMA: tl.constexpr):
+         REST: tl.constexpr, PITCH: tl.constexpr, TAIL_TILE: tl.constexpr, TAIL_STAGES: tl.constexpr,
+         P_SHIFT: tl.constexpr, TMA: tl.constexpr):
     """acc, acc_rest and total plus the tail, with P relative to relative_to [BLOCK_Q].
 
     All tiles are taken, without a test for skipped blocks, so that loads run ahead.
@@ -66,7 +67,7 @@ def _add(acc, acc_rest, total, relative_to, q, q_rest, q_scale, pooled_k, pooled
     last = (k_blocks - 1) // TAIL_TILE * TAIL_TILE
     # Terms come one step ahead: loaded where they are used, they would wait for shared memory at a barrier.
     next_terms = _terms(pooled_terms_ptr, skipped_ptr, map_row, kv_batch_head, k_blocks, 0, TAIL_TILE)
-    for start in range(0, k_blocks, TAIL_TILE):
+    for start in tl.range(0, k_blocks, TAIL_TILE, num_stages=TAIL_STAGES):
         terms = next_terms
         next_terms = _terms(pooled_terms_ptr, skipped_ptr, map_row, kv_batch_head, k_blocks,
                             tl.minimum(start + TAIL_TILE, last), TAIL_TILE)
