@@ -44,6 +44,12 @@ def skip_words(k_blocks: int) -> int:
 
 
 @triton.jit
+def words_a_row(k_blocks):
+    """`skip_words` in a kernel."""
+    return tl.cdiv(k_blocks, 64) * 2
+
+
+@triton.jit
 def causal_limits(q_block, end, q_tokens, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
     """(diagonal, end) of rows of the map: the first block of K that the causal diagonal cuts, and the first one beyond
     it, at most `end`."""

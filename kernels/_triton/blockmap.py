@@ -7,7 +7,16 @@ from torch import Tensor, float32
 
 from ..formats import LOG2E
 from ..types import BlockShape
-from .block_lists import BlockLists, allocate_lists, cannot_skip, causal_limits, needs_care, skip_bits, store_counts
+from .block_lists import (
+    BlockLists,
+    allocate_lists,
+    cannot_skip,
+    causal_limits,
+    needs_care,
+    skip_bits,
+    store_counts,
+    words_a_row,
+)
 from .launch import launch
 from .prepared import PreparedKeys, PreparedQueries, PreparedValues
 from .primitives import kept_by_rule, padded_dim, threshold_of
@@ -104,7 +113,7 @@ def write_list(
 @triton.jit
 def store_skipped(skipped_ptr, bits, map_row, exists, start, k_blocks, CHUNK: tl.constexpr):
     """Words of BlockLists.skipped for the CHUNK blocks from `start` on, one a piece, of rows that exist."""
-    words = tl.cdiv(k_blocks, 64) * 2
+    words = words_a_row(k_blocks)
     word, row = tl.arange(0, CHUNK // 32), map_row * words
     if PIECES == 1:
         word, row, exists = word[None, :], row[:, None], exists[:, None]

@@ -6,7 +6,16 @@ import triton.language as tl
 from torch import Tensor
 
 from ..types import BlockShape
-from .block_lists import BlockLists, allocate_lists, cannot_skip, causal_limits, needs_care, skip_bits, store_counts
+from .block_lists import (
+    BlockLists,
+    allocate_lists,
+    cannot_skip,
+    causal_limits,
+    needs_care,
+    skip_bits,
+    store_counts,
+    words_a_row,
+)
 from .launch import launch
 from .prepared import PreparedKeys, PreparedValues
 
@@ -64,7 +73,7 @@ def _given_kernel(
         n_plain = tl.minimum(n_plain, tl.min(tl.where(special, place, k_blocks), 0))
         tl.store(indices_ptr + place, k_block, mask=kept)
         if skipped_ptr is not None:
-            words = tl.cdiv(k_blocks, 64) * 2
+            words = words_a_row(k_blocks)
             word = start // 32 + tl.arange(0, CHUNK // 32)
             bits = skip_bits(visible=tl.reshape(visible, [CHUNK // 32, 32]), kept=tl.reshape(kept, [CHUNK // 32, 32]),
                              AXIS=1)

@@ -2,6 +2,7 @@
 import triton
 import triton.language as tl
 
+from .block_lists import words_a_row
 from .products import rescaled
 from .softmax import SUMS_BY_LANE, not_all, sums_by_lane
 from .tiles import load_pooled
@@ -111,7 +112,7 @@ def _scores(
 @triton.jit
 def _terms(pooled_terms_ptr, skipped_ptr, map_row, kv_batch_head, k_blocks, start, TAIL_TILE: tl.constexpr):
     """`pooled_terms` of the pooled keys from block `start` on, [TAIL_TILE], as of none where blocks are not skipped."""
-    words = tl.cdiv(k_blocks, 64) * 2
+    words = words_a_row(k_blocks)
     place = tl.arange(0, TAIL_TILE)
     bits = tl.load(skipped_ptr + map_row * words + start // 32)
     if TAIL_TILE == 64:

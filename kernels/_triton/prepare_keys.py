@@ -11,7 +11,7 @@ from torch import Tensor
 from ..formats import FLOAT16_LIMIT, INT8_LIMIT, INT8_MAX
 from ..types import BlockShape
 from . import sample
-from .block_lists import skip_words
+from .block_lists import skip_words, words_a_row
 from .config import prepare_warps, store_bytes
 from .launch import allocate, launch
 from .prepared import PreparedKeys, PreparedValues, SampledStatistics
@@ -108,7 +108,7 @@ def quantise_keys(
         weight = weight.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 65535
         pooled_scale = tl.maximum(tl.max(tl.abs(mean)), 1e-12) * ((1 + 2.0 ** -7) / 127.0 / GROUPS)
         terms = pooled_scale.to(tl.int32, bitcast=True) & -65536 | weight  # at most 2^-7 less, so that all numbers fit
-        tl.store(pooled_terms_ptr + kv_batch_head.to(tl.int64) * (tl.cdiv(k_blocks, 64) * 64) + k_block, terms)
+        tl.store(pooled_terms_ptr + kv_batch_head.to(tl.int64) * (words_a_row(k_blocks) * 32) + k_block, terms)
         pooled = to_int8(mean / (terms.to(tl.float32, bitcast=True) * GROUPS))
         tl.store(pooled_ptr + block * PITCH + channels, pooled, mask=channels < PITCH)
 
