@@ -108,7 +108,11 @@ def quantise_keys(
         weight = weight.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 65535
         pooled_scale = tl.maximum(tl.max(tl.abs(mean)), 1e-12) * ((1 + 2.0 ** -7) / 127.0 / GROUPS)
         terms = pooled_scale.to(tl.int32, bitcast=True) & -65536 | weight  # at most 2^-7 less, so that all numbers fit
-        tl.store(pooled_terms_ptr + kv_batch_head.to(tl.int64) * (words_a_row(k_blocks) * 32) + k_block, terms)
+        words = words_a_row(k_blocks)
+        row = pooled_terms_ptr + kv_batch_head.to(tl.int64) * (words * 32)
+        tl.store(row + k_block, terms)
+        beyond = k_blocks + tl.arange(0, 64)  # attention reads whole words of blocks
+        tl.store(row + beyond, 0, mask=(beyond < words * 32) & (k_block == k_blocks - 1))
         pooled = to_int8(mean / (terms.to(tl.float32, bitcast=True) * GROUPS))
         tl.store(pooled_ptr + block * PITCH + channels, pooled, mask=channels < PITCH)
 

@@ -1,6 +1,6 @@
 """Time of a sampling step of full-size architectures in ComfyUI, dense and with Apply SpargeAttn.
 
-    python tests/gpu/comfyui/step_time.py --comfyui PATH --out FILE [--only wan|flux|mochi|minimax_h3] [--tiny]
+    python tests/gpu/comfyui/step_time.py --comfyui PATH --out FILE [--only MODEL] [--tiny]
 
 The weights are random, so the pictures mean nothing and only time and memory are measured: models are built by
 ComfyUI's loader from random state dicts, sampled by its euler sampler, and compared with ComfyUI's default attention.
@@ -15,6 +15,7 @@ import argparse
 import json
 import statistics
 import time
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from unittest import mock
@@ -23,14 +24,14 @@ import in_comfyui
 
 KEEP_PERCENT = 50.0, 20.0
 MOCHI_LAYERS = 12  # of 48
-MINIMAX_LAYERS = 4  # of 50
+MINIMAX_LAYERS, MINIMAX_LONG_LAYERS = 4, 2  # of 50
 STEPS = 6  # of a run whose steps are alike
 PRESET_STEPS = 20
 
 
 def full_size():
     """Wan 2.1 1.3B at 480p, 81 frames, Flux.1 dev at 1024x1024, Mochi at 480p, 163 frames, and MiniMax-H3 at 768p, 124
-    frames, as test families."""
+    and 345 frames, as test families."""
     from checkpoints import Family
 
     def wan():
@@ -55,18 +56,22 @@ def full_size():
                              timestep_scale=1000.0, use_t5=True, t5_feat_dim=4096, t5_token_length=256,
                              rope_theta=10000.0, **on_meta())
 
-    def minimax_h3():
+    def minimax_h3(layers):
         from comfy.ldm.minimax.model import MiniMaxH3Model
 
-        return MiniMaxH3Model(num_layers=MINIMAX_LAYERS, **on_meta())
+        return MiniMaxH3Model(num_layers=layers, **on_meta())
 
     return {"wan": Family("Wan 2.1 1.3B 480p 81 frames", wan, (1, 16, 21, 60, 104), 32760, 30, (512, 4096)),
             "flux": Family("Flux.1 dev 1024x1024", flux, (1, 16, 128, 128), 4608, 57, (512, 4096), pooled=768),
             "mochi": Family(f"Mochi 480p 163 frames, {MOCHI_LAYERS} of 48 layers", mochi, (1, 12, 28, 60, 106),
                             44520 + 256, MOCHI_LAYERS, (256, 4096), text_mask=True, detected={"depth": MOCHI_LAYERS}),
-            "minimax_h3": Family(f"MiniMax-H3 768p 124 frames, {MINIMAX_LAYERS} of 50 layers", minimax_h3,
-                                 (1, 24, 37, 48, 84), 256 + 2 * 207 + 37296, MINIMAX_LAYERS, (256, 5120),
-                                 audio=(1, 32, 2, 207), batches=False)}
+            "minimax_h3": Family(f"MiniMax-H3 768p 124 frames, {MINIMAX_LAYERS} of 50 layers",
+                                 partial(minimax_h3, MINIMAX_LAYERS), (1, 24, 37, 48, 84), 256 + 2 * 207 + 37296,
+                                 MINIMAX_LAYERS, (256, 5120), audio=(1, 32, 2, 207), batches=False),
+            "minimax_h3_long": Family(f"MiniMax-H3 768p 345 frames, {MINIMAX_LONG_LAYERS} of 50 layers",
+                                      partial(minimax_h3, MINIMAX_LONG_LAYERS), (1, 24, 102, 48, 84),
+                                      256 + 2 * 575 + 102816, MINIMAX_LONG_LAYERS, (256, 5120),
+                                      audio=(1, 32, 2, 575), batches=False)}
 
 
 def on_meta():
@@ -240,7 +245,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--comfyui", type=Path, required=True, help="ComfyUI's folder")
     parser.add_argument("--out", type=Path, required=True, help="file for the results as JSON")
-    parser.add_argument("--only", choices=("wan", "flux", "mochi", "minimax_h3"))
+    parser.add_argument("--only", choices=("wan", "flux", "mochi", "minimax_h3", "minimax_h3_long"))
     parser.add_argument("--tiny", action="store_true", help="models of the size of the tests")
     options = parser.parse_args()
 
@@ -254,7 +259,7 @@ def main():
     device = comfy.model_management.get_torch_device()
     families = full_size()
     if options.tiny:
-        families = {name: FAMILIES[name] for name in families}
+        families = {name: FAMILIES[name] for name in families if name in FAMILIES}
     report = {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu", "torch": torch.__version__,
         "comfyui": comfyui_version.__version__,
