@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 
 import torch
@@ -19,6 +20,7 @@ from triton.runtime import driver
 from ..failures import raise_failed
 from ..triton_package import triton_version
 from . import replay
+from .direct import direct_launch
 
 try:
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -118,11 +120,11 @@ def launch(kernel, grid: tuple[int, ...], device: torch.device, *, inputs: dict,
     else:
         compiled[grid](*values, *sizes.values(), *constants.values())
     if (recording := replay.recording()) is not None:
-        _record(recording, None if compiled is None else _starter(compiled, grid),
+        _record(recording, None if compiled is None else _binder(compiled, grid),
                 [*values, *sizes.values(), *constants.values()], addresses)
 
 
-def _record(recording: replay.Recording, start: Callable[[int, list], None] | None, arguments: list,
+def _record(recording: replay.Recording, bind: Callable[[list], tuple] | None, arguments: list,
             addresses: list[tuple[int, int, TensorDescriptor | None]]) -> None:
     """Record a launch without what its descriptors hold: the memory of this call."""
     makers = []
@@ -132,11 +134,15 @@ def _record(recording: replay.Recording, start: Callable[[int, list], None] | No
         else:
             arguments[place] = None
             makers.append((place, address, partial(_moved, _moved(described, 0))))
-    recording.launched(start, arguments, makers)
+    recording.launched(bind, arguments, makers)
 
 
-def current_stream(index: int) -> int:
-    """The stream of a device that torch launches on, as Triton takes it."""
+def current_stream(index: int) -> int | None:
+    """The stream of a device that torch launches on, as Triton takes it. None where hooks of a profiler want to see
+    every launch, which those of a recording would not tell them."""
+    if _RELAUNCHES and (_does_anything(triton.knobs.runtime.launch_enter_hook)
+                        or _does_anything(triton.knobs.runtime.launch_exit_hook)):
+        return None
     return driver.active.get_current_stream(index)
 
 
@@ -146,26 +152,20 @@ def forget() -> None:
     replay.forget()
 
 
-def _starter(compiled, grid: tuple[int, int, int]) -> Callable[[int, list], None]:
-    """A function that launches a compiled kernel on a stream with a list of arguments.
+def _binder(compiled, grid: tuple[int, int, int]) -> Callable[[list], tuple[Callable[[int, list], None], list]]:
+    """What `replay.Launch` binds a compiled kernel with: past Triton's launcher where that is known."""
+    def bind(arguments: list) -> tuple[Callable[[int, list], None], list]:
+        if _KNOWN:
+            with suppress(Exception):  # another backend's launcher may look in any way
+                return direct_launch(compiled.run, *grid, arguments=[compiled.function, compiled.packed_metadata,
+                                                                     None, None, None, *arguments])
+        return lambda stream, given: compiled[grid](*given, stream=stream), arguments
 
-    Triton's own takes twice as long, because it prepares for hooks of profilers every time. So it serves where there
-    are some, and with versions that no one has looked at.
-    """
-    knobs = triton.knobs.runtime
-    run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
-
-    def start(stream: int, arguments: list) -> None:
-        if _KNOWN and not (_hooks(knobs.launch_enter_hook) or _hooks(knobs.launch_exit_hook)):
-            run(*grid, stream, function, metadata, None, None, None, *arguments)
-        else:
-            compiled[grid](*arguments, stream=stream)
-
-    return start
+    return bind
 
 
-def _hooks(hook) -> object:
-    """Something true where a hook of Triton's does anything: a function, or a chain that holds some."""
+def _does_anything(hook) -> object:
+    """Something true where a hook of Triton's does: it is a function, or a chain that holds some."""
     return getattr(hook, "calls", hook)
 
 

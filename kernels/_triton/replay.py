@@ -22,15 +22,25 @@ _MOST_BASES = 16  # addresses of memory that a recording keeps arguments for
 _recordings: dict[tuple, Recording] = {}
 
 
+class Later:
+    """Stands among the arguments of a launch for the address of an input, which every call has anew."""
+
+    __slots__ = ("number",)
+
+    def __init__(self, number: int):
+        """number: of the input."""
+        self.number = number
+
+
 class Launch(NamedTuple):
     """A recorded launch.
 
-    start: launches on a stream with arguments. arguments: those of the recorded call. inputs: (place, number of the
-    input) of addresses among them. memory: (place, offset) of addresses in memory of the call. made: (place, offset,
-    how to make it) of arguments that hold such an address.
+    bind: what launches on a stream with arguments, and the form of the given ones that it takes. arguments: those of
+    the recorded call. inputs: (place, number of the input) of addresses among them. memory: (place, offset) of
+    addresses in memory of the call. made: (place, offset, how to make it) of arguments that hold such an address.
     """
 
-    start: Callable[[int, list], None]
+    bind: Callable[[list], tuple[Callable[[int, list], None], list]]
     arguments: list
     inputs: list[tuple[int, int]]
     memory: list[tuple[int, int]]
@@ -43,18 +53,21 @@ class Launch(NamedTuple):
             arguments[place] = base + offset
         for place, offset, make in self.made:
             arguments[place] = make(base + offset)
-        return self.start, arguments, self.inputs
+        for place, number in self.inputs:
+            arguments[place] = Later(number)
+        start, arguments = self.bind(arguments)
+        return start, arguments, [(place, x.number) for place, x in enumerate(arguments) if type(x) is Later]
 
 
 class Recording:
     """The launches of one call."""
 
     def __init__(self, inputs: Sequence[Tensor | None], heads: tuple[int, int] | None,
-                 stream_of: Callable[[int], int]):
+                 stream_of: Callable[[int], int | None]):
         """
         inputs: all tensors of the call, the results last.
         heads: (B, H) of the statistics, None without them.
-        stream_of: the current stream of a device.
+        stream_of: the current stream of a device, None where a repetition can't be launched.
         """
         self.heads = heads
         addresses = [0 if x is None else x.data_ptr() for x in inputs]
@@ -83,9 +96,10 @@ class Recording:
         self._constants[constant.data_ptr()] = constant
         self._stream = self._stream_of(constant.device.index)
 
-    def launched(self, start: Callable[[int, list], None] | None, arguments: list,
+    def launched(self, bind: Callable[[list], tuple[Callable[[int, list], None], list]] | None, arguments: list,
                  addresses: Sequence[tuple[int, int, Callable[[int], Any] | None]]) -> None:
-        """A launch. start: None where it can't be repeated. addresses: (place, address, how to make the argument)."""
+        """A launch. bind: as in `Launch`, None where it can't be repeated. addresses: (place, address, how to make the
+        argument)."""
         inputs, memory, made = [], [], []
         for place, address, make in addresses:
             number, offset = self._inputs.get(address), self._offset(address)
@@ -97,23 +111,24 @@ class Recording:
                 inputs.append((place, number))
             elif address not in self._constants:
                 self.complete = False  # a tensor that another call would not know
-        if start is None:
+        if bind is None:
             self.complete = False
         else:
-            self._launches.append(Launch(start, arguments, inputs, memory, made))
+            self._launches.append(Launch(bind, arguments, inputs, memory, made))
 
-    def serves(self, device: torch.device) -> bool:
-        """Whether it can be launched on the current stream. Only the stream that made its constants is sure to have
-        them, and a graph that is being captured would need them for longer than they live here."""
-        return not self._constants or (self._stream == self._stream_of(device.index)
-                                       and not torch.cuda.is_current_stream_capturing())
+    def stream(self, device: torch.device) -> int | None:
+        """The current stream, None where it can't be launched there. Only the stream that made its constants is sure to
+        have them, and a graph that is being captured would need them for longer than they live here."""
+        stream = self._stream_of(device.index)
+        if self._constants and (self._stream != stream or torch.cuda.is_current_stream_capturing()):
+            return None
+        return stream
 
-    def __call__(self, inputs: Sequence[Tensor | None], device: torch.device) -> None:
+    def __call__(self, inputs: Sequence[Tensor | None], device: torch.device, stream: int) -> None:
         """Launch for other inputs of the same form. Raises OutOfMemoryError before anything is launched."""
         memory = torch.empty(self._bytes, dtype=torch.uint8, device=device)
         launches = self._launches_at(memory.data_ptr())
         addresses = [0 if x is None else x.data_ptr() for x in inputs]
-        stream = self._stream_of(device.index)
         for start, arguments, places in launches:
             arguments = arguments.copy()
             for place, number in places:
@@ -173,14 +188,15 @@ def repeat(form: tuple | None, inputs: Sequence[Tensor | None]) -> Tensor | tupl
     q, device = inputs[0], inputs[0].device
     try:
         with torch.cuda.device_of(q):
-            if not recording.serves(device):
+            stream = recording.stream(device)
+            if stream is None:
                 return None
             out = torch.empty_like(q, memory_format=torch.contiguous_format)
             if recording.heads is None:
-                recording((*inputs, out), device)
+                recording((*inputs, out), device, stream)
                 return out
             stats = statistics(recording.heads, device)
-            recording((*inputs, out, stats.kept, stats.pv_skipped), device)
+            recording((*inputs, out, stats.kept, stats.pv_skipped), device, stream)
             return out, stats
     except torch.OutOfMemoryError:  # the long way takes the heads in groups
         return None
@@ -194,7 +210,7 @@ def statistics(shape: tuple[int, int], device: torch.device) -> SpargeStats:
 
 @contextmanager
 def recorded(form: tuple | None, inputs: Sequence[Tensor | None], out: Tensor, stats: SpargeStats | None,
-             stream_of: Callable[[int], int]) -> Iterator[None]:
+             stream_of: Callable[[int], int | None]) -> Iterator[None]:
     """Record the launches of this thread inside, unless something there fails."""
     if form is None or _thread.off:
         yield

@@ -17,7 +17,6 @@ from ..log import log
 from .compile_notice import announced
 from .residual_memory import ALLOWED
 from .state import RunState
-from .stopwatch import Stopwatch
 
 
 class KernelCalls:
@@ -39,7 +38,7 @@ class KernelCalls:
             if isinstance(of_widgets, Dense):
                 return of_widgets
             plan = of_widgets.keeping(ALONE)
-        watch = Stopwatch(call.q.device)
+        watch = run.watch(call)
         result = self._attend(plan, call, residual, return_stats=True)
         if isinstance(result, Dense):
             return result
@@ -60,12 +59,12 @@ class KernelCalls:
     def dense(self, plan: SparsePlan, call: AttentionCall, site: CallSite, why: Dense) -> Tensor | Dense:
         """Dense attention by the kernels, or nearly, in the caller's form, or why there is none after all. why: it is
         dense."""
-        watch, strict = Stopwatch(call.q.device), self._settings.dense_steps == "strict"
+        strict = self._settings.dense_steps == "strict"
         result = self._attend(plan.strict() if strict else plan.over_all_blocks(), call, return_stats=strict)
         if isinstance(result, Dense):
             return result
         out, stats = result if strict else (result, None)
-        self._run.add_quantised(call, site.block, watch.stop(), why, stats)
+        self._run.add_quantised(call, site.block, why, stats)
         return call.give_back(out)
 
     def count_residual(self, call: AttentionCall, site: CallSite) -> None:

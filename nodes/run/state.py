@@ -26,6 +26,8 @@ from .sigma_window import SigmaWindow
 from .stopwatch import Stopwatch
 from .summary import CallRecord, RunSummary
 
+EVERY = 8  # of many sparse calls of a shape, one of so many is timed: events cost the host a quarter of a short call
+FIRST = 32  # sparse calls of a shape that are all timed
 ENOUGH = 3  # dense calls of a shape, of which the median is compared with; the first may take longer
 
 
@@ -52,6 +54,7 @@ class RunState:
         self._calls_of_step = 0
         self._dense: Counter[str] = Counter()
         self._timed_dense: Counter[tuple] = Counter()
+        self._watched: Counter[tuple] = Counter()
         self._details: dict[str, str] = {}
         self._maps = BlockPictures(self.map_request)
         self._started = time.perf_counter()
@@ -131,14 +134,22 @@ class RunState:
                 self._timed_dense[_shape(call)] += 1
             return block if stats is not None and self._maps.wants(self.steps, block) else None
 
-    def add_quantised(self, call: AttentionCall, block: TransformerBlock | None, watch: Stopwatch, why: Dense,
+    def watch(self, call: AttentionCall) -> Stopwatch:
+        """A watch for a sparse call, which may not run."""
+        shape = _shape(call)
+        before = self._watched[shape]
+        self._watched[shape] = before + 1
+        # By the golden ratio, whose multiples have no period, so that no layer is passed over at every step.
+        return Stopwatch(call.q.device, before < FIRST or before * 0.618034 % 1 < 1 / EVERY)
+
+    def add_quantised(self, call: AttentionCall, block: TransformerBlock | None, why: Dense,
                       stats: SpargeStats | None = None) -> None:
         """Record a dense call that the kernels computed. why: it was dense. stats: None where it was over all blocks.
         """
         with self._lock:
             if not self.running:
                 return
-            self._record(call, block, watch, stats, quantised=why.reason)
+            self._record(call, block, Stopwatch(call.q.device, running=False), stats, quantised=why.reason)
         over = "all blocks" if stats is None else "nearly all blocks"
         self.say_once(f"quantised: {why.reason}", f"quantised attention over {over}: {why}")
 

@@ -12,11 +12,13 @@ class Stopwatch:
     Two events in the stream measure it on a GPU, the clock on a CPU. Other devices are not timed.
     """
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, running: bool = True):
+        """running: False for one that tells no time and costs none."""
         self.device = device
+        self._running = running
         # Events of a graph that is being captured belong to the graph and tell no time.
-        self._stream = (torch.cuda.current_stream(device)
-                        if device.type == "cuda" and not torch.cuda.is_current_stream_capturing() else None)
+        self._stream = (torch.cuda.current_stream(device) if running and device.type == "cuda"
+                        and not torch.cuda.is_current_stream_capturing() else None)
         self._start = self._now()
         self._stop: float | torch.cuda.Event | None = None
 
@@ -25,7 +27,7 @@ class Stopwatch:
         return self
 
     def milliseconds(self) -> float | None:
-        """None where the device is not timed."""
+        """None where it does not run or the device is not timed."""
         start, stop = self._start, self._stop
         if isinstance(start, float) and isinstance(stop, float):
             return 1000 * (stop - start)
@@ -35,6 +37,8 @@ class Stopwatch:
         return None
 
     def _now(self) -> float | torch.cuda.Event | None:
+        if not self._running:
+            return None
         if self.device.type == "cpu":
             return time.perf_counter()
         if self._stream is None:

@@ -26,7 +26,7 @@ class CallRecord:
     numbered: whether the model numbers its transformer blocks.
     shape: what its time depends on.
     work: products of a query and a key that dense attention takes.
-    time: how long it took.
+    time: how long it took, where it was timed.
     stats: None where it was dense, over all blocks.
     tokens: order and grid of its tokens in words, empty where the grid is not known.
     quantised: why this pack's kernels computed it over all blocks, or nearly all; empty where they did not.
@@ -50,7 +50,7 @@ class CallTimes:
     """The sparse calls of one shape.
 
     calls: how many.
-    sparse: median milliseconds of one.
+    sparse: median milliseconds of those that were timed.
     dense: the same of the calls of this shape that stayed dense in the same run, None where there was none.
     """
 
@@ -218,8 +218,9 @@ def _times(calls: Sequence[CallRecord]) -> tuple[CallTimes, ...]:
         milliseconds = call.time.milliseconds()
         if milliseconds is not None and not call.quantised:
             groups[call.shape][call.stats is None].append(milliseconds)
-    return tuple(CallTimes(len(sparse), median(sparse), median(dense) if dense else None)
-                 for sparse, dense in groups.values() if sparse)
+    sparse_calls = Counter(call.shape for call in calls if call.stats is not None and not call.quantised)
+    return tuple(CallTimes(sparse_calls[shape], median(sparse), median(dense) if dense else None)
+                 for shape, (sparse, dense) in groups.items() if sparse)
 
 
 def _means(pairs: Iterable[tuple]) -> dict:

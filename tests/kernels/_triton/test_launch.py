@@ -50,28 +50,49 @@ class Compiled:
     def __init__(self):
         self.direct, self.public = [], []
 
-    def run(self, *arguments):
-        self.direct.append(arguments)
+    @property
+    def run(self):
+        return Launcher(self.direct)
 
     def __getitem__(self, grid):
         return lambda *arguments, stream: self.public.append((grid, stream, arguments))
 
 
+class Launcher:
+    """As one of Triton's: it ends in `launch`."""
+
+    def __init__(self, given):
+        self.launch = lambda *arguments: given.append(arguments)
+
+    def __call__(self, *arguments):
+        self.launch(*arguments)
+
+
+@pytest.mark.parametrize("known", (False, True))
+def test_a_repeated_launch_goes_past_a_launcher_that_is_known(known, monkeypatch):
+    from comfyui_spargeattn.kernels._triton import launch as module
+    monkeypatch.setattr(module, "_KNOWN", known)
+    compiled = Compiled()
+    start, arguments = module._binder(compiled, (4, 1, 1))([1, None])
+    start(9, arguments)
+    if known:
+        assert compiled.direct == [(4, 1, 1, 9, "function", "metadata", None, None, None, 1, None)]
+    else:
+        assert compiled.public == [((4, 1, 1), 9, (1, None))] and not compiled.direct
+
+
 @pytest.mark.parametrize("hook", ("launch_enter_hook", "launch_exit_hook", ""))
 @pytest.mark.parametrize("chain", (False, True))
-def test_a_profiler_sees_repeated_launches(hook, chain, monkeypatch):
+def test_a_profiler_sees_every_launch(hook, chain, monkeypatch):
+    """Nothing is repeated while it looks."""
     knobs = pytest.importorskip("triton.knobs")
     from comfyui_spargeattn.kernels._triton import launch as module
-    monkeypatch.setattr(module, "_KNOWN", True)
+    monkeypatch.setattr(module, "_RELAUNCHES", True)
+    monkeypatch.setattr(module, "driver", SimpleNamespace(active=SimpleNamespace(get_current_stream=lambda i: i + 5)))
     for name in ("launch_enter_hook", "launch_exit_hook"):
         calls = [print] if name == hook else []
         monkeypatch.setattr(knobs.runtime, name, SimpleNamespace(calls=calls) if chain else calls and calls[0])
-    compiled = Compiled()
-    module._starter(compiled, (4, 1, 1))(9, [1, None])
-    if hook:
-        assert compiled.public == [((4, 1, 1), 9, (1, None))] and not compiled.direct
-    else:
-        assert compiled.direct == [(4, 1, 1, 9, "function", "metadata", None, None, None, 1, None)]
+    assert module.current_stream(2) == (None if hook else 7)
 
 
 def test_a_record_holds_no_memory_of_its_call():

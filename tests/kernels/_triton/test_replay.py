@@ -30,7 +30,7 @@ def recorded(inputs, out, form=("a form",), stats=None):
 
 
 def launch(recording, arguments, addresses, started):
-    recording.launched(lambda stream, given: started.append((stream, given)), arguments,
+    recording.launched(lambda bound: (lambda stream, given: started.append((stream, given)), bound), arguments,
                        [(place, arguments[place], None) for place in addresses])
 
 
@@ -56,10 +56,31 @@ def test_an_argument_that_is_made_from_an_address():
     (q, out), made = tensors(2), []
     with recorded((q,), out) as recording:
         recording.allocated(1 << 40, 512)
-        recording.launched(lambda stream, given: made.extend(given), ["a descriptor"], [(0, 1 << 40, lambda x: [x])])
+        recording.launched(lambda bound: (lambda stream, given: made.extend(given), bound), ["a descriptor"],
+                           [(0, 1 << 40, lambda x: [x])])
     replay.repeat(("a form",), (q,))
     [[address]] = made
     assert address > 0 and address != 1 << 40
+
+
+def test_an_argument_may_move_where_it_is_bound():
+    (q, k, out), started = tensors(), []
+
+    def bind(arguments):
+        return lambda stream, given: started.extend(given), ["first", *reversed(arguments)]
+
+    with recorded((q, k), out) as recording:
+        recording.launched(bind, [q.data_ptr(), 3, k.data_ptr()], [(0, q.data_ptr(), None), (2, k.data_ptr(), None)])
+    q, k, _ = tensors()
+    replay.repeat(("a form",), (q, k))
+    assert started == ["first", k.data_ptr(), 3, q.data_ptr()]
+
+
+def test_no_repetition_without_a_stream():
+    q, out = tensors(2)
+    with replay.recorded(("a form",), (q,), out, None, lambda index: None):
+        pass
+    assert replay.repeat(("a form",), (q,)) is None
 
 
 @pytest.mark.parametrize("kind", ("unknown tensor", "two inputs in one place", "not repeatable", "failed"))

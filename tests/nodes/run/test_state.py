@@ -11,7 +11,7 @@ from comfyui_spargeattn.nodes.call.arguments import AttentionCall
 from comfyui_spargeattn.nodes.call.plan import Dense
 from comfyui_spargeattn.nodes.call.transformer_blocks import TransformerBlock
 from comfyui_spargeattn.nodes.run.sigma_window import SigmaWindow
-from comfyui_spargeattn.nodes.run.state import RunState
+from comfyui_spargeattn.nodes.run.state import EVERY, FIRST, RunState
 from comfyui_spargeattn.nodes.run.stopwatch import Stopwatch
 from comfyui_spargeattn.nodes.run.summary import CallTimes
 
@@ -119,6 +119,19 @@ def test_maps_of_a_short_run_are_of_every_nth_block_and_of_its_first_call():
     maps = run.end().maps.maps
     assert wanted[:2] == [0, 6] and not {0, 6} & set(wanted[2:])
     assert all(maps[TransformerBlock("", index)].all() for index in (0, 6))
+
+
+@pytest.mark.parametrize("layers", (1, 7, 8, 9, 40, 57, 64))
+def test_of_many_calls_an_eighth_is_timed_in_all_layers(layers):
+    run, timed = state(), {}
+    run.begin()
+    for step in range(50):
+        for layer in range(layers):
+            timed[step, layer] = run.watch(attention()).stop().milliseconds() is not None
+    few = list(timed.values())[FIRST:]
+    assert all(list(timed.values())[:FIRST]) and run.watch(attention(heads=4)).stop().milliseconds() is not None
+    assert not few or abs(sum(few) - len(few) / EVERY) <= 1 + 0.02 * len(few)
+    assert {layer for (step, layer), watched in timed.items() if watched and step >= 5} == set(range(layers))
 
 
 def test_times_are_medians_of_one_shape():
