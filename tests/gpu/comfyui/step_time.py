@@ -30,8 +30,8 @@ PRESET_STEPS = 20
 
 
 def full_size():
-    """Wan 2.1 1.3B at 480p, 81 frames, Flux.1 dev at 1024x1024, Mochi at 480p, 163 frames, and MiniMax-H3 at 768p, 124
-    and 345 frames, as test families."""
+    """Wan 2.1 1.3B at 480p, 81 frames, Flux.1 dev, SD3.5 large and SDXL at 1024x1024, Mochi at 480p, 163 frames, and
+    MiniMax-H3 at 768p, 124 and 345 frames, as test families."""
     from checkpoints import Family
 
     def wan():
@@ -45,6 +45,24 @@ def full_size():
         return Flux(in_channels=16, out_channels=16, vec_in_dim=768, context_in_dim=4096, hidden_size=3072,
                     mlp_ratio=4.0, num_heads=24, depth=19, depth_single_blocks=38, axes_dim=[16, 56, 56], theta=10000,
                     patch_size=2, qkv_bias=True, guidance_embed=True, txt_ids_dims=[], **on_meta())
+
+    def sd35():
+        from comfy.ldm.modules.diffusionmodules.mmdit import OpenAISignatureMMDITWrapper
+
+        return OpenAISignatureMMDITWrapper(
+            input_size=None, in_channels=16, out_channels=16, depth=38, adm_in_channels=2048, num_patches=192 * 192,
+            pos_embed_max_size=192, qk_norm="rms", pos_embed_scaling_factor=None, context_embedder_config={
+                "target": "torch.nn.Linear", "params": {"in_features": 4096, "out_features": 2432}}, **on_meta())
+
+    def sdxl():
+        from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+
+        return UNetModel(image_size=32, in_channels=4, out_channels=4, model_channels=320, num_res_blocks=[2, 2, 2],
+                         channel_mult=(1, 2, 4), num_heads=-1, num_head_channels=64, use_spatial_transformer=True,
+                         transformer_depth=[0, 0, 2, 2, 10, 10], transformer_depth_middle=10,
+                         transformer_depth_output=[0, 0, 0, 2, 2, 2, 10, 10, 10], context_dim=2048,
+                         num_classes="sequential", adm_in_channels=2816, use_linear_in_transformer=True, legacy=False,
+                         **on_meta())
 
     def mochi():
         from comfy.ldm.genmo.joint_model.asymm_models_joint import AsymmDiTJoint
@@ -63,6 +81,8 @@ def full_size():
 
     return {"wan": Family("Wan 2.1 1.3B 480p 81 frames", wan, (1, 16, 21, 60, 104), 32760, 30, (512, 4096)),
             "flux": Family("Flux.1 dev 1024x1024", flux, (1, 16, 128, 128), 4608, 57, (512, 4096), pooled=768),
+            "sd3.5": Family("SD3.5 large 1024x1024", sd35, (1, 16, 128, 128), 154 + 4096, 38, (154, 4096), pooled=2048),
+            "sdxl": Family("SDXL 1024x1024", sdxl, (1, 4, 128, 128), 4096, 10, (77, 2048), pooled=1280),
             "mochi": Family(f"Mochi 480p 163 frames, {MOCHI_LAYERS} of 48 layers", mochi, (1, 12, 28, 60, 106),
                             44520 + 256, MOCHI_LAYERS, (256, 4096), text_mask=True, detected={"depth": MOCHI_LAYERS}),
             "minimax_h3": Family(f"MiniMax-H3 768p 124 frames, {MINIMAX_LAYERS} of 50 layers",
@@ -245,7 +265,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--comfyui", type=Path, required=True, help="ComfyUI's folder")
     parser.add_argument("--out", type=Path, required=True, help="file for the results as JSON")
-    parser.add_argument("--only", choices=("wan", "flux", "mochi", "minimax_h3", "minimax_h3_long"))
+    parser.add_argument("--only", metavar="MODEL", help="wan, flux, sd3.5, sdxl, mochi, minimax_h3 or minimax_h3_long")
     parser.add_argument("--tiny", action="store_true", help="models of the size of the tests")
     options = parser.parse_args()
 
@@ -258,6 +278,8 @@ def main():
 
     device = comfy.model_management.get_torch_device()
     families = full_size()
+    if options.only not in (None, *families):
+        parser.error(f"--only must be one of {', '.join(families)}; got {options.only}")
     if options.tiny:
         families = {name: FAMILIES[name] for name in families if name in FAMILIES}
     report = {

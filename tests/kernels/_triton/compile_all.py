@@ -32,14 +32,17 @@ BARRIER = r"\bBAR\.SYNC|\bs_barrier\b"
 def compile_calls(arch: str, dims, dtypes, thin: bool = False):
     """Yield (call, name of the kernel, compiled kernel or exception) over head_dims, dtypes, formats and variants.
 
-    thin: every configuration in the plain variant, and every other variant at one of the head_dims only; of kernels
+    thin: every configuration in the plain variant, and every other variant at one of the head_dims only and in one
+    format, the other one on half of the architectures; on sm90, whose assembler decides by it, in both. Of kernels
     other than attention's, the variant with everything alone beside the plain one.
     """
+    turn = list(SHARED_LIMITS).index(arch)
     chosen = True
     compiled = compile_launches(arch, lambda kernel: chosen or kernel == "_attend_kernel")
     calls = itertools.product(range(len(dims)), dtypes, FORMATS, enumerate(variants().items()))
     for i, dtype, pv_dtype, (j, (variant, call)) in calls:
-        if thin and variant != "plain" and j % len(dims) != i:
+        if thin and variant != "plain" and (j % len(dims) != i or arch != "sm90"
+                                            and FORMATS[(j + turn) % len(FORMATS)] != pv_dtype):
             continue
         chosen = not thin or variant in ("plain", "everything")
         run(dims[i], dtype, pv_dtype, *call)

@@ -57,7 +57,8 @@ def test_compiles_within_limits(arch, compilations):
     compiled = {(kernel["dim"], kernel["pv_dtype"], kernel["variant"]) for kernel in attend}
     assert {found for found in compiled if found[2] == "plain"} == set(itertools.product((64, 128, 256), formats,
                                                                                          {"plain"}))
-    assert {found[1:] for found in compiled} == set(itertools.product(formats, VARIANTS))
+    assert {found[2] for found in compiled} == VARIANTS
+    assert arch != "sm90" or {found[1:] for found in compiled} == set(itertools.product(formats, VARIANTS))
     spilled = [kernel for kernel in attend if kernel["dim"] <= PROMISED_DIM
                and kernel["spilled"] > SPILLED.get((arch, kernel["dim"], kernel["pv_dtype"]), 0)]
     assert not spilled, f"the attention kernel spills registers: {spilled}"
