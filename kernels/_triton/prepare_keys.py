@@ -111,8 +111,8 @@ def quantise_keys(
         words = words_a_row(k_blocks)
         row = pooled_terms_ptr + kv_batch_head.to(tl.int64) * (words * 32)
         tl.store(row + k_block, terms)
-        beyond = k_blocks + tl.arange(0, 64)  # attention reads whole words of blocks
-        tl.store(row + beyond, 0, mask=(beyond < words * 32) & (k_block == k_blocks - 1))
+        behind = k_block + 1 + tl.arange(0, 64)  # of the row's last blocks: attention reads whole words of blocks
+        tl.store(row + behind, 0, mask=(behind >= k_blocks) & (behind < words * 32))
         pooled = to_int8(mean / (terms.to(tl.float32, bitcast=True) * GROUPS))
         tl.store(pooled_ptr + block * PITCH + channels, pooled, mask=channels < PITCH)
 

@@ -214,10 +214,12 @@ def with_sol_attention(model, tau=1.3):
     return clone
 
 
-def compare(nodes, log, family, device):
+def compare(nodes, log, family, device, min_tokens):
     """Yields a row for dense attention, one for each peer, share of kept blocks and preset."""
     from comfy_host import pack_module
-    from sampling import apply
+    from sampling import apply as apply_node
+
+    apply = partial(apply_node, min_tokens=min_tokens)
 
     model, clock = load(family, device), Clock(device)
     dense = measure(model, family, clock)
@@ -274,8 +276,10 @@ def main():
     import comfy.model_management
     import comfyui_version
     import torch
-    from checkpoints import FAMILIES
+    from checkpoints import FAMILIES, MIN_TOKENS
+    from sampling import node_class, widget_defaults
 
+    min_tokens = MIN_TOKENS if options.tiny else widget_defaults(node_class(nodes))["min_tokens"]
     device = comfy.model_management.get_torch_device()
     families = full_size()
     if options.only not in (None, *families):
@@ -289,7 +293,7 @@ def main():
     }
     for name, family in families.items():
         if options.only in (None, name):
-            for row in compare(nodes, log, family, device):
+            for row in compare(nodes, log, family, device, min_tokens):
                 report["rows"].append(row)
                 options.out.write_text(json.dumps(report, indent=1))  # what is measured stays if the next row fails
             comfy.model_management.unload_all_models()
