@@ -26,7 +26,7 @@ from .sigma_window import SigmaWindow
 from .stopwatch import Stopwatch
 from .summary import CallRecord, RunSummary
 
-EVERY = 8  # of many sparse calls of a shape, one of so many is timed: events cost the host a quarter of a short call
+EVERY = 8  # of many sparse calls of a shape, one of so many is timed: events cost the host a tenth of a short call
 FIRST = 32  # sparse calls of a shape that are all timed
 ENOUGH = 3  # dense calls of a shape, of which the median is compared with; the first may take longer
 
