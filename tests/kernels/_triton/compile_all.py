@@ -34,7 +34,7 @@ def compile_calls(arch: str, dims, dtypes, thin: bool = False):
 
     thin: every configuration in the plain variant, and every other variant at one of the head_dims only and in one
     format, the other one on half of the architectures; on sm90, whose assembler decides by it, in both. Of kernels
-    other than attention's, the variant with everything alone beside the plain one.
+    other than attention's, the plain variant in the default format and the one with everything.
     """
     turn = list(SHARED_LIMITS).index(arch)
     chosen = True
@@ -44,7 +44,8 @@ def compile_calls(arch: str, dims, dtypes, thin: bool = False):
         if thin and variant != "plain" and (j % len(dims) != i or arch != "sm90"
                                             and FORMATS[(j + turn) % len(FORMATS)] != pv_dtype):
             continue
-        chosen = not thin or variant in ("plain", "everything")
+        default = variant == "plain" and pv_dtype == capability.pv_format("auto", arch, dims[i])
+        chosen = not thin or default or variant == "everything"
         run(dims[i], dtype, pv_dtype, *call)
         for name, kernel in compiled:
             yield dict(dim=dims[i], dtype=str(dtype), pv_dtype=pv_dtype, variant=variant), name, kernel
