@@ -267,7 +267,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--comfyui", type=Path, required=True, help="ComfyUI's folder")
     parser.add_argument("--out", type=Path, required=True, help="file for the results as JSON")
-    parser.add_argument("--only", metavar="MODEL", help="wan, flux, sd3.5, sdxl, mochi, minimax_h3 or minimax_h3_long")
+    parser.add_argument("--only", choices=("wan", "flux", "sd3.5", "sdxl", "mochi", "minimax_h3", "minimax_h3_long"))
     parser.add_argument("--tiny", action="store_true", help="models of the size of the tests")
     options = parser.parse_args()
 
@@ -282,8 +282,6 @@ def main():
     min_tokens = MIN_TOKENS if options.tiny else widget_defaults(node_class(nodes))["min_tokens"]
     device = comfy.model_management.get_torch_device()
     families = full_size()
-    if options.only not in (None, *families):
-        parser.error(f"--only must be one of {', '.join(families)}; got {options.only}")
     if options.tiny:
         families = {name: FAMILIES[name] for name in families if name in FAMILIES}
     report = {
