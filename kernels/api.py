@@ -16,6 +16,8 @@ from .inputs import (
     check_call,
     check_choice,
     check_dense,
+    check_lead,
+    check_residual,
     check_tensors,
 )
 from .types import BlockMap, BlockShape, Residual, SpargeParams, TokenRanges
@@ -72,9 +74,7 @@ def sparge_attention(q: Tensor, k: Tensor, v: Tensor, *, params: SpargeParams = 
     makes NaN.
     """
     form = None
-    if not (return_lse or overwrite_v or key_bias is not None or impl == "reference"
-            or not isinstance(params, SpargeParams) or not isinstance(residual, Residual | None)
-            or torch.compiler.is_compiling()):
+    if _may_repeat(params, key_bias, residual) and not (return_lse or overwrite_v):
         tensors = inputs_of(q, k, v, order, key_padding_mask, params.per_head, residual)
         form = replay.form_of(tensors, (layout, scale, causal, sink_keys, dense_queries, pv_dtype, skipped, impl,
                                         return_stats, params.selection, params.numbers))
@@ -95,19 +95,32 @@ def attention_residual(q: Tensor, k: Tensor, v: Tensor, dense: Tensor, *, params
                        key_padding_mask: Tensor | None = None, key_bias: Tensor | None = None,
                        order: Tensor | None = None, sink_keys: TokenRanges | None = None,
                        dense_queries: TokenRanges | None = None, pv_dtype: str = "auto", skipped: str = "drop",
-                       impl: str = "auto") -> Residual:
+                       earlier: Residual | None = None, lead: float = 0.0, impl: str = "auto") -> Residual:
     """What dense attention has beyond `sparge_attention` with the same arguments, for later calls to add.
 
     dense: attention of q, k and v, like q. Where it or the sparse result is not finite, the residual is zero.
+    earlier, lead: a residual of earlier q, k and v, and how far beyond this one the line from there is followed, as a
+        share of their distance. Without `earlier`, `lead` has no effect.
 
     All other arguments and the errors are those of `sparge_attention`. The result takes D + 4 bytes a row of q, and as
     much time as the sparse call. Not for use inside torch.compile.
     """
+    form = None
+    if _may_repeat(params, key_bias, earlier):
+        tensors = (*inputs_of(q, k, v, order, key_padding_mask, params.per_head, earlier), dense)
+        form = replay.form_of(tensors, ("residual", layout, scale, causal, sink_keys, dense_queries, pv_dtype, skipped,
+                                        impl, lead, params.selection, params.numbers))
+        repeated = replay.repeat(form, tensors)
+        if repeated is not None:
+            return repeated
     check_tensors(q, k, v, layout, params)
     check_dense(dense, q)
+    if earlier is not None:
+        check_residual("earlier", earlier, q, layout)
+    check_lead(lead)
     call = CallSpec(Thresholds.of(params, q.device), scale=scale, causal=causal, key_padding_mask=key_padding_mask,
                     key_bias=key_bias, order=order, sink_keys=sink_keys, dense_queries=dense_queries,
-                    pv_dtype=pv_dtype, skipped=skipped)
+                    pv_dtype=pv_dtype, skipped=skipped, residual=earlier, lead=float(lead), form=form)
     check_call(call, q, k, layout, impl)
     return dispatch.residual(_plain(q), _plain(k), _plain(v), _plain(dense), call, layout, impl)
 
@@ -160,6 +173,12 @@ def block_shape(q: Tensor, *, pv_dtype: str = "auto", impl: str = "auto") -> Blo
     check_choice("pv_dtype", pv_dtype, PV_DTYPES)
     check_choice("impl", impl, IMPLEMENTATIONS)
     return dispatch.block_of(q, pv_dtype, impl)
+
+
+def _may_repeat(params: SpargeParams, key_bias: Tensor | None, residual: Residual | None) -> bool:
+    """Whether the launches of a call, unchecked as yet, may be those of an earlier one."""
+    return (key_bias is None and isinstance(params, SpargeParams) and isinstance(residual, Residual | None)
+            and not torch.compiler.is_compiling())
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, call: CallSpec, layout: str, impl: str,

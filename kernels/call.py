@@ -54,6 +54,7 @@ class CallSpec:
     thresholds: `params`, packed.
     block_mask: bool (B or 1, H or 1, q_blocks, k_blocks), the map that the caller gives; None predicts one.
     mask_block: the block shape that `block_mask` was made for, None where the caller did not say.
+    residual: also the earlier one from which another one is extrapolated, with its `lead`.
     form: under which its launches are recorded, see _triton/replay.py; None where they are not.
     """
 
@@ -72,6 +73,7 @@ class CallSpec:
     block_mask: Tensor | None = None
     mask_block: BlockShape | None = None
     residual: Residual | None = None
+    lead: float = 0.0
     form: tuple | None = None
 
     def inputs(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor | None, ...]:

@@ -63,7 +63,7 @@ def check_call(call: CallSpec, q: Tensor, k: Tensor, layout: str, impl: str) -> 
     if call.order is not None:
         _check_order(call.order, k.shape[layout.index("H")], q_tokens, k_tokens, call.causal, q.device)
     if call.residual is not None:
-        _check_residual(call.residual, (q.shape[0], q.shape[layout.index("H")], q_tokens, q.shape[3]), q.device)
+        check_residual("residual", call.residual, q, layout)
     _check_ranges("sink_keys", call.sink_keys, k_tokens)
     _check_ranges("dense_queries", call.dense_queries, q_tokens)
     check_choice("pv_dtype", call.pv_dtype, PV_DTYPES)
@@ -97,20 +97,30 @@ def check_dense(dense: object, q: Tensor) -> None:
                          f"got {dense.dtype} {tuple(dense.shape)} on {dense.device}")
 
 
-def _check_residual(residual: object, shape: tuple[int, int, int, int], device: torch.device) -> None:
+def check_lead(lead: object) -> None:
+    """Raise where the lead of a residual is no finite number."""
+    if not isinstance(lead, (int, float)):
+        raise TypeError(f"lead must be a number; got {type(lead).__name__}")
+    if not math.isfinite(lead):
+        raise ValueError(f"lead must be finite; got {lead}")
+
+
+def check_residual(name: str, residual: object, q: Tensor, layout: str) -> None:
+    """Raise where an argument is no residual of attention of q."""
+    shape, device = tuple(q.shape[layout.index(axis)] for axis in "BHND"), q.device
     if not isinstance(residual, Residual):
-        raise TypeError(f"residual must be a Residual; got {type(residual).__name__}")
+        raise TypeError(f"{name} must be a Residual; got {type(residual).__name__}")
     quantised, scale = residual.quantised, residual.scale
     if quantised.dtype != torch.int8 or scale.dtype != torch.float32:
-        raise TypeError(f"residual must hold int8 and float32; got {quantised.dtype} and {scale.dtype}")
+        raise TypeError(f"{name} must hold int8 and float32; got {quantised.dtype} and {scale.dtype}")
     if tuple(quantised.shape) != shape or tuple(scale.shape) != shape[:3]:
-        raise ValueError(f"residual must have shapes {shape} and {shape[:3]}, heads before tokens; "
+        raise ValueError(f"{name} must have shapes {shape} and {shape[:3]}, heads before tokens; "
                          f"got {tuple(quantised.shape)} and {tuple(scale.shape)}")
     if quantised.device != device or scale.device != device:
-        raise ValueError(f"residual must be on {device}; got {quantised.device} and {scale.device}")
+        raise ValueError(f"{name} must be on {device}; got {quantised.device} and {scale.device}")
     rows, (_, _, tokens, dim) = residual.rows_a_batch, shape
     if quantised.stride() != (rows * dim, tokens * dim, dim, 1) or scale.stride() != (rows, tokens, 1):
-        raise ValueError("residual must be contiguous, or batch entries of one that is; "
+        raise ValueError(f"{name} must be contiguous, or batch entries of one that is; "
                          f"got strides {quantised.stride()} and {scale.stride()}")
 
 

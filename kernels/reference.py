@@ -7,7 +7,7 @@ otherwise. Sections below refer to the paper.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -31,10 +31,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, 
 
 
 def residual(q: Tensor, k: Tensor, v: Tensor, dense: Tensor, call: CallSpec) -> Residual:
-    """What `dense` (B, H, Nq, D), attention of the same tensors, has beyond `sparge_attention`."""
+    """What `dense` (B, H, Nq, D), attention of the same tensors, has beyond `sparge_attention`, or where the line to it
+    from the earlier residual of the call leads."""
     wide = torch.promote_types(q.dtype, torch.float32)  # a rounded result would differ by more than it lacks
-    result, *_ = sparge_attention(q.to(wide), k.to(wide), v.to(wide), call)
-    return Residual.of(dense - result)
+    result, *_ = sparge_attention(q.to(wide), k.to(wide), v.to(wide), replace(call, residual=None))
+    lacking, earlier = dense - result, call.residual
+    return Residual.of(lacking if earlier is None else lacking + call.lead * (lacking - earlier.tensor()))
 
 
 def predict(q: Tensor, k: Tensor, call: CallSpec) -> BlockMap:

@@ -21,8 +21,6 @@ _RANGES = {
     "pv_threshold": (0.0, True, math.inf),
 }
 _DEFAULT_CDF = 0.99
-# Bytes in float32 of the heads that `Residual.extrapolated` takes at a time.
-EXTRAPOLATED_AT_ONCE = 32 << 20
 
 
 def _rule(name: str) -> str:
@@ -216,13 +214,8 @@ class Residual:
     def of(cls, difference: Tensor) -> Residual:
         """The residual of dense - sparse, floating (B, H, Nq, D); zero where that is not finite."""
         difference = difference.float()
-        return cls._rounded(difference.where(difference.isfinite(), 0.0))
-
-    @classmethod
-    def _rounded(cls, difference: Tensor) -> Residual:
-        """The residual of a float32 difference, which is overwritten; a row with infinity becomes zero."""
+        difference = difference.where(difference.isfinite(), 0.0)
         scale = torch.linalg.vector_norm(difference, math.inf, -1).div_(INT8_MAX)
-        scale = scale.where(scale < math.inf, 0.0)
         rounded = difference.div_(scale.clamp(min=1e-30)[..., None]).round_()
         return cls(rounded.to(torch.int8).contiguous(), scale.contiguous())
 
@@ -240,19 +233,9 @@ class Residual:
         """The difference, float32 (B, H, Nq, D)."""
         return self.quantised * self.scale[..., None]
 
-    def extrapolated(self, earlier: Residual, by: float) -> Residual:
-        """Where the line from an `earlier` residual of the same shape through this one leads, `by` times their distance
-        beyond this one. Many heads at a time, because head by head the launches take longer than attention does on
-        short sequences: beside the result two float32 tensors of at most EXTRAPOLATED_AT_ONCE bytes, or of one head."""
-        batch, heads, tokens, dim = self.quantised.shape
-        at_once = max(1, EXTRAPOLATED_AT_ONCE // max(1, 4 * batch * tokens * dim))
-        made = Residual.empty(self.quantised.shape, self.quantised.device)
-        for first in range(0, heads, at_once):
-            new, old, target = (x.heads(first, first + at_once) for x in (self, earlier, made))
-            led = Residual._rounded(new.tensor().lerp_(old.tensor(), -by))
-            target.quantised.copy_(led.quantised)
-            target.scale.copy_(led.scale)
-        return made
+    def contiguous(self) -> Residual:
+        """The same in memory without gaps."""
+        return Residual(self.quantised.contiguous(), self.scale.contiguous())
 
     def batch(self, first: int, last: int) -> Residual:
         """The residual of the batch entries `first` to `last`, in the same memory."""

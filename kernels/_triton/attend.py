@@ -49,7 +49,7 @@ def _attend_kernel(
         q_ptr, q_scale_ptr, k_ptr, k_rest_ptr, k_scale_ptr, v_ptr, v_rest_ptr, v_scale_ptr, v_centre_ptr,
         v_block_scale_ptr, v_channel_scale_ptr, v_plain_scale, k_valid_ptr, k_bias_ptr, indices_ptr, counts_ptr,
         pooled_k_ptr, pooled_k_rest_ptr, pooled_terms_ptr, pooled_v_ptr, pooled_v_rest_ptr, skipped_ptr,
-        order_ptr, per_head_ptr, pv_threshold, residual_ptr, residual_scale_ptr,
+        order_ptr, per_head_ptr, pv_threshold, residual_ptr, residual_scale_ptr, lead,
         # outputs
         out_ptr, lse_ptr, skips_ptr, made_ptr, made_scale_ptr,
         # sizes
@@ -99,12 +99,14 @@ def _attend_kernel(
         `PreparedValues`, skipped of `BlockLists`; None where skipped blocks are dropped.
     order_ptr: int32 (order_rows, q_tokens), the token at each place of the blocking order, or None.
     per_head_ptr: float32 (3, H), whose last row takes the place of pv_threshold, in log2 units; or None.
-    residual_ptr: int8 (B, H, q_tokens, D); residual_scale_ptr: float32 (B, H, q_tokens); or None.
+    residual_ptr: int8 (B, H, q_tokens, D); residual_scale_ptr: float32 (B, H, q_tokens); or None. Beside made_ptr an
+        earlier residual.
     Outputs:
     out_ptr: (B, H, q_tokens, D), strides in units of ALIGN elements. Beside made_ptr it holds dense attention to read.
     lse_ptr: float32 (B, H, q_tokens), log Σ e^s with the removed constant of K missing, or None.
     skips_ptr: int32 (B, H, q_blocks), row groups whose p · v was left out, or None.
-    made_ptr, made_scale_ptr: a residual to make, dense attention less `out`; or None.
+    made_ptr, made_scale_ptr: a residual to make, dense attention less `out`, and `lead` times its distance from the
+        earlier one more if there is one; or None.
     """
     pid = tl.program_id(0)
     q_block, batch_head = pid % q_blocks, pid // q_blocks
@@ -265,10 +267,11 @@ def _attend_kernel(
 
     write_output(
         acc=acc, acc_rest=acc_rest, total=total, v_scale_ptr=v_scale_ptr, v_centre_ptr=v_centre_ptr,
-        order_ptr=order_ptr, residual_ptr=residual_ptr, residual_scale_ptr=residual_scale_ptr, out_ptr=out_ptr,
-        made_ptr=made_ptr, made_scale_ptr=made_scale_ptr, kv_batch_head=kv_batch_head, batch=batch, head=head,
-        group=group, order_rows=order_rows, q_places=q_places, stride_b=stride_b, stride_h=stride_h, stride_n=stride_n,
-        q_tokens=q_tokens, residual_batch=residual_batch, D=D, MAIN=MAIN, REST=REST, ALIGN=ALIGN, INT8_MAX=INT8_MAX)
+        order_ptr=order_ptr, residual_ptr=residual_ptr, residual_scale_ptr=residual_scale_ptr, lead=lead,
+        out_ptr=out_ptr, made_ptr=made_ptr, made_scale_ptr=made_scale_ptr, kv_batch_head=kv_batch_head, batch=batch,
+        head=head, group=group, order_rows=order_rows, q_places=q_places, stride_b=stride_b, stride_h=stride_h,
+        stride_n=stride_n, q_tokens=q_tokens, residual_batch=residual_batch, D=D, MAIN=MAIN, REST=REST, ALIGN=ALIGN,
+        INT8_MAX=INT8_MAX)
     if lse_ptr is not None:
         write_lse(total=total, running_max=running_max, order_ptr=order_ptr, lse_ptr=lse_ptr, batch=batch, head=head,
                   group=group, order_rows=order_rows, q_places=q_places, q_tokens=q_tokens, lse_batch=lse_batch,
@@ -285,10 +288,11 @@ def _tail_stages(config: AttendConfig, pv_int8: bool) -> int | None:
 
 
 def attend(queries: PreparedQueries, keys: PreparedKeys, values: PreparedValues, lists: BlockLists, target: Target, *,
-           residual: Residual | None, k_tokens: int, order: Tensor | None, per_head: Tensor | None,
+           residual: Residual | None, lead: float, k_tokens: int, order: Tensor | None, per_head: Tensor | None,
            pv_threshold: float, causal: bool, predicted: bool, config: AttendConfig,
            count_skips: bool) -> Region | None:
-    """Write the attention of prepared tensors, with the residual added, into its target.
+    """Write the attention of prepared tensors, with the residual added, into its target; or make one, led by `lead`
+    beyond an earlier `residual`.
 
     predicted: whether the lists are of a predicted map, which nearly always keeps the keys at a query's own place.
     Returns int32 (B, H, q_blocks), the row groups whose P·V was skipped; None where the λ test is off or not counted.
@@ -333,7 +337,8 @@ def attend(queries: PreparedQueries, keys: PreparedKeys, values: PreparedValues,
                     pooled_k_ptr=pooled_k, pooled_k_rest_ptr=pooled_k_rest, pooled_terms_ptr=keys.pooled_terms,
                     pooled_v_ptr=pooled_v, pooled_v_rest_ptr=pooled_v_rest, skipped_ptr=lists.skipped,
                     order_ptr=order, per_head_ptr=per_head, pv_threshold=pv_threshold,
-                    residual_ptr=residual and residual.quantised, residual_scale_ptr=residual and residual.scale),
+                    residual_ptr=residual and residual.quantised, residual_scale_ptr=residual and residual.scale,
+                    lead=lead),
         outputs=dict(out_ptr=out, lse_ptr=lse, skips_ptr=skips, made_ptr=made and made.quantised,
                      made_scale_ptr=made and made.scale),
         sizes=dict(stride_b=strides[0], stride_h=strides[1], stride_n=strides[2], q_blocks=q_blocks,

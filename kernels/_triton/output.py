@@ -35,32 +35,32 @@ class Target:
 
 @triton.jit
 def write_output(
-        acc, acc_rest, total, v_scale_ptr, v_centre_ptr, order_ptr, residual_ptr, residual_scale_ptr, out_ptr, made_ptr,
-        made_scale_ptr, kv_batch_head, batch, head, group, order_rows, q_places, stride_b, stride_h, stride_n, q_tokens,
-        residual_batch, D: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, ALIGN: tl.constexpr,
+        acc, acc_rest, total, v_scale_ptr, v_centre_ptr, order_ptr, residual_ptr, residual_scale_ptr, lead, out_ptr,
+        made_ptr, made_scale_ptr, kv_batch_head, batch, head, group, order_rows, q_places, stride_b, stride_h, stride_n,
+        q_tokens, residual_batch, D: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, ALIGN: tl.constexpr,
         INT8_MAX: tl.constexpr):
     """Write acc / total in the units of V to the tokens at q_places, zero in rows that saw no key, plus the residual if
-    there is one; or write what out_ptr has beyond it, if that is to be made. Of the channels from MAIN on: acc_rest."""
+    there is one; or write what out_ptr has beyond it, if that is to be made, and `lead` times what that has beyond the
+    residual. Of the channels from MAIN on: acc_rest."""
     tokens = tokens_at(places=q_places, order_ptr=order_ptr, order_row=(head // group) % order_rows, n_tokens=q_tokens)
     rows = row_pointers(x_ptr=out_ptr, batch=batch, head=head, tokens=tokens, stride_b=stride_b, stride_h=stride_h,
                         stride_n=stride_n, ALIGN=ALIGN)
     exists = q_places < q_tokens
     row = rows_of(batch=batch, head=head, tokens=tokens, q_tokens=q_tokens, batch_rows=residual_batch)
+    MAKES: tl.constexpr = made_ptr is not None
     out = _in_units_of_values(
         acc=acc, total=total, v_scale_ptr=v_scale_ptr, v_centre_ptr=v_centre_ptr, residual_ptr=residual_ptr,
-        residual_scale_ptr=residual_scale_ptr, kv_batch_head=kv_batch_head, row=row, exists=exists, D=D, FIRST=0,
-        CHANNELS=MAIN)
+        residual_scale_ptr=residual_scale_ptr, lead=lead, rows=rows, kv_batch_head=kv_batch_head, row=row,
+        exists=exists, D=D, FIRST=0, CHANNELS=MAIN, MAKES=MAKES)
     rest = out
     if REST:
         rest = _in_units_of_values(
             acc=acc_rest, total=total, v_scale_ptr=v_scale_ptr, v_centre_ptr=v_centre_ptr, residual_ptr=residual_ptr,
-            residual_scale_ptr=residual_scale_ptr, kv_batch_head=kv_batch_head, row=row, exists=exists, D=D, FIRST=MAIN,
-            CHANNELS=REST)
-    if made_ptr is not None:
-        out = _lacking(out=out, rows=rows, exists=exists, D=D, FIRST=0, CHANNELS=MAIN)
+            residual_scale_ptr=residual_scale_ptr, lead=lead, rows=rows, kv_batch_head=kv_batch_head, row=row,
+            exists=exists, D=D, FIRST=MAIN, CHANNELS=REST, MAKES=MAKES)
+    if MAKES:
         largest = tl.max(tl.abs(out), 1)
         if REST:
-            rest = _lacking(out=rest, rows=rows, exists=exists, D=D, FIRST=MAIN, CHANNELS=REST)
             largest = tl.maximum(largest, tl.max(tl.abs(rest), 1))
         scale = largest / INT8_MAX
         tl.store(made_scale_ptr + row, scale, mask=exists)
@@ -77,27 +77,28 @@ def write_output(
 
 @triton.jit
 def _in_units_of_values(
-        acc, total, v_scale_ptr, v_centre_ptr, residual_ptr, residual_scale_ptr, kv_batch_head, row, exists,
-        D: tl.constexpr, FIRST: tl.constexpr, CHANNELS: tl.constexpr):
-    """acc [BLOCK_Q, CHANNELS] / total in the units of V, plus the residual of `row` [BLOCK_Q] if there is one."""
+        acc, total, v_scale_ptr, v_centre_ptr, residual_ptr, residual_scale_ptr, lead, rows, kv_batch_head, row, exists,
+        D: tl.constexpr, FIRST: tl.constexpr, CHANNELS: tl.constexpr, MAKES: tl.constexpr):
+    """acc [BLOCK_Q, CHANNELS] / total in the units of V, plus the residual of `row` [BLOCK_Q] if there is one. With
+    MAKES what the tensor at `rows` has beyond that without a residual, led beyond the residual; zero where that is not
+    finite."""
     channels = FIRST + tl.arange(0, CHANNELS)
+    mask = exists[:, None] & (channels < D)
     scale = tl.load(v_scale_ptr + kv_batch_head * D + channels, mask=channels < D, other=0.0)
     centre = tl.load(v_centre_ptr + kv_batch_head * D + channels, mask=channels < D, other=0.0)
     out = tl.where(total[:, None] == 0, 0.0, acc / total[:, None] * scale[None, :] + centre[None, :])
+    if MAKES:
+        out = tl.load(rows[:, None] + channels, mask=mask, other=0.0).to(tl.float32) - out
     if residual_ptr is not None:
-        residual = tl.load(residual_ptr + row[:, None] * D + channels, mask=exists[:, None] & (channels < D),
-                           other=0)  # [BLOCK_Q, CHANNELS] int8
-        out += residual.to(tl.float32) * tl.load(residual_scale_ptr + row, mask=exists, other=0.0)[:, None]
+        residual = tl.load(residual_ptr + row[:, None] * D + channels, mask=mask, other=0)  # [BLOCK_Q, CHANNELS] int8
+        residual = residual.to(tl.float32) * tl.load(residual_scale_ptr + row, mask=exists, other=0.0)[:, None]
+        if MAKES:
+            out += lead * (out - residual)
+        else:
+            out += residual
+    if MAKES:
+        out = tl.where(mask & (tl.abs(out) < float("inf")), out, 0.0)  # NaN is not below infinity
     return out
-
-
-@triton.jit
-def _lacking(out, rows, exists, D: tl.constexpr, FIRST: tl.constexpr, CHANNELS: tl.constexpr):
-    """What the tensor at `rows` has beyond `out` [BLOCK_Q, CHANNELS], zero where that is not finite."""
-    channels = FIRST + tl.arange(0, CHANNELS)
-    mask = exists[:, None] & (channels < D)
-    residual = tl.load(rows[:, None] + channels, mask=mask, other=0.0).to(tl.float32) - out
-    return tl.where(mask & (tl.abs(residual) < float("inf")), residual, 0.0)  # NaN is not below infinity
 
 
 @triton.jit

@@ -1,6 +1,10 @@
 """The fast path of a call: prepare → map → attend. Nothing here waits for the device."""
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -24,6 +28,7 @@ from .prepare_keys import prepare_keys
 from .prepare_queries import prepare_queries
 from .prepared import PreparedKeys, PreparedQueries, PreparedValues, SampledStatistics
 from .primitives import channel_tiles, padded_dim
+from .replay import Results
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, call: CallSpec) -> SpargeStats | None:
@@ -41,8 +46,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, 
 
 
 def residual(q: Tensor, k: Tensor, v: Tensor, dense: Tensor, call: CallSpec) -> Residual:
-    """What `dense`, attention like q, has beyond the attention of the same arguments as above."""
+    """What `dense`, attention like q, has beyond the attention of the same arguments as above, or where the line to it
+    from the earlier residual of the call leads."""
     made = Residual.empty(q.shape, q.device)
+    if call.residual is not None:  # the kernel finds a row of both in one place
+        call = replace(call, residual=call.residual.contiguous())
     _in_memory(q, k, v, Target(dense if dense.stride(-1) == 1 else dense.contiguous(), residual=made), call)
     return made
 
@@ -81,9 +89,7 @@ def _in_memory(q: Tensor, k: Tensor, v: Tensor, target: Target, call: CallSpec) 
     with torch.cuda.device_of(q):  # Triton launches on the current GPU
         if not is_short(*size):
             try:
-                # Longer calls keep the device busy, and find memory in several pieces more easily.
-                form = call.form if input_bytes(q, k) <= SMALL else None
-                with replay.recorded(form, call.inputs(q, k, v), target.out, target.stats, current_stream):
+                with _recorded(q, k, v, target, call):
                     _count(*_attention(q, k, v, target, call, config, pv_int8), target, config.block)
                 return
             except torch.OutOfMemoryError:
@@ -94,6 +100,19 @@ def _in_memory(q: Tensor, k: Tensor, v: Tensor, target: Target, call: CallSpec) 
             part = target.heads(of_queries)
             _count(*_attention(q[:, of_queries], k[:, of_keys], v[:, of_keys], part, call.heads(first, last, group),
                                config, pv_int8), part, config.block)
+
+
+def _recorded(q: Tensor, k: Tensor, v: Tensor, target: Target, call: CallSpec) -> AbstractContextManager[None]:
+    """Record the launches inside for later calls of the same form, if this call has one."""
+    # Longer calls keep the device busy, and find memory in several pieces more easily.
+    form = call.form if input_bytes(q, k) <= SMALL else None
+    inputs, stats, made = call.inputs(q, k, v), target.stats, target.residual
+    if made is not None:
+        room = partial(Results.residual, shape=made.quantised.shape)
+        return replay.recorded(form, (*inputs, target.out, made.quantised, made.scale), room, current_stream)
+    written = (target.out,) if stats is None else (target.out, stats.kept, stats.pv_skipped)
+    room = partial(Results.attention, heads=stats and tuple(stats.kept.shape))
+    return replay.recorded(form, (*inputs, *written), room, current_stream)
 
 
 def predict(q: Tensor, k: Tensor, call: CallSpec) -> BlockMap:
@@ -131,9 +150,10 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, target: Target, call: CallSpec, 
     """
     order = _contiguous(call.order)
     queries, statistics, keys, values, lists = _prepare(q, k, v, call, config, pv_int8, order)
-    skips = attend(queries, keys, values, lists, target, residual=call.residual, k_tokens=k.shape[2], order=order,
-                   per_head=call.thresholds.per_head, pv_threshold=call.thresholds.numbers[2], causal=call.causal,
-                   predicted=call.block_mask is None, config=config, count_skips=target.stats is not None)
+    skips = attend(queries, keys, values, lists, target, residual=call.residual, lead=call.lead, k_tokens=k.shape[2],
+                   order=order, per_head=call.thresholds.per_head, pv_threshold=call.thresholds.numbers[2],
+                   causal=call.causal, predicted=call.block_mask is None, config=config,
+                   count_skips=target.stats is not None)
     if target.lse is not None:
         centre = statistics.key_centre(q.shape[-1]).repeat_interleave(q.shape[1] // k.shape[1], 1)
         target.lse.add_(call.shared_score(q, centre))

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..types import SpargeStats
+from ..types import Residual, SpargeStats
 
 _MOST = 256  # recordings; a new form beyond them makes room by dropping all
 _MOST_BASES = 16  # addresses of memory that a recording keeps arguments for
@@ -59,17 +59,39 @@ class Launch(NamedTuple):
         return start, arguments, [(place, x.number) for place, x in enumerate(arguments) if type(x) is Later]
 
 
+class Results(NamedTuple):
+    """What a call returns, and the tensors therein, which its launches write."""
+
+    returned: Any
+    tensors: tuple[Tensor, ...]
+
+    @classmethod
+    def attention(cls, q: Tensor, heads: tuple[int, int] | None) -> Results:
+        """Room for attention of q; heads: (B, H) of the statistics, None without them."""
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        if heads is None:
+            return cls(out, (out,))
+        stats = statistics(heads, q.device)
+        return cls((out, stats), (out, stats.kept, stats.pv_skipped))
+
+    @classmethod
+    def residual(cls, q: Tensor, shape: tuple[int, int, int, int]) -> Results:
+        """Room for a residual of `shape` (B, H, Nq, D) on q's device."""
+        made = Residual.empty(shape, q.device)
+        return cls(made, (made.quantised, made.scale))
+
+
 class Recording:
     """The launches of one call."""
 
-    def __init__(self, inputs: Sequence[Tensor | None], heads: tuple[int, int] | None,
+    def __init__(self, inputs: Sequence[Tensor | None], room: Callable[[Tensor], Results],
                  stream_of: Callable[[int], int | None]):
         """
         inputs: all tensors of the call, the results last.
-        heads: (B, H) of the statistics, None without them.
+        room: makes the results of a repetition, given its q.
         stream_of: the current stream of a device, None where a repetition can't be launched.
         """
-        self.heads = heads
+        self.room = room
         addresses = [0 if x is None else x.data_ptr() for x in inputs]
         self._inputs = {address: number for number, address in enumerate(addresses) if address}
         self._memory: list[tuple[int, int, int]] = []  # (address, bytes, offset in the memory of a repetition)
@@ -173,9 +195,8 @@ def form_of(inputs: Sequence[Tensor | None], arguments: tuple) -> tuple | None:
     return tuple(form)
 
 
-def repeat(form: tuple | None, inputs: Sequence[Tensor | None]) -> Tensor | tuple[Tensor, SpargeStats] | None:
-    """What a call returns whose form was recorded: the result, and the statistics if it asks for some. None where it
-    has to take the long way.
+def repeat(form: tuple | None, inputs: Sequence[Tensor | None]) -> Any:
+    """What a call returns whose form was recorded. None where it has to take the long way.
 
     inputs: q first.
     """
@@ -191,13 +212,9 @@ def repeat(form: tuple | None, inputs: Sequence[Tensor | None]) -> Tensor | tupl
             stream = recording.stream(device)
             if stream is None:
                 return None
-            out = torch.empty_like(q, memory_format=torch.contiguous_format)
-            if recording.heads is None:
-                recording((*inputs, out), device, stream)
-                return out
-            stats = statistics(recording.heads, device)
-            recording((*inputs, out, stats.kept, stats.pv_skipped), device, stream)
-            return out, stats
+            results = recording.room(q)
+            recording((*inputs, *results.tensors), device, stream)
+            return results.returned
     except torch.OutOfMemoryError:  # the long way takes the heads in groups
         return None
 
@@ -209,14 +226,14 @@ def statistics(shape: tuple[int, int], device: torch.device) -> SpargeStats:
 
 
 @contextmanager
-def recorded(form: tuple | None, inputs: Sequence[Tensor | None], out: Tensor, stats: SpargeStats | None,
+def recorded(form: tuple | None, inputs: Sequence[Tensor | None], room: Callable[[Tensor], Results],
              stream_of: Callable[[int], int | None]) -> Iterator[None]:
-    """Record the launches of this thread inside, unless something there fails."""
+    """Record the launches of this thread inside, unless something there fails. The arguments are those of `Recording`.
+    """
     if form is None or _thread.off:
         yield
         return
-    results = (out,) if stats is None else (out, stats.kept, stats.pv_skipped)
-    recording = _thread.recording = Recording((*inputs, *results), stats and tuple(stats.kept.shape), stream_of)
+    recording = _thread.recording = Recording(inputs, room, stream_of)
     try:
         yield
     finally:

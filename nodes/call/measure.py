@@ -37,9 +37,9 @@ class RefreshedCall(NamedTuple):
         A run extrapolates from a residual that may have been extrapolated itself. That takes all refreshes before, so
         the earlier one counts as it is here.
         """
-        call = self.call
-        made = attention_residual(call.q, call.k, call.v, self.dense, **how, **call.key_mask or KeyMask())
-        return made if self.earlier is None else made.extrapolated(self.earlier.residual(how), self.lead)
+        call, earlier = self.call, None if self.earlier is None else self.earlier.residual(how)
+        return attention_residual(call.q, call.k, call.v, self.dense, earlier=earlier, lead=self.lead, **how,
+                                  **call.key_mask or KeyMask())
 
 
 class CallMeasure:

@@ -82,11 +82,11 @@ class KernelCalls:
             return
         try:
             if store.admits(call, keys, evaluation):
-                made = attention_residual(call.q, call.k, call.v, result, skipped=plan.skipped,
-                                          **_arguments(plan, call))
                 lead = self._run.refresh.lead
                 earlier = store.earlier(keys, call.q.device) if lead else None
-                store.put(keys, made if earlier is None else made.extrapolated(earlier, lead), evaluation)
+                made = attention_residual(call.q, call.k, call.v, result, skipped=plan.skipped, earlier=earlier,
+                                          lead=lead, **_arguments(plan, call))
+                store.put(keys, made, evaluation)
         except (FastPathError, torch.OutOfMemoryError):  # sparse calls will meet it too, and say why
             store.drop(keys)
         except Exception as error:

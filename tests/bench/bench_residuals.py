@@ -108,10 +108,9 @@ class Refreshed(Attention):
                                           return_stats=True)
             kept = stats.kept.mean()
             if how is not None and self.step in self.refreshes and self.step < self.last_step:
-                made = attention_residual(q, k, v, out, **how)
-                if layer in self.residuals and self.refreshes[self.step]:
-                    made = made.extrapolated(self.residuals[layer], self.refreshes[self.step])
-                self.residuals[layer] = made
+                lead = self.refreshes[self.step]
+                earlier = self.residuals.get(layer) if lead else None
+                self.residuals[layer] = attention_residual(q, k, v, out, earlier=earlier, lead=lead, **how)
         else:
             out, stats = sparge_attention(q, k, v, residual=self.residuals.get(layer), return_stats=True, **how)
             kept = stats.kept.mean()

@@ -2,7 +2,14 @@
 import pytest
 import torch
 
-from comfyui_spargeattn.kernels import Residual, SpargeParams, block_shape, block_sparse_attention, sparge_attention
+from comfyui_spargeattn.kernels import (
+    Residual,
+    SpargeParams,
+    attention_residual,
+    block_shape,
+    block_sparse_attention,
+    sparge_attention,
+)
 from comfyui_spargeattn.kernels._triton import replay
 from comfyui_spargeattn.tests.cases import drifting_qkv
 from comfyui_spargeattn.tests.gpu.device import needs_gpu
@@ -38,43 +45,49 @@ def test_repeats_bit_for_bit(pv_dtype):
     assert all(torch.equal(other, first) for other in others)
 
 
-@pytest.mark.parametrize("kind", ("plain", "everything", "λ test, tail", "causal", "residual"))
+@pytest.mark.parametrize("kind", ("plain", "everything", "λ test, tail", "causal", "residual", "residual made"))
 def test_repeated_calls(kind, monkeypatch):
     """A call of a known form, for other tensors, on any stream and inside a graph, gives what the long way gives."""
     from comfyui_spargeattn.kernels._triton import pipeline
     n, shape = 2000, (1, 4, 2000, 128)
+    residual, made = Residual.of(torch.randn(shape, device="cuda")), kind == "residual made"
+    dense = torch.randn(shape, device="cuda", dtype=BF16)
     call = {"plain": dict(params=SPARSE), "causal": dict(causal=True), "everything": everything(n),
             "λ test, tail": dict(params=SpargeParams(topk=0.3, pv_threshold=4.0), skipped="pooled"),
-            "residual": dict(residual=Residual.of(torch.randn(shape, device="cuda")))}[kind]
-    call = call | dict(sink_keys=((0, 5),), impl="triton", return_stats=True)
-    long_ways, attention = [], pipeline.attention
-    monkeypatch.setattr(pipeline, "attention", lambda *args: (long_ways.append(1), attention(*args))[1])
+            "residual": dict(residual=residual), "residual made": dict(earlier=residual, lead=0.4)}[kind]
+    call = call | dict(sink_keys=((0, 5),), dense_queries=(), impl="triton")
+    long_ways, in_memory = [], pipeline._in_memory
+    monkeypatch.setattr(pipeline, "_in_memory", lambda *args: (long_ways.append(1), in_memory(*args))[1])
+
+    def run(q, k, v):
+        if made:
+            result = attention_residual(q, k, v, dense, **call)
+            return result.quantised, result.scale
+        out, stats = sparge_attention(q, k, v, **call | dict(return_stats=True))
+        return out, stats.kept, stats.pv_skipped
 
     def check(repeated, qkv):
         with replay.off():
-            out, stats = sparge_attention(*qkv, **call)
-        assert torch.equal(repeated[0], out)
-        assert torch.equal(repeated[1].kept, stats.kept) and torch.equal(repeated[1].pv_skipped, stats.pv_skipped)
+            assert all(torch.equal(x, expected) for x, expected in zip(repeated, run(*qkv), strict=True))
 
-    call["dense_queries"] = ()
     replay.forget()
-    sparge_attention(*inputs(), **call)
+    run(*inputs())
     for seed in (1, 2):
         qkv = inputs(seed=seed)
         long_ways.clear()
-        repeated = sparge_attention(*qkv, **call)
+        repeated = run(*qkv)
         assert not long_ways
         check(repeated, qkv)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        repeated = [sparge_attention(*qkv, **call) for _ in range(3)]
+        repeated = [run(*qkv) for _ in range(3)]
     torch.cuda.current_stream().wait_stream(stream)
     for result in repeated:
         check(result, qkv)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = sparge_attention(*qkv, **call)
+        captured = run(*qkv)
     replay.forget()  # the graph keeps what it reads
     for static, fresh in zip(qkv, inputs(seed=3), strict=True):
         static.copy_(fresh)

@@ -8,7 +8,6 @@ from comfyui_spargeattn.kernels import (
     attention_residual,
     dense_attention,
     sparge_attention,
-    types,
 )
 from comfyui_spargeattn.tests.assertions import assert_near
 from comfyui_spargeattn.tests.cases import drifting_qkv
@@ -32,23 +31,6 @@ def test_int8_with_a_scale_for_each_row():
     assert residual.bytes == difference.numel() + 4 * difference[..., 0].numel()
 
 
-@pytest.mark.parametrize("at_once", (1, 2 * 4 * 2 * 50 * 8, 1 << 20), ids=("one head", "two heads", "all heads"))
-def test_extrapolated(at_once, monkeypatch):
-    """By the definition, in a fresh residual; parts of tensors as well."""
-    monkeypatch.setattr(types, "EXTRAPOLATED_AT_ONCE", at_once)
-    a, b = (torch.randn(2, 3, 50, 8, generator=torch.Generator().manual_seed(i)) for i in (1, 2))
-    old, new = Residual.of(a), Residual.of(b)
-    led = new.extrapolated(old, 0.3)
-    expected = new.tensor() + 0.3 * (new.tensor() - old.tensor())
-    assert_near(led.tensor(), expected, atol=0.51 * expected.abs().amax(-1, keepdim=True) / 127 + 1e-6)
-    assert torch.equal(new.quantised, Residual.of(b).quantised), "an operand was written to"
-    beyond = Residual(new.quantised, new.scale.clone())
-    beyond.scale[0, 0, 3] = 1e38
-    assert torch.equal(beyond.extrapolated(old, 9.0).tensor()[0, 0, 3], torch.zeros(8)), "beyond float32"
-    part = new.batch(1, 2).extrapolated(old.batch(1, 2), 0.3)
-    assert torch.equal(part.quantised, led.quantised[1:]) and torch.equal(part.scale, led.scale[1:])
-
-
 def test_not_finite_is_zero():
     difference = torch.ones(1, 1, 2, 4)
     difference[0, 0, 0, 1:3] = torch.tensor([torch.nan, -torch.inf])
@@ -65,6 +47,23 @@ def test_gives_dense_attention_back(layout, qkv):
     out = sparge_attention(q, k, v, params=PARAMS, layout=layout, residual=made)
     step = made.scale[..., None] if layout == "BHND" else made.scale.transpose(1, 2)[..., None]
     assert_near(out, dense, atol=0.51 * step + 1e-6)
+
+
+@pytest.mark.parametrize("layout", ("BHND", "BNHD"))
+def test_leads_beyond_an_earlier_one(layout, qkv):
+    """By the definition; parts of other tensors, and what leads beyond float32."""
+    q, k, v, dense = (x if layout == "BHND" else x.transpose(1, 2) for x in (*qkv, dense_attention(*qkv).float()))
+    how = dict(params=PARAMS, layout=layout)
+    made = attention_residual(q, k, v, dense, **how)
+    earlier = Residual.of(torch.randn(3, 4, 300, 16, generator=torch.Generator().manual_seed(1)) * 0.1).batch(1, 3)
+    led = attention_residual(q, k, v, dense, earlier=earlier, lead=0.3, **how)
+    expected = made.tensor() + 0.3 * (made.tensor() - earlier.tensor())
+    rounding = 0.51 * (1.3 * made.scale + expected.abs().amax(-1) / 127)
+    assert_near(led.tensor(), expected, atol=rounding[..., None] + 1e-6)
+    assert torch.equal(attention_residual(q, k, v, dense, lead=0.3, **how).quantised, made.quantised)
+    earlier.scale[0, 0, 3] = torch.inf
+    led = attention_residual(q, k, v, dense, earlier=earlier, lead=0.3, **how)
+    assert led.tensor().isfinite().all() and not led.quantised[0, 0, 3].any() and led.quantised[0, 0, 2].any()
 
 
 def test_half_precision_differs_by_what_attention_computes(qkv):
@@ -87,6 +86,17 @@ def test_half_precision_differs_by_what_attention_computes(qkv):
 def test_bad_residual(residual, error, says, qkv):
     with pytest.raises(error, match=f"residual {says}" if says.startswith("must") else f"^residual .*{says}"):
         sparge_attention(*qkv, residual=residual)
+
+
+@pytest.mark.parametrize("argument, error, says", [
+    (dict(earlier=torch.zeros(2, 4, 300, 16)), TypeError, "earlier must be a Residual; got Tensor"),
+    (dict(earlier=Residual.empty((2, 4, 299, 16), torch.device("cpu"))), ValueError, "earlier must have shapes"),
+    (dict(lead="1"), TypeError, "lead must be a number; got str"),
+    (dict(lead=float("nan")), ValueError, "lead must be finite; got nan"),
+], ids=("a tensor", "tokens", "text", "NaN"))
+def test_bad_earlier_residual(argument, error, says, qkv):
+    with pytest.raises(error, match=says):
+        attention_residual(*qkv, dense_attention(*qkv).float(), **argument)
 
 
 @pytest.mark.parametrize("dense, error", [(1.0, TypeError), (torch.zeros(2, 4, 299, 16), ValueError),

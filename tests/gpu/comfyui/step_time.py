@@ -1,15 +1,16 @@
 """Time of a sampling step of full-size architectures in ComfyUI, dense and with Apply SpargeAttn.
 
-    python tests/gpu/comfyui/step_time.py --comfyui PATH --out FILE [--only MODEL] [--tiny]
+    python tests/gpu/comfyui/step_time.py --comfyui PATH --out FILE [--only MODEL] [--cfg SCALE] [--tiny]
 
 The weights are random, so the pictures mean nothing and only time and memory are measured: models are built by
 ComfyUI's loader from random state dicts, sampled by its euler sampler, and compared with ComfyUI's default attention.
 The node keeps a fixed share of the blocks (topk, the similarity judge off), which makes its time independent of the
 weights. Its presets are measured over whole runs of 20 steps; what they skip by `cdf` depends on the weights, and of
 random ones they skip little. comfy-kitchen's INT8 attention and its sparse one, where it takes the calls, join where
-its CUDA extension is installed. Mochi and MiniMax-H3 have their full width and length but fewer layers, so that they
-fit beside their activations: only the share of attention in a step carries over. `--tiny` runs the same code at a size
-for a CPU.
+its CUDA extension is installed. Beside the time of a step stands that of its kernels alone, because the GPU waits for
+the host in the rest. Guidance (`--cfg`) evaluates both conditions together, as a batch of two. Mochi and MiniMax-H3
+have their full width and length but fewer layers, so that they fit beside their activations: only the share of
+attention in a step carries over. `--tiny` runs the same code at a size for a CPU.
 """
 import argparse
 import json
@@ -139,15 +140,26 @@ def timed_attention(model, clock):
     return clone, marks
 
 
-def measure(model, family, clock, steps=STEPS, average=statistics.median):
-    """The average over the steps of one run: ms of a step, and in another run ms of its attention; peak memory in GiB.
-    """
+def kernel_milliseconds(run, clock):
+    """The kernels that `run` has the GPU compute, without the time that lies between them; None on a CPU."""
+    from torch.profiler import ProfilerActivity, profile
+
+    if not clock.cuda:
+        return None
+    with profile(activities=[ProfilerActivity.CUDA]) as traced:
+        run()
+    return sum(entry.self_device_time_total for entry in traced.key_averages()) / 1000
+
+
+def measure(model, family, clock, cfg, steps=STEPS, average=statistics.median):
+    """The average over the steps of one run: ms of a step, in another run ms of its attention, in a third ms of all its
+    kernels; peak memory in GiB."""
     import torch
     from sampling import sample
 
     def run(patcher, steps=steps):
         marks = [clock.mark()]
-        out = sample(patcher, family, steps=steps, callback=lambda *_: marks.append(clock.mark()))
+        out = sample(patcher, family, steps=steps, cfg=cfg, callback=lambda *_: marks.append(clock.mark()))
         return [clock.milliseconds(*pair) for pair in pairwise(marks)], bool(out.isfinite().all())
 
     run(model, steps=2 if steps == STEPS else steps)  # compiles all kinds of calls and warms up
@@ -160,8 +172,10 @@ def measure(model, family, clock, steps=STEPS, average=statistics.median):
     calls = [clock.milliseconds(*pair) for pair in marks]
     per_step = len(calls) // steps
     attention = [sum(calls[i * per_step:(i + 1) * per_step]) for i in range(steps)]
+    kernels = kernel_milliseconds(lambda: run(model), clock)
     return {"step_ms": average(intervals), "steps_ms": intervals, "attention_ms": average(attention),
-            "attention_calls": per_step, "peak_gib": peak, "finite": finite}
+            "kernels_ms": None if kernels is None else kernels / steps, "attention_calls": per_step, "peak_gib": peak,
+            "finite": finite}
 
 
 def load(family, device):
@@ -214,7 +228,7 @@ def with_sol_attention(model, tau=1.3):
     return clone
 
 
-def compare(nodes, log, family, device, min_tokens):
+def compare(nodes, log, family, device, min_tokens, cfg):
     """Yields a row for dense attention, one for each peer, share of kept blocks and preset."""
     from comfy_host import pack_module
     from sampling import apply as apply_node
@@ -222,10 +236,11 @@ def compare(nodes, log, family, device, min_tokens):
     apply = partial(apply_node, min_tokens=min_tokens)
 
     model, clock = load(family, device), Clock(device)
-    dense = measure(model, family, clock)
+    timed = partial(measure, family=family, clock=clock, cfg=cfg)
+    dense = timed(model)
 
     def row(attention, measured, **others):
-        return {"model": family.name, "tokens": family.tokens, "attention": attention, **others, **measured,
+        return {"model": family.name, "cfg": cfg, "tokens": family.tokens, "attention": attention, **others, **measured,
                 "speedup": dense["step_ms"] / measured["step_ms"],
                 "attention_share": measured["attention_ms"] / measured["step_ms"]}
 
@@ -233,18 +248,19 @@ def compare(nodes, log, family, device, min_tokens):
     peers = {"comfy-kitchen int8": with_int8_attention(model), "sol_attn τ=1.3": with_sol_attention(model)}
     for name, peer in peers.items():
         if peer is not None:
-            yield row(name, measure(peer, family, clock))
+            yield row(name, timed(peer))
     for percent in KEEP_PERCENT:
         log.lines.clear()
         selection = {"selection": "topk", "keep_percent": percent, "similarity_threshold": -1.0}
-        measured = measure(apply(nodes, model, selection=selection), family, clock)
+        measured = timed(apply(nodes, model, selection=selection))
         sparse = about_sparse_calls(log)
-        assert sparse and all(f"{count} attention calls sparse" in line for count, line in zip(
-            (2 * family.calls, STEPS * family.calls, STEPS * family.calls), sparse)), log.lines
+        steps = (2, STEPS, STEPS) + (STEPS,) * clock.cuda
+        assert len(sparse) == len(steps) and all(f"{count * family.calls} attention calls sparse" in line
+                                                 for count, line in zip(steps, sparse)), log.lines
         yield row(f"keep {percent:g}%", measured, log=sparse[-1])
     for preset in pack_module(nodes, "nodes.presets").PRESETS:
         log.lines.clear()
-        measured = measure(apply(nodes, model, preset=preset), family, clock, PRESET_STEPS, statistics.fmean)
+        measured = timed(apply(nodes, model, preset=preset), steps=PRESET_STEPS, average=statistics.fmean)
         yield row(f"{preset}, {PRESET_STEPS} steps", measured, log=about_sparse_calls(log)[-1])
 
 
@@ -254,11 +270,12 @@ def about_sparse_calls(log):
 
 
 def table(rows):
-    lines = ["| model | tokens | attention | step ms | × | attention ms | its share | peak GiB |", "|" + "---|" * 8]
+    lines = ["| model | CFG | tokens | attention | step ms | × | kernels ms | attention ms | its share | peak GiB |",
+             "|" + "---|" * 10]
     for row in rows:
-        peak = "–" if row["peak_gib"] is None else f"{row['peak_gib']:.1f}"
-        lines.append(f"| {row['model']} | {row['tokens']} | {row['attention']} | {row['step_ms']:.1f} | "
-                     f"{row['speedup']:.2f} | {row['attention_ms']:.1f} | "
+        kernels, peak = ("–" if row[name] is None else f"{row[name]:.1f}" for name in ("kernels_ms", "peak_gib"))
+        lines.append(f"| {row['model']} | {row['cfg']:g} | {row['tokens']} | {row['attention']} | "
+                     f"{row['step_ms']:.1f} | {row['speedup']:.2f} | {kernels} | {row['attention_ms']:.1f} | "
                      f"{row['attention_share']:.0%} | {peak} |")
     return "\n".join(lines)
 
@@ -268,6 +285,7 @@ def main():
     parser.add_argument("--comfyui", type=Path, required=True, help="ComfyUI's folder")
     parser.add_argument("--out", type=Path, required=True, help="file for the results as JSON")
     parser.add_argument("--only", choices=("wan", "flux", "sd3.5", "sdxl", "mochi", "minimax_h3", "minimax_h3_long"))
+    parser.add_argument("--cfg", type=float, default=1.0, help="scale of classifier-free guidance; 1 for none")
     parser.add_argument("--tiny", action="store_true", help="models of the size of the tests")
     options = parser.parse_args()
 
@@ -291,7 +309,7 @@ def main():
     }
     for name, family in families.items():
         if options.only in (None, name):
-            for row in compare(nodes, log, family, device, min_tokens):
+            for row in compare(nodes, log, family, device, min_tokens, options.cfg):
                 report["rows"].append(row)
                 options.out.write_text(json.dumps(report, indent=1))  # what is measured stays if the next row fails
             comfy.model_management.unload_all_models()

@@ -1,10 +1,11 @@
 """Recorded launches: which calls repeat them, and with which arguments. tests/gpu/test_runtime.py launches them."""
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
 
-from comfyui_spargeattn.kernels import SpargeParams, sparge_attention
+from comfyui_spargeattn.kernels import Residual, SpargeParams, attention_residual, sparge_attention
 from comfyui_spargeattn.kernels._triton import replay
 
 DEVICE = torch.device("cpu")
@@ -23,9 +24,12 @@ def tensors(n=3):
     return [torch.zeros(1, 2, 4, 8) for _ in range(n)]
 
 
+ROOM = partial(replay.Results.attention, heads=None)
+
+
 @contextmanager
-def recorded(inputs, out, form=("a form",), stats=None):
-    with replay.recorded(form, inputs, out, stats, lambda index: 7):
+def recorded(inputs, out, form=("a form",), room=ROOM):
+    with replay.recorded(form, (*inputs, out), room, lambda index: 7):
         yield replay.recording()
 
 
@@ -50,6 +54,17 @@ def test_a_repetition_launches_with_its_own_addresses():
         assert second == [base + 512, k.data_ptr(), result.data_ptr(), 3]
         assert result.shape == q.shape and result.dtype == q.dtype and result.is_contiguous()
         started.clear()
+
+
+def test_a_residual_that_is_made_again():
+    (q, dense), made, started = tensors(2), Residual.empty((1, 2, 4, 8), DEVICE), []
+    room = partial(replay.Results.residual, shape=(1, 2, 4, 8))
+    with recorded((q, dense, made.quantised), made.scale, room=room) as recording:
+        launch(recording, [dense.data_ptr(), made.quantised.data_ptr(), made.scale.data_ptr()], (0, 1, 2), started)
+    q, dense = tensors(2)
+    again = replay.repeat(("a form",), (q, dense))
+    assert started == [(7, [dense.data_ptr(), again.quantised.data_ptr(), again.scale.data_ptr()])]
+    assert again.quantised.shape == q.shape and again.scale.shape == q.shape[:3]
 
 
 def test_an_argument_that_is_made_from_an_address():
@@ -78,7 +93,7 @@ def test_an_argument_may_move_where_it_is_bound():
 
 def test_no_repetition_without_a_stream():
     q, out = tensors(2)
-    with replay.recorded(("a form",), (q,), out, None, lambda index: None):
+    with replay.recorded(("a form",), (q, out), ROOM, lambda index: None):
         pass
     assert replay.repeat(("a form",), (q,)) is None
 
@@ -149,10 +164,13 @@ def test_bad_arguments_are_told_whatever_was_recorded(argument):
     for _ in range(2):
         with pytest.raises((TypeError, ValueError), match=next(iter(argument))):
             sparge_attention(q, q, q, **argument)
+        with pytest.raises((TypeError, ValueError), match=next(iter(argument))):
+            attention_residual(q, q, q, q, **argument)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter's kernels can't be launched again")
 def test_the_interpreter_records_nothing():
     q, k, v = (torch.randn(1, 1, 64, 16) for _ in range(3))
     sparge_attention(q, k, v, params=SpargeParams(topk=1.0), impl="triton", sink_keys=((0, 1),))
+    attention_residual(q, k, v, q, impl="triton")
     assert not replay._recordings

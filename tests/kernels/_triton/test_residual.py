@@ -69,6 +69,19 @@ def test_gives_dense_attention_back(dim, dtype, small_blocks):
     assert_near(out, dense, atol=0.51 * step + 2e-6)
 
 
+@pytest.mark.parametrize("layout, pv_dtype", LAYOUTS_AND_FORMATS)
+@pytest.mark.parametrize("call, dim", (("order by head", 64), ("pooled", 72)))
+def test_leads_beyond_an_earlier_one(call, dim, layout, pv_dtype, small_blocks):
+    q, k, v, dense = inputs(dim=dim, layout=layout)
+    call = dict(params=PARAMS, layout=layout, pv_dtype=pv_dtype, impl="triton") | CALLS[call]
+    earlier = 0.1 * torch.randn(3, 4, N, dim, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    earlier = Residual.of(earlier).batch(1, 3)
+    led = attention_residual(q, k, v, dense, earlier=earlier, lead=0.3, **call)
+    difference = dense - sparge_attention(q, k, v, **call)
+    difference = difference if layout == "BHND" else difference.transpose(1, 2)
+    assert_same(led, difference + 0.3 * (difference - earlier.tensor()))
+
+
 def test_batch_entries_alone(small_blocks):
     """Conditions that were evaluated together may come one by one later."""
     q, k, v, dense = inputs()
@@ -84,11 +97,13 @@ def test_groups_of_heads(monkeypatch, small_blocks):
     q, k, v, dense = inputs()
     call = dict(params=PARAMS, pv_dtype="fp16", impl="triton")
     made = attention_residual(q, k, v, dense, **call)
+    led = attention_residual(q, k, v, dense, earlier=made, lead=0.5, **call)
     out = sparge_attention(q, k, v, residual=made, **call)
     monkeypatch.setattr(pipeline, "is_short", lambda *size: True)
     monkeypatch.setattr(pipeline, "groups_of_heads", lambda *size: [(0, 1), (1, 2)])
-    in_groups = attention_residual(q, k, v, dense, **call)
-    assert torch.equal(in_groups.quantised, made.quantised) and torch.equal(in_groups.scale, made.scale)
+    for how, whole in ((call, made), (call | dict(earlier=made, lead=0.5), led)):
+        in_groups = attention_residual(q, k, v, dense, **how)
+        assert torch.equal(in_groups.quantised, whole.quantised) and torch.equal(in_groups.scale, whole.scale)
     assert torch.equal(sparge_attention(q, k, v, residual=made, **call), out)
 
 

@@ -12,7 +12,7 @@ FORMATS = "fp16", "int8"
 
 
 def variants() -> dict[str, tuple[CallSpec, str]]:
-    """Name → a call, and its residual: none, made, or added and then beside a log-sum-exp."""
+    """Name → a call, and its residual: none, made from an earlier one, or added and then beside a log-sum-exp."""
     never = float("inf")
     cdf, topk = (Thresholds(selection, (0.9, 0.5, never)) for selection in ("cdf", "topk"))
     skipping, all_blocks = (Thresholds("cdf", (amount, 0.5, 10.0)) for amount in (0.9, 1.0))
@@ -34,7 +34,7 @@ def run(dim: int, dtype: torch.dtype, pv_dtype: str, call: CallSpec, residual: s
     q = torch.zeros(1, 2, TOKENS, dim, dtype=dtype)
     out, call = torch.empty_like(q), replace(call, pv_dtype=pv_dtype, return_stats=True)
     if residual == "made":
-        pipeline.residual(q, q, q, out, call)
+        pipeline.residual(q, q, q, out, replace(call, residual=Residual.empty(q.shape, q.device), lead=0.5))
     elif residual == "added":
         lse = torch.empty(q.shape[:3], dtype=torch.float32)
         pipeline.attention(q, q, q, out, lse, replace(call, residual=Residual.empty(q.shape, q.device)))

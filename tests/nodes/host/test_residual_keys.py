@@ -64,8 +64,7 @@ class Traced:
             return attention(q, *rest, residual=residual, **how)
 
         with (mock.patch.object(self._module, "sparge_attention", attend),
-              mock.patch.object(self._module, "attention_residual", make),
-              mock.patch.object(self._module.Residual, "extrapolated", lambda self, earlier, by: self)):
+              mock.patch.object(self._module, "attention_residual", make)):
             yield self
 
     def sample(self, family, **sampling):
