@@ -25,7 +25,6 @@ from .run.host_memory import Memory
 from .run.kernel_calls import KernelCalls
 from .run.sigma_window import SigmaWindow
 from .run.state import RunState
-from .run.stopwatch import Stopwatch
 from .run.summary import RunSummary
 
 SLOT = "optimized_attention_override"  # ComfyUI's key in transformer_options; one slot, no chain
@@ -94,9 +93,10 @@ class SpargeOverride:
     def _attend(self, func: Callable, args: tuple, kwargs: dict) -> Tensor:
         with self._unrecorded():
             entered = enter(args, kwargs, self.settings, self.names)
-        if isinstance(entered, Dense):
-            return self._stay_dense(entered, func, args, kwargs)
         call, site, plan = entered
+        if call is None:
+            with handed_on(site.layer):
+                return self._stay_dense(plan, func, args, kwargs)
         if site.block is None and self.settings.dense_blocks:
             self.run.say_once("dense_blocks", "dense_blocks has no effect, this model does not number its blocks")
         refreshed = plan if self.run.refresh.serves and isinstance(plan, SparsePlan) else None
@@ -108,7 +108,8 @@ class SpargeOverride:
         with self._unrecorded():
             out = plan if isinstance(plan, Dense) else self._compute(plan, call, site)
         if isinstance(out, Dense):
-            watch = Stopwatch(call.q.device)
+            comparable = call.q_tokens == call.k_tokens and call.q_tokens >= self.settings.min_tokens
+            watch = self.run.watch(call, dense=True) if comparable else None
             if refreshed:  # what the tensors hold is needed afterwards, and who gets containers may overwrite it
                 func, args = _opened(func, args)
             elif containers:  # hold nothing that the call may free
@@ -116,7 +117,7 @@ class SpargeOverride:
                 del entered
             with handed_on(site.layer):
                 out = self._stay_dense(out, func, args, kwargs)
-            if call.q_tokens == call.k_tokens and call.q_tokens >= self.settings.min_tokens:
+            if watch is not None:
                 self.run.add_call(call, site.block, watch.stop())
         else:
             # Not freed inside `unrecorded`: memory of the evaluation has to go where the record sees it.

@@ -33,6 +33,18 @@ class KeyMask(TypedDict, total=False):
     key_bias: Tensor
 
 
+def token_counts(args: tuple, kwargs: dict[str, Any]) -> tuple[int, int] | None:
+    """Tokens of q and k in the arguments that follow `func`, at a glance; None where they don't look as usual."""
+    if len(args) < 2 or type(args[0]) is not Tensor or type(args[1]) is not Tensor:
+        return None
+    q, k = args[0].shape, args[1].shape
+    if len(q) == len(k) == 3 and not kwargs.get("skip_reshape") and len(args) < _POSITIONAL.index("skip_reshape"):
+        return q[1], k[1]
+    if len(q) == len(k) == 4 and kwargs.get("skip_reshape"):
+        return q[2], k[2]
+    return None
+
+
 @dataclass(eq=False)  # frozen, it would take twice as long to make
 class AttentionCall:
     """One attention call.

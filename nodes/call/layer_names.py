@@ -9,7 +9,6 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
-from .arguments import AttentionCall
 from .transformer_blocks import TransformerBlock
 
 _KEY = "spargeattn_layers"  # in transformer_options: how many self-attention calls each block has made so far
@@ -55,10 +54,10 @@ class LayerNames:
             self._most = max(unnumbered, self._most)
         return out
 
-    def name(self, call: AttentionCall, block: TransformerBlock | None) -> str | None:
-        """The layer's name, None for cross-attention and outside an evaluation. Ask once a call: asking counts it."""
-        calls = call.transformer_options.get(_KEY)
-        if calls is None or call.q_tokens != call.k_tokens:
+    def name(self, transformer_options: dict, block: TransformerBlock | None) -> str | None:
+        """The layer's name, None outside an evaluation. Ask once a call of self-attention: asking counts it."""
+        calls = transformer_options.get(_KEY)
+        if calls is None:
             return None
         given = getattr(_thread, "name", None)
         if given is not None:

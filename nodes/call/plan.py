@@ -202,11 +202,19 @@ def plan_without_residual(plan: SparsePlan, call: AttentionCall, settings: NodeS
                                                                          "has no residual")
 
 
+def not_wanted_at(q_tokens: int, k_tokens: int, settings: NodeSettings) -> Dense | None:
+    """Why a call of these sizes stays dense whatever else it is; None where that depends."""
+    if q_tokens != k_tokens:
+        return Dense("cross-attention", f"{q_tokens} queries, {k_tokens} keys")
+    if q_tokens < settings.min_tokens:
+        return Dense("fewer tokens than min_tokens", f"{q_tokens} < {settings.min_tokens}")
+    return None
+
+
 def _not_wanted(call: AttentionCall, settings: NodeSettings, site: CallSite) -> Dense | None:
-    if call.q_tokens != call.k_tokens:
-        return Dense("cross-attention", f"{call.q_tokens} queries, {call.k_tokens} keys")
-    if call.q_tokens < settings.min_tokens:
-        return Dense("fewer tokens than min_tokens", f"{call.q_tokens} < {settings.min_tokens}")
+    declined = not_wanted_at(call.q_tokens, call.k_tokens, settings)
+    if declined:
+        return declined
     if not call.low_precision:
         return Dense("the model asks for full precision")
     if site.block is not None and site.block in settings.dense_blocks:

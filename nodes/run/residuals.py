@@ -10,19 +10,8 @@ from ...kernels import Residual
 from ..call.arguments import AttentionCall
 from ..call.plan import CallSite
 from .host_memory import CopyStream, HostTier, Memory
+from .residual_entries import Entry, ResidualEntries
 from .residual_memory import ResidualMemory
-
-
-class _Entry:
-    """One condition's part of a residual: batch entries `first` to `last` of `whole`, made in an evaluation.
-
-    on_host: whether it lies in the host's memory, not on the GPU that uses it.
-    """
-
-    __slots__ = ("whole", "first", "last", "evaluation", "on_host")
-
-    def __init__(self, whole: Residual, first: int, last: int, evaluation: int, on_host: bool):
-        self.whole, self.first, self.last, self.evaluation, self.on_host = whole, first, last, evaluation, on_host
 
 
 class ResidualStore:
@@ -59,7 +48,7 @@ class ResidualStore:
             for tier in self._tiers.values():
                 tier.close()
             self._tiers = {}
-            self._entries: dict[Hashable, _Entry] = {}
+            self._entries = ResidualEntries()
             self._seen: dict[Hashable, int] = {}  # the evaluation in which a key came last
             self._ambiguous: set[Hashable] = set()
             self.room.clear()
@@ -107,7 +96,7 @@ class ResidualStore:
             for _ in range(2):
                 if self._place(call.q.device, _size(call), keys):
                     return True
-                self._keep_only(evaluation)  # what was not made anew yet makes way
+                self._entries.keep_only(evaluation)  # what was not made anew yet makes way
             self.refused += 1
         self.drop(keys)
         return False
@@ -117,23 +106,19 @@ class ResidualStore:
         for key in keys:
             if self._seen.get(key) == evaluation:
                 self._ambiguous.add(key)
-                self._entries.pop(key, None)
+                self._entries.drop((key,))
             self._seen[key] = evaluation
         return self._ambiguous.isdisjoint(keys)
 
     def drop(self, keys: Sequence[Hashable]) -> None:
         """Drop an earlier residual that could not be made anew."""
         with self._lock:
-            for key in keys:
-                self._entries.pop(key, None)
+            self._entries.drop(keys)
 
     def end_refresh(self, evaluation: int) -> None:
         """Drop what an evaluation did not make anew, such as of context windows that have moved on."""
         with self._lock:
-            self._keep_only(evaluation)
-
-    def _keep_only(self, evaluation: int) -> None:
-        self._entries = {key: entry for key, entry in self._entries.items() if entry.evaluation == evaluation}
+            self._entries.keep_only(evaluation)
 
     def put(self, keys: Sequence[Hashable], residual: Residual, evaluation: int) -> None:
         """Keep a residual (B, …) for conditions that follow each other in the batch."""
@@ -141,10 +126,9 @@ class ResidualStore:
         with self._lock:
             on_host = self._place(device, residual.bytes, keys) == "host"
             if on_host:
-                for key in keys:
-                    self._entries.pop(key, None)
+                self._entries.drop(keys)
                 tier = self._tiers[device]
-                tier.sweep([entry.whole for entry in self._entries.values()])
+                tier.sweep([entry.whole for entry in self._entries])
                 kept = tier.keep(residual)
                 if kept is None:
                     self.room.no_host()  # it would fail again
@@ -152,9 +136,9 @@ class ResidualStore:
                     return
                 residual = kept
             for i, key in enumerate(keys):
-                self._entries[key] = _Entry(residual, i * each, (i + 1) * each, evaluation, on_host)
+                self._entries.put(key, Entry(residual, i * each, (i + 1) * each, evaluation, on_host))
             self._came(device, tuple(keys))
-            self.most_bytes = max(self.most_bytes, sum(self._bytes(device) for device in self._last))
+            self.most_bytes = max(self.most_bytes, sum(map(self._entries.bytes, self._last)))
             self.most_host_bytes = max(self.most_host_bytes,
                                        sum(tier.host_bytes for tier in self._tiers.values()))
 
@@ -181,7 +165,7 @@ class ResidualStore:
         return self._together(found, tier) if found else None
 
     @staticmethod
-    def _together(found: tuple[_Entry, ...], tier: HostTier | None) -> Residual:
+    def _together(found: tuple[Entry, ...], tier: HostTier | None) -> Residual:
         if tier is not None and any(entry.on_host for entry in found):
             return tier.load(found)
         first, last = found[0], found[-1]
@@ -190,9 +174,9 @@ class ResidualStore:
         parts = [entry.whole.batch(entry.first, entry.last) for entry in found]
         return Residual(torch.cat([part.quantised for part in parts]), torch.cat([part.scale for part in parts]))
 
-    def _found(self, keys: Sequence[Hashable]) -> tuple[_Entry, ...]:
+    def _found(self, keys: Sequence[Hashable]) -> tuple[Entry, ...]:
         """The entries of keys, none where one of them has none."""
-        found = [entry for key in keys if (entry := self._entries.get(key)) is not None]
+        found = self._entries.of(keys)
         return tuple(found) if len(found) == len(keys) else ()
 
     def _came(self, device: torch.device, keys: tuple[Hashable, ...]) -> None:
@@ -202,27 +186,21 @@ class ResidualStore:
 
     def _place(self, device: torch.device, size: int, keys: Sequence[Hashable]) -> str:
         """Where there is room for a residual in place of those of some keys: "device", "host", or "" for nowhere."""
-        used, limit, tier = self._bytes(device, without=keys), self.room.limit(device), self._tier(device)
+        taken, limit, tier = self._entries.bytes, self.room.limit(device), self._tier(device)
+        used = taken(device, without=keys)
         if tier is None:
             return "device" if used + size <= limit else ""
         # Those in the host's memory come through slots, which need room as well.
         used += max(tier.device_bytes, self.room.slots(size))
         if used + size <= limit:
             return "device"
-        return "host" if used <= limit and self._bytes(None, without=keys) + size <= self.room.host_limit() else ""
+        return "host" if used <= limit and taken(None, without=keys) + size <= self.room.host_limit() else ""
 
     def _tier(self, device: torch.device) -> HostTier | None:
         """The residuals of a GPU that lie in the host's memory, None where it can't be copied from meanwhile."""
         if device not in self._tiers and device.type == "cuda":
             self._tiers[device] = HostTier(device, self._memory, CopyStream(device))
         return self._tiers.get(device)
-
-    def _bytes(self, device: torch.device | None, without: Sequence[Hashable] = ()) -> int:
-        """Memory that is taken on a device, of the host for None, but for the residuals of some keys."""
-        entries = [entry for key, entry in self._entries.items() if key not in without
-                   and entry.on_host == (device is None)]
-        wholes = {id(entry.whole): entry.whole for entry in entries}
-        return sum(whole.bytes for whole in wholes.values() if device is None or whole.scale.device == device)
 
 
 def _size(call: AttentionCall) -> int:

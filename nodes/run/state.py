@@ -26,8 +26,8 @@ from .sigma_window import SigmaWindow
 from .stopwatch import Stopwatch
 from .summary import CallRecord, RunSummary
 
-EVERY = 8  # of many sparse calls of a shape, one of so many is timed: events cost the host a tenth of a short call
-FIRST = 32  # sparse calls of a shape that are all timed
+EVERY = 8  # of many calls of a shape, one of so many is timed: events cost the host a tenth of a short call
+FIRST = 32  # sparse, and dense, calls of a shape that are all timed
 ENOUGH = 3  # dense calls of a shape, of which the median is compared with; the first may take longer
 
 
@@ -134,11 +134,11 @@ class RunState:
                 self._timed_dense[_shape(call)] += 1
             return block if stats is not None and self._maps.wants(self.steps, block) else None
 
-    def watch(self, call: AttentionCall) -> Stopwatch:
-        """A watch for a sparse call, which may not run."""
-        shape = _shape(call)
-        before = self._watched[shape]
-        self._watched[shape] = before + 1
+    def watch(self, call: AttentionCall, dense: bool = False) -> Stopwatch:
+        """A watch for a sparse or a dense call, which may not run."""
+        kind = dense, *_shape(call)
+        before = self._watched[kind]
+        self._watched[kind] = before + 1
         # By the golden ratio, whose multiples have no period, so that no layer is passed over at every step.
         return Stopwatch(call.q.device, before < FIRST or before * 0.618034 % 1 < 1 / EVERY)
 
@@ -190,6 +190,8 @@ class RunState:
 
     def say_once(self, key: str, message: str) -> None:
         """Log a message, unless this run has logged one with this key."""
+        if key in self._said:  # nearly always, and without waiting for the lock
+            return
         with self._lock:
             if not self.running or key in self._said:
                 return

@@ -100,8 +100,8 @@ def dense_peak(run):
 
 def recorded_calls(pack, model, grid, steps, words, seed):
     """q, k, v and layout of the self-attention calls of the middle step, by layer."""
-    calling, layers, rules, layouts = (pack(f"nodes.call.{name}") for name in
-                                       ("arguments", "layer_names", "model_rules", "token_layout"))
+    calling, layers, rules, layouts, blocks = (pack(f"nodes.call.{name}") for name in (
+        "arguments", "layer_names", "model_rules", "token_layout", "transformer_blocks"))
     from comfy.patcher_extension import WrappersMP
 
     recorder, names, found, step = model.clone(), layers.LayerNames(), {}, [-1]
@@ -109,7 +109,9 @@ def recorded_calls(pack, model, grid, steps, words, seed):
 
     def override(func, *args, **kwargs):
         call = calling.AttentionCall.parse(args, kwargs)
-        name = names.name(call, pack("nodes.call.transformer_blocks").TransformerBlock.of(call.transformer_options))
+        block, name = blocks.TransformerBlock.of(call.transformer_options), None
+        if call.q_tokens == call.k_tokens:
+            name = names.name(call.transformer_options, block)
         if name is not None and step[0] == from_here:
             where = layouts.token_layout(call.q_tokens, call.transformer_options)
             found[name] = (call.q.clone(), call.k.clone(), call.v.clone(), call.layout, where)

@@ -1,25 +1,17 @@
 """Names of layers: one a call, whoever takes it, and in doubt where an evaluation may leave layers out."""
-import torch
-
-from comfyui_spargeattn.nodes.call.arguments import AttentionCall
 from comfyui_spargeattn.nodes.call.layer_names import LayerNames, handed_on
 from comfyui_spargeattn.nodes.call.transformer_blocks import TransformerBlock
 
 SKIPS = {"patches_replace": {"dit": {("double_block", 1): None}}}
 
 
-def make_call(options, keys=8):
-    q, k = torch.zeros(1, 1, 8, 4), torch.zeros(1, 1, keys, 4)
-    return AttentionCall(q, k, k, "BHND", transformer_options=options)
-
-
-def evaluate(names, blocks, options=None, keys=8):
+def evaluate(names, blocks, options=None):
     """(name, whether it is in doubt) of the calls of an evaluation whose calls come from these blocks."""
     found = []
 
     def model(x, t, c_concat, c_crossattn, control, options, **conds):
         for block in blocks:
-            name = names.name(make_call(options, keys), block)
+            name = names.name(options, block)
             found.append((name, bool(names.doubt(name, options))))
 
     names.count(model, None, None, transformer_options=options)
@@ -42,9 +34,7 @@ def test_names():
 
 
 def test_no_name():
-    names = LayerNames()
-    assert evaluate(names, [None], keys=7) == sure(None)
-    assert names.name(make_call({}), None) is None
+    assert LayerNames().name({}, None) is None
 
 
 def test_the_callers_options_stay_as_they_are():
@@ -59,10 +49,9 @@ def test_a_call_that_is_handed_on_keeps_its_name():
 
     def model(x, t, c_concat, c_crossattn, control, options, **conds):
         for _ in range(3):
-            call = make_call(options)
-            name = outer.name(call, None)
+            name = outer.name(options, None)
             with handed_on(name):
-                found.append((name, inner.name(call, None)))
+                found.append((name, inner.name(options, None)))
 
     outer.count(lambda *args, **conds: inner.count(model, *args[:5], transformer_options=args[5], **conds), None, None)
     assert found == [("#1", "#1"), ("#2", "#2"), ("#3", "#3")]

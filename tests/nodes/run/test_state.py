@@ -121,15 +121,18 @@ def test_maps_of_a_short_run_are_of_every_nth_block_and_of_its_first_call():
     assert all(maps[TransformerBlock("", index)].all() for index in (0, 6))
 
 
+@pytest.mark.parametrize("dense", (False, True))
 @pytest.mark.parametrize("layers", (1, 7, 8, 9, 40, 57, 64))
-def test_of_many_calls_an_eighth_is_timed_in_all_layers(layers):
+def test_of_many_calls_an_eighth_is_timed_in_all_layers(layers, dense):
     run, timed = state(), {}
     run.begin()
     for step in range(50):
         for layer in range(layers):
-            timed[step, layer] = run.watch(attention()).stop().milliseconds() is not None
+            timed[step, layer] = run.watch(attention(), dense).stop().milliseconds() is not None
     few = list(timed.values())[FIRST:]
-    assert all(list(timed.values())[:FIRST]) and run.watch(attention(heads=4)).stop().milliseconds() is not None
+    assert all(list(timed.values())[:FIRST])
+    for other in (attention(heads=4), dense), (attention(), not dense):
+        assert run.watch(*other).stop().milliseconds() is not None
     assert not few or abs(sum(few) - len(few) / EVERY) <= 1 + 0.02 * len(few)
     assert {layer for (step, layer), watched in timed.items() if watched and step >= 5} == set(range(layers))
 
