@@ -10,7 +10,7 @@ from torch import Tensor
 from ..call.transformer_blocks import TransformerBlock
 
 LARGEST = 128  # rows and columns of a kept map: what a picture can show
-_FULL_COST_STEPS = 16
+_FULL_COST_STEPS = 64
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,9 @@ class MapRequest:
 class BlockPictures:
     """The block maps of one run.
 
-    Predicting a map again costs a small part of a call. At one step of many that is nothing. In a run of few steps only
-    every n-th transformer block is kept, so that the cost stays below one call in `_FULL_COST_STEPS`.
+    Predicting a map again costs a part of a call, and as much as a short one, which waits for the host. So it is done
+    at one step, and in a run of fewer than `_FULL_COST_STEPS` for every n-th transformer block alone, so that it costs
+    less than one call in so many.
 
     steps: of the run, as scheduled; 0 where nothing tells.
     step: the step whose maps are kept, 0 before it comes.

@@ -1,6 +1,7 @@
 """Time of a sampling step of full-size architectures in ComfyUI, dense and with Apply SpargeAttn.
 
-    python tests/gpu/comfyui/step_time.py --comfyui PATH --out FILE [--only MODEL] [--cfg SCALE] [--tiny]
+    python tests/gpu/comfyui/step_time.py --comfyui PATH --out FILE [--only MODEL] [--cfg SCALE]
+        [--rows NAME …] [--tiny]
 
 The weights are random, so the pictures mean nothing and only time and memory are measured: models are built by
 ComfyUI's loader from random state dicts, sampled by its euler sampler, and compared with ComfyUI's default attention.
@@ -8,9 +9,10 @@ The node keeps a fixed share of the blocks (topk, the similarity judge off), whi
 weights. Its presets are measured over whole runs of 20 steps; what they skip by `cdf` depends on the weights, and of
 random ones they skip little. comfy-kitchen's INT8 attention and its sparse one, where it takes the calls, join where
 its CUDA extension is installed. Beside the time of a step stands that of its kernels alone, because the GPU waits for
-the host in the rest. Guidance (`--cfg`) evaluates both conditions together, as a batch of two. Mochi and MiniMax-H3
-have their full width and length but fewer layers, so that they fit beside their activations: only the share of
-attention in a step carries over. `--tiny` runs the same code at a size for a CPU.
+the host in the rest; each row is compared with dense steps that take turns with it, because a host that others use
+changes its pace within seconds. Guidance (`--cfg`) evaluates both conditions together, as a batch of two. Mochi and
+MiniMax-H3 have their full width and length but fewer layers, so that they fit beside their activations: only the share
+of attention in a step carries over. `--tiny` runs the same code at a size for a CPU.
 """
 import argparse
 import json
@@ -27,6 +29,7 @@ KEEP_PERCENT = 50.0, 20.0
 MOCHI_LAYERS = 12  # of 48
 MINIMAX_LAYERS, MINIMAX_LONG_LAYERS = 4, 2  # of 50
 STEPS = 6  # of a run whose steps are alike
+TURNS = 3  # such runs, each beside a dense one
 PRESET_STEPS = 20
 
 
@@ -151,9 +154,9 @@ def kernel_milliseconds(run, clock):
     return sum(entry.self_device_time_total for entry in traced.key_averages()) / 1000
 
 
-def measure(model, family, clock, cfg, steps=STEPS, average=statistics.median):
-    """The average over the steps of one run: ms of a step, in another run ms of its attention, in a third ms of all its
-    kernels; peak memory in GiB."""
+def measure(model, dense, family, clock, cfg, steps=STEPS, average=statistics.median):
+    """Of `model` the average over the steps of runs: ms of a step, in another run ms of its attention, in a third ms of
+    all its kernels; peak memory in GiB. dense: the same model, which takes turns with it and leaves `dense_ms`."""
     import torch
     from sampling import sample
 
@@ -163,19 +166,23 @@ def measure(model, family, clock, cfg, steps=STEPS, average=statistics.median):
         return [clock.milliseconds(*pair) for pair in pairwise(marks)], bool(out.isfinite().all())
 
     run(model, steps=2 if steps == STEPS else steps)  # compiles all kinds of calls and warms up
-    if clock.cuda:
-        torch.cuda.reset_peak_memory_stats()
-    intervals, finite = run(model)
-    peak = torch.cuda.max_memory_allocated() / 2**30 if clock.cuda else None
+    intervals, beside, finite, peak = [], [], True, None
+    for _ in range(TURNS if steps == STEPS else 1):
+        beside += run(dense, STEPS)[0]
+        if clock.cuda:
+            torch.cuda.reset_peak_memory_stats()
+        found, whole = run(model)
+        intervals, finite = intervals + found, finite and whole
+        peak = torch.cuda.max_memory_allocated() / 2**30 if clock.cuda else None
     timed, marks = timed_attention(model, clock)
     run(timed)
     calls = [clock.milliseconds(*pair) for pair in marks]
     per_step = len(calls) // steps
     attention = [sum(calls[i * per_step:(i + 1) * per_step]) for i in range(steps)]
     kernels = kernel_milliseconds(lambda: run(model), clock)
-    return {"step_ms": average(intervals), "steps_ms": intervals, "attention_ms": average(attention),
-            "kernels_ms": None if kernels is None else kernels / steps, "attention_calls": per_step, "peak_gib": peak,
-            "finite": finite}
+    return {"step_ms": average(intervals), "dense_ms": statistics.median(beside), "steps_ms": intervals,
+            "attention_ms": average(attention), "kernels_ms": None if kernels is None else kernels / steps,
+            "attention_calls": per_step, "peak_gib": peak, "finite": finite}
 
 
 def load(family, device):
@@ -228,37 +235,40 @@ def with_sol_attention(model, tau=1.3):
     return clone
 
 
-def compare(nodes, log, family, device, min_tokens, cfg):
-    """Yields a row for dense attention, one for each peer, share of kept blocks and preset."""
+def compare(nodes, log, family, device, min_tokens, cfg, wanted):
+    """Yields a row for dense attention, one for each peer, share of kept blocks and preset, if their names are wanted.
+    """
     from comfy_host import pack_module
     from sampling import apply as apply_node
 
     apply = partial(apply_node, min_tokens=min_tokens)
-
     model, clock = load(family, device), Clock(device)
-    timed = partial(measure, family=family, clock=clock, cfg=cfg)
-    dense = timed(model)
+    timed = partial(measure, dense=model, family=family, clock=clock, cfg=cfg)
 
     def row(attention, measured, **others):
         return {"model": family.name, "cfg": cfg, "tokens": family.tokens, "attention": attention, **others, **measured,
-                "speedup": dense["step_ms"] / measured["step_ms"],
+                "speedup": measured["dense_ms"] / measured["step_ms"],
                 "attention_share": measured["attention_ms"] / measured["step_ms"]}
 
-    yield row("dense", dense)
+    if wanted("dense"):
+        yield row("dense", timed(model))
     peers = {"comfy-kitchen int8": with_int8_attention(model), "sol_attn τ=1.3": with_sol_attention(model)}
     for name, peer in peers.items():
-        if peer is not None:
+        if peer is not None and wanted(name):
             yield row(name, timed(peer))
     for percent in KEEP_PERCENT:
+        name = f"keep {percent:g}%"
+        if not wanted(name):
+            continue
         log.lines.clear()
         selection = {"selection": "topk", "keep_percent": percent, "similarity_threshold": -1.0}
         measured = timed(apply(nodes, model, selection=selection))
         sparse = about_sparse_calls(log)
-        steps = (2, STEPS, STEPS) + (STEPS,) * clock.cuda
+        steps = (2, *(STEPS,) * (TURNS + 1 + clock.cuda))
         assert len(sparse) == len(steps) and all(f"{count * family.calls} attention calls sparse" in line
                                                  for count, line in zip(steps, sparse)), log.lines
-        yield row(f"keep {percent:g}%", measured, log=sparse[-1])
-    for preset in pack_module(nodes, "nodes.presets").PRESETS:
+        yield row(name, measured, log=sparse[-1])
+    for preset in filter(wanted, pack_module(nodes, "nodes.presets").PRESETS):
         log.lines.clear()
         measured = timed(apply(nodes, model, preset=preset), steps=PRESET_STEPS, average=statistics.fmean)
         yield row(f"{preset}, {PRESET_STEPS} steps", measured, log=about_sparse_calls(log)[-1])
@@ -286,6 +296,8 @@ def main():
     parser.add_argument("--out", type=Path, required=True, help="file for the results as JSON")
     parser.add_argument("--only", choices=("wan", "flux", "sd3.5", "sdxl", "mochi", "minimax_h3", "minimax_h3_long"))
     parser.add_argument("--cfg", type=float, default=1.0, help="scale of classifier-free guidance; 1 for none")
+    parser.add_argument("--rows", nargs="+", metavar="NAME",
+                        help="'dense', 'keep 50%%', a preset, …, by how they begin; all by default")
     parser.add_argument("--tiny", action="store_true", help="models of the size of the tests")
     options = parser.parse_args()
 
@@ -298,6 +310,9 @@ def main():
     from sampling import node_class, widget_defaults
 
     min_tokens = MIN_TOKENS if options.tiny else widget_defaults(node_class(nodes))["min_tokens"]
+    def wanted(name):
+        return options.rows is None or name.startswith(tuple(options.rows))
+
     device = comfy.model_management.get_torch_device()
     families = full_size()
     if options.tiny:
@@ -309,7 +324,7 @@ def main():
     }
     for name, family in families.items():
         if options.only in (None, name):
-            for row in compare(nodes, log, family, device, min_tokens, options.cfg):
+            for row in compare(nodes, log, family, device, min_tokens, options.cfg, wanted):
                 report["rows"].append(row)
                 options.out.write_text(json.dumps(report, indent=1))  # what is measured stays if the next row fails
             comfy.model_management.unload_all_models()

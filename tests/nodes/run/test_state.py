@@ -109,7 +109,7 @@ def test_maps_of_a_short_run_are_of_every_nth_block_and_of_its_first_call():
     """A block may be called twice in a step."""
     run = state()
     run.begin()
-    run.next_step(torch.ones(1), lambda percent: 1 - percent, torch.linspace(1, 0, 4))  # three steps
+    run.next_step(torch.ones(1), lambda percent: 1 - percent, torch.linspace(1, 0, 12))  # eleven steps
     wanted = []
     for block in (*range(12), *range(12)):
         row = sparse(run, block=block)
