@@ -40,21 +40,21 @@ def write_output(
         q_tokens, residual_batch, D: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, ALIGN: tl.constexpr,
         INT8_MAX: tl.constexpr):
     """Write acc / total in the units of V to the tokens at q_places, zero in rows that saw no key, plus the residual if
-    there is one; or write what out_ptr has beyond it, if that is to be made, and `lead` times what that has beyond the
-    residual. Of the channels from MAIN on: acc_rest."""
+    there is one. Or make a residual: what out_ptr has beyond acc / total, and `lead` times what that has beyond the
+    earlier residual if there is one. Of the channels from MAIN on: acc_rest."""
     tokens = tokens_at(places=q_places, order_ptr=order_ptr, order_row=(head // group) % order_rows, n_tokens=q_tokens)
     rows = row_pointers(x_ptr=out_ptr, batch=batch, head=head, tokens=tokens, stride_b=stride_b, stride_h=stride_h,
                         stride_n=stride_n, ALIGN=ALIGN)
     exists = q_places < q_tokens
     row = rows_of(batch=batch, head=head, tokens=tokens, q_tokens=q_tokens, batch_rows=residual_batch)
     MAKES: tl.constexpr = made_ptr is not None
-    out = _in_units_of_values(
+    out = _of_channels(
         acc=acc, total=total, v_scale_ptr=v_scale_ptr, v_centre_ptr=v_centre_ptr, residual_ptr=residual_ptr,
         residual_scale_ptr=residual_scale_ptr, lead=lead, rows=rows, kv_batch_head=kv_batch_head, row=row,
         exists=exists, D=D, FIRST=0, CHANNELS=MAIN, MAKES=MAKES)
     rest = out
     if REST:
-        rest = _in_units_of_values(
+        rest = _of_channels(
             acc=acc_rest, total=total, v_scale_ptr=v_scale_ptr, v_centre_ptr=v_centre_ptr, residual_ptr=residual_ptr,
             residual_scale_ptr=residual_scale_ptr, lead=lead, rows=rows, kv_batch_head=kv_batch_head, row=row,
             exists=exists, D=D, FIRST=MAIN, CHANNELS=REST, MAKES=MAKES)
@@ -76,18 +76,17 @@ def write_output(
 
 
 @triton.jit
-def _in_units_of_values(
+def _of_channels(
         acc, total, v_scale_ptr, v_centre_ptr, residual_ptr, residual_scale_ptr, lead, rows, kv_batch_head, row, exists,
         D: tl.constexpr, FIRST: tl.constexpr, CHANNELS: tl.constexpr, MAKES: tl.constexpr):
-    """acc [BLOCK_Q, CHANNELS] / total in the units of V, plus the residual of `row` [BLOCK_Q] if there is one. With
-    MAKES what the tensor at `rows` has beyond that without a residual, led beyond the residual; zero where that is not
-    finite."""
+    """What is to be written of the channels from FIRST on, [BLOCK_Q, CHANNELS]: as in `write_output`. What is not
+    finite in a residual is zero. row [BLOCK_Q]: of residuals. rows: pointers to the rows of out_ptr."""
     channels = FIRST + tl.arange(0, CHANNELS)
     mask = exists[:, None] & (channels < D)
     scale = tl.load(v_scale_ptr + kv_batch_head * D + channels, mask=channels < D, other=0.0)
     centre = tl.load(v_centre_ptr + kv_batch_head * D + channels, mask=channels < D, other=0.0)
     out = tl.where(total[:, None] == 0, 0.0, acc / total[:, None] * scale[None, :] + centre[None, :])
-    if MAKES:
+    if MAKES:  # dense attention less that
         out = tl.load(rows[:, None] + channels, mask=mask, other=0.0).to(tl.float32) - out
     if residual_ptr is not None:
         residual = tl.load(residual_ptr + row[:, None] * D + channels, mask=mask, other=0)  # [BLOCK_Q, CHANNELS] int8

@@ -18,6 +18,7 @@ import argparse
 import json
 import statistics
 import time
+from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -29,7 +30,7 @@ KEEP_PERCENT = 50.0, 20.0
 MOCHI_LAYERS = 12  # of 48
 MINIMAX_LAYERS, MINIMAX_LONG_LAYERS = 4, 2  # of 50
 STEPS = 6  # of a run whose steps are alike
-TURNS = 3  # such runs, each beside a dense one
+TURNS_MS = 2000  # how long dense runs take turns with such runs, at least
 PRESET_STEPS = 20
 
 
@@ -143,20 +144,24 @@ def timed_attention(model, clock):
     return clone, marks
 
 
-def kernel_milliseconds(run, clock):
-    """The kernels that `run` has the GPU compute, without the time that lies between them; None on a CPU."""
+@contextmanager
+def kernels_traced(clock):
+    """Inside, kernels are traced; the list that it gives has their milliseconds afterwards, without the time between
+    them. Empty on a CPU."""
     from torch.profiler import ProfilerActivity, profile
 
+    total = []
     if not clock.cuda:
-        return None
+        yield total
+        return
     with profile(activities=[ProfilerActivity.CUDA]) as traced:
-        run()
-    return sum(entry.self_device_time_total for entry in traced.key_averages()) / 1000
+        yield total
+    total.append(sum(entry.self_device_time_total for entry in traced.key_averages()) / 1000)
 
 
 def measure(model, dense, family, clock, cfg, steps=STEPS, average=statistics.median):
-    """Of `model` the average over the steps of runs: ms of a step, in another run ms of its attention, in a third ms of
-    all its kernels; peak memory in GiB. dense: the same model, which takes turns with it and leaves `dense_ms`."""
+    """Of `model` the average over the steps of runs: ms of a step, in another run ms of its attention and of all its
+    kernels; peak memory in GiB. dense: the same model, which takes turns with it and leaves `dense_ms`."""
     import torch
     from sampling import sample
 
@@ -167,7 +172,7 @@ def measure(model, dense, family, clock, cfg, steps=STEPS, average=statistics.me
 
     run(model, steps=2 if steps == STEPS else steps)  # compiles all kinds of calls and warms up
     intervals, beside, finite, peak = [], [], True, None
-    for _ in range(TURNS if steps == STEPS else 1):
+    while sum(beside) < TURNS_MS and (not beside or steps == STEPS):
         beside += run(dense, STEPS)[0]
         if clock.cuda:
             torch.cuda.reset_peak_memory_stats()
@@ -175,13 +180,13 @@ def measure(model, dense, family, clock, cfg, steps=STEPS, average=statistics.me
         intervals, finite = intervals + found, finite and whole
         peak = torch.cuda.max_memory_allocated() / 2**30 if clock.cuda else None
     timed, marks = timed_attention(model, clock)
-    run(timed)
+    with kernels_traced(clock) as kernels:
+        run(timed)
     calls = [clock.milliseconds(*pair) for pair in marks]
     per_step = len(calls) // steps
     attention = [sum(calls[i * per_step:(i + 1) * per_step]) for i in range(steps)]
-    kernels = kernel_milliseconds(lambda: run(model), clock)
     return {"step_ms": average(intervals), "dense_ms": statistics.median(beside), "steps_ms": intervals,
-            "attention_ms": average(attention), "kernels_ms": None if kernels is None else kernels / steps,
+            "attention_ms": average(attention), "kernels_ms": kernels[0] / steps if kernels else None,
             "attention_calls": per_step, "peak_gib": peak, "finite": finite}
 
 
@@ -264,9 +269,8 @@ def compare(nodes, log, family, device, min_tokens, cfg, wanted):
         selection = {"selection": "topk", "keep_percent": percent, "similarity_threshold": -1.0}
         measured = timed(apply(nodes, model, selection=selection))
         sparse = about_sparse_calls(log)
-        steps = (2, *(STEPS,) * (TURNS + 1 + clock.cuda))
-        assert len(sparse) == len(steps) and all(f"{count * family.calls} attention calls sparse" in line
-                                                 for count, line in zip(steps, sparse)), log.lines
+        assert len(sparse) > 2 and all(f"{steps * family.calls} attention calls sparse" in line
+                                       for steps, line in zip((2, *(STEPS,) * (len(sparse) - 1)), sparse)), log.lines
         yield row(name, measured, log=sparse[-1])
     for preset in filter(wanted, pack_module(nodes, "nodes.presets").PRESETS):
         log.lines.clear()

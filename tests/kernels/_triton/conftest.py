@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from comfyui_spargeattn.kernels import capability
+from comfyui_spargeattn.kernels import capability, failures
 from comfyui_spargeattn.kernels._triton import replay
 from comfyui_spargeattn.tests.kernels._triton.harness import ON_GPU, faster_interpreter, poisoned_memory
 
@@ -49,6 +49,13 @@ def the_long_way():
     """Many of these tests replace a part of what a call goes through, which a repeated one would pass by."""
     with replay.off():
         yield
+
+
+@pytest.fixture(autouse=True)
+def failures_of_their_own():
+    """A kernel that fails in one test is tried again in the next."""
+    yield
+    failures.forget()
 
 
 @pytest.fixture

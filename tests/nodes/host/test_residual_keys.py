@@ -200,7 +200,7 @@ def test_nothing_outlives_a_run(comfy_nodes, video, happens):
 
     def at(step, *rest):
         if step == 4:
-            kept.extend(weakref.ref(entry.whole) for entry in run.override.run.residuals._entries.values())
+            kept.extend(weakref.ref(entry.whole) for entry in run.override.run.residuals._entries)
             happens()
 
     try:
@@ -222,7 +222,7 @@ def test_what_is_counted_is_what_they_take(comfy_nodes, video, caplog):
 
     def at(step, *rest):
         store = run.override.run.residuals
-        wholes = {id(entry.whole): entry.whole for entry in store._entries.values()}
+        wholes = {id(entry.whole): entry.whole for entry in store._entries}
         taken.append((sum(whole.bytes for whole in wholes.values()), store.most_bytes, store.room.counted))
 
     sample(run.patched, VIDEO, steps=2 * STEPS, cfg=3.0, callback=at)

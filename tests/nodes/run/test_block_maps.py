@@ -13,7 +13,7 @@ from comfyui_spargeattn.tests.nodes.stand_ins import Patcher
 
 
 def test_maps_come_from_few_calls_of_a_short_run():
-    pictures = BlockPictures(steps=4)
+    pictures = BlockPictures(steps=16)
     taken = []
     for index in range(16):
         if pictures.wants(2, TransformerBlock("", index)):
