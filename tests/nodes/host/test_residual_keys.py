@@ -159,28 +159,36 @@ def test_batches_of_other_sizes(comfy_nodes, video):
         assert run.sample(VIDEO, batch=batch).check().without == 0
 
 
-def test_two_samplers_at_once(comfy_nodes, video):
-    """On one patched model, step by step in turn. They share a record of the run; each has its own conditions, and its
+def test_two_samplers_in_turn(comfy_nodes, video):
+    """On one patched model, step by step. They share a record of the run, in which a refresh is one evaluation: that of
+    the one which comes first to its noise level. The other one gets nothing of it. Each has its own conditions, and its
     own noise, because what the first layer makes of conditions differs little."""
-    run, turn, failed = Traced(comfy_nodes, video), threading.Barrier(2, timeout=60), []
+    run, turns, failed = Traced(comfy_nodes, video), (threading.Semaphore(1), threading.Semaphore(0)), []
 
-    def one(seed):
+    def one(place):
+        mine, others = turns[place], turns[1 - place]
+
+        def hand_over(*args):
+            others.release()
+            assert mine.acquire(timeout=60), "the other one did not hand over"
+
         try:
-            positive = condition(VIDEO, seed=seed)
-            run.latent = sample(run.patched, VIDEO, steps=STEPS, positive=positive, seed=seed,
-                                callback=lambda *args: turn.wait())
+            assert mine.acquire(timeout=60), "the other one did not hand over"
+            run.latent = sample(run.patched, VIDEO, steps=STEPS, positive=condition(VIDEO, seed=place + 1), seed=place,
+                                callback=hand_over)
         except BaseException as error:
             failed.append(error)
-            turn.abort()
+        finally:
+            others.release()
 
     with run.tracing():
-        threads = [threading.Thread(target=one, args=(seed,)) for seed in (1, 2)]
+        threads = [threading.Thread(target=one, args=(place,)) for place in range(2)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
     assert not failed
-    run.check()
+    assert run.check().without > 0
 
 
 def unload():
