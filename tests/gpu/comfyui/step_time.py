@@ -7,18 +7,19 @@ The weights are random, so the pictures mean nothing and only time and memory ar
 ComfyUI's loader from random state dicts, sampled by its euler sampler, and compared with ComfyUI's default attention.
 The node keeps a fixed share of the blocks (topk, the similarity judge off), which makes its time independent of the
 weights. Its presets are measured over whole runs of 20 steps; what they skip by `cdf` depends on the weights, and of
-random ones they skip little. comfy-kitchen's INT8 attention and its sparse one, where it takes the calls, join where
-its CUDA extension is installed. Beside the time of a step stands that of its kernels alone, because the GPU waits for
-the host in the rest; each row is compared with dense steps that take turns with it, because a host that others use
-changes its pace within seconds. Guidance (`--cfg`) evaluates both conditions together, as a batch of two. Mochi and
-MiniMax-H3 have their full width and length but fewer layers, so that they fit beside their activations: only the share
-of attention in a step carries over. `--tiny` runs the same code at a size for a CPU.
+random ones they skip little. cuDNN joins on a GPU, FlashAttention-3 where fa3-fwd is installed, and comfy-kitchen's
+INT8 attention and its sparse one, where it takes the calls, where its CUDA extension is. Beside the time of a step
+stands that of its kernels alone, because the GPU waits for the host in the rest; each row is compared with dense steps
+that take turns with it, because a host that others use changes its pace within seconds. Guidance (`--cfg`) evaluates
+both conditions together, as a batch of two. Mochi and MiniMax-H3 have their full width and length but fewer layers, so
+that they fit beside their activations: only the share of attention in a step carries over. `--tiny` runs the same code
+at a size for a CPU.
 """
 import argparse
 import json
 import statistics
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -218,26 +219,46 @@ def with_int8_attention(model):
     return clone
 
 
-def with_sol_attention(model, tau=1.3):
-    """A clone of `model` whose long unmasked self-attention is comfy-kitchen's sparse one; None where it can't run."""
-    try:
-        from comfy_kitchen import sol_attn, sol_attn_is_available
-    except ImportError:
-        return None
-    if not sol_attn_is_available():
-        return None
-
+def with_attention(model, attention, head_dims=None):
+    """A clone of `model` whose unmasked self-attention of these head dims, or of all, is a function of (B, L, H, D)."""
     def override(func, q, k, v, heads, mask=None, skip_reshape=False, skip_output_reshape=False, **others):
-        width = q.shape[-1] if skip_reshape else q.shape[-1] // heads
-        if mask is not None or skip_output_reshape or q.shape != k.shape or width != 128:
+        head_dim = q.shape[-1] if skip_reshape else q.shape[-1] // heads
+        if mask is not None or skip_output_reshape or q.shape != k.shape or head_dim not in (head_dims or [head_dim]):
             return func(q, k, v, heads, mask=mask, skip_reshape=skip_reshape, skip_output_reshape=skip_output_reshape,
                         **others)
-        q, k, v = (x.transpose(1, 2) if skip_reshape else x.unflatten(-1, (heads, width)) for x in (q, k, v))
-        return sol_attn(q, k, v, tau=tau, token_aug=256).flatten(2)
+        q, k, v = (x.transpose(1, 2) if skip_reshape else x.reshape(*x.shape[:2], heads, head_dim) for x in (q, k, v))
+        return attention(q, k, v).flatten(2)
 
     clone = model.clone()
     clone.model_options.setdefault("transformer_options", {})["optimized_attention_override"] = override
     return clone
+
+
+def cudnn_attention(q, k, v):
+    """PyTorch's attention by cuDNN; ComfyUI's default prefers its FlashAttention-2."""
+    import torch.nn.functional as F
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+
+
+def peers_on(model, device):
+    """Name and clone of `model` for every other attention that can run here."""
+    if device.type == "cuda":
+        yield "cuDNN", with_attention(model, cudnn_attention)
+    with suppress(ImportError, OSError):
+        from fa3_fwd_interface import flash_attn_func
+
+        yield "FlashAttention-3", with_attention(model, flash_attn_func)
+    int8 = with_int8_attention(model)
+    if int8 is not None:
+        yield "comfy-kitchen int8", int8
+    with suppress(ImportError, OSError):
+        from comfy_kitchen import sol_attn, sol_attn_is_available
+
+        if sol_attn_is_available():
+            yield "sol_attn τ=1.3", with_attention(model, partial(sol_attn, tau=1.3, token_aug=256), [128])
 
 
 def compare(nodes, log, family, device, min_tokens, cfg, wanted):
@@ -257,9 +278,8 @@ def compare(nodes, log, family, device, min_tokens, cfg, wanted):
 
     if wanted("dense"):
         yield row("dense", timed(model))
-    peers = {"comfy-kitchen int8": with_int8_attention(model), "sol_attn τ=1.3": with_sol_attention(model)}
-    for name, peer in peers.items():
-        if peer is not None and wanted(name):
+    for name, peer in peers_on(model, device):
+        if wanted(name):
             yield row(name, timed(peer))
     for percent in KEEP_PERCENT:
         name = f"keep {percent:g}%"
