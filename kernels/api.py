@@ -74,7 +74,7 @@ def sparge_attention(q: Tensor, k: Tensor, v: Tensor, *, params: SpargeParams = 
     makes NaN.
     """
     form = None
-    if _may_repeat(params, key_bias, residual) and not (return_lse or overwrite_v):
+    if _may_repeat(params, key_bias, residual, impl) and not (return_lse or overwrite_v):
         tensors = inputs_of(q, k, v, order, key_padding_mask, params.per_head, residual)
         form = replay.form_of(tensors, (layout, scale, causal, sink_keys, dense_queries, pv_dtype, skipped, impl,
                                         return_stats, params.selection, params.numbers))
@@ -106,7 +106,7 @@ def attention_residual(q: Tensor, k: Tensor, v: Tensor, dense: Tensor, *, params
     much time as the sparse call. Not for use inside torch.compile.
     """
     form = None
-    if _may_repeat(params, key_bias, earlier):
+    if _may_repeat(params, key_bias, earlier, impl):
         tensors = (*inputs_of(q, k, v, order, key_padding_mask, params.per_head, earlier), dense)
         form = replay.form_of(tensors, ("residual", layout, scale, causal, sink_keys, dense_queries, pv_dtype, skipped,
                                         impl, lead, params.selection, params.numbers))
@@ -175,10 +175,10 @@ def block_shape(q: Tensor, *, pv_dtype: str = "auto", impl: str = "auto") -> Blo
     return dispatch.block_of(q, pv_dtype, impl)
 
 
-def _may_repeat(params: SpargeParams, key_bias: Tensor | None, residual: Residual | None) -> bool:
+def _may_repeat(params: SpargeParams, key_bias: Tensor | None, residual: Residual | None, impl: str) -> bool:
     """Whether the launches of a call, unchecked as yet, may be those of an earlier one."""
-    return (key_bias is None and isinstance(params, SpargeParams) and isinstance(residual, Residual | None)
-            and not torch.compiler.is_compiling())
+    return (key_bias is None and impl != "reference" and isinstance(params, SpargeParams)
+            and isinstance(residual, Residual | None) and not torch.compiler.is_compiling())
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, call: CallSpec, layout: str, impl: str,

@@ -16,7 +16,7 @@ from torch import Tensor
 from .call.arguments import AttentionCall
 from .call.entry import enter
 from .call.layer_names import LayerNames, handed_on
-from .call.plan import OUTSIDE, REFRESH, CallSite, Dense, NodeSettings, SparsePlan
+from .call.plan import OUTSIDE, REFRESH, CallSite, Dense, NodeSettings, SparsePlan, not_wanted_at
 from .call.tuned_setting import free_device_tensors
 from .log import log
 from .report.advice import about_little_skipped
@@ -108,8 +108,8 @@ class SpargeOverride:
         with self._unrecorded():
             out = plan if isinstance(plan, Dense) else self._compute(plan, call, site)
         if isinstance(out, Dense):
-            comparable = call.q_tokens == call.k_tokens and call.q_tokens >= self.settings.min_tokens
-            watch = self.run.watch(call, dense=True) if comparable else None
+            never_sparse = not_wanted_at(call.q_tokens, call.k_tokens, self.settings)
+            watch = None if never_sparse else self.run.watch(call, dense=True)
             if refreshed:  # what the tensors hold is needed afterwards, and who gets containers may overwrite it
                 func, args = _opened(func, args)
             elif containers:  # hold nothing that the call may free

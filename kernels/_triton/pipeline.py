@@ -28,7 +28,7 @@ from .prepare_keys import prepare_keys
 from .prepare_queries import prepare_queries
 from .prepared import PreparedKeys, PreparedQueries, PreparedValues, SampledStatistics
 from .primitives import channel_tiles, padded_dim
-from .replay import Results
+from .replay import Results, room_for_attention, room_for_residual
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, call: CallSpec) -> SpargeStats | None:
@@ -107,12 +107,14 @@ def _recorded(q: Tensor, k: Tensor, v: Tensor, target: Target, call: CallSpec) -
     # Longer calls keep the device busy, and find memory in several pieces more easily.
     form = call.form if input_bytes(q, k) <= SMALL else None
     inputs, stats, made = call.inputs(q, k, v), target.stats, target.residual
+    # What makes room holds shapes alone: a recording outlives the tensors of its call.
     if made is not None:
-        room = partial(Results.residual, shape=made.quantised.shape)
-        return replay.recorded(form, (*inputs, target.out, made.quantised, made.scale), room, current_stream)
-    written = (target.out,) if stats is None else (target.out, stats.kept, stats.pv_skipped)
-    room = partial(Results.attention, heads=stats and tuple(stats.kept.shape))
-    return replay.recorded(form, (*inputs, *written), room, current_stream)
+        inputs, results = (*inputs, target.out), Results.residual(made)
+        room = partial(room_for_residual, shape=tuple(made.quantised.shape))
+    else:
+        results = Results.attention(target.out, stats)
+        room = partial(room_for_attention, heads=stats and tuple(stats.kept.shape))
+    return replay.recorded(form, (*inputs, *results.tensors), room, current_stream)
 
 
 def predict(q: Tensor, k: Tensor, call: CallSpec) -> BlockMap:

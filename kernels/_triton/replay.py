@@ -66,19 +66,25 @@ class Results(NamedTuple):
     tensors: tuple[Tensor, ...]
 
     @classmethod
-    def attention(cls, q: Tensor, heads: tuple[int, int] | None) -> Results:
-        """Room for attention of q; heads: (B, H) of the statistics, None without them."""
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        if heads is None:
-            return cls(out, (out,))
-        stats = statistics(heads, q.device)
-        return cls((out, stats), (out, stats.kept, stats.pv_skipped))
+    def attention(cls, out: Tensor, stats: SpargeStats | None) -> Results:
+        """Of `sparge_attention`, with or without statistics."""
+        return cls(out, (out,)) if stats is None else cls((out, stats), (out, stats.kept, stats.pv_skipped))
 
     @classmethod
-    def residual(cls, q: Tensor, shape: tuple[int, int, int, int]) -> Results:
-        """Room for a residual of `shape` (B, H, Nq, D) on q's device."""
-        made = Residual.empty(shape, q.device)
+    def residual(cls, made: Residual) -> Results:
+        """Of `attention_residual`."""
         return cls(made, (made.quantised, made.scale))
+
+
+def room_for_attention(q: Tensor, heads: tuple[int, int] | None) -> Results:
+    """Room for attention of q; heads: (B, H) of the statistics, None without them."""
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    return Results.attention(out, None if heads is None else statistics(heads, q.device))
+
+
+def room_for_residual(q: Tensor, shape: tuple[int, int, int, int]) -> Results:
+    """Room for a residual of `shape` (B, H, Nq, D) on q's device."""
+    return Results.residual(Residual.empty(shape, q.device))
 
 
 class Recording:

@@ -334,6 +334,7 @@ def main():
     from sampling import node_class, widget_defaults
 
     min_tokens = MIN_TOKENS if options.tiny else widget_defaults(node_class(nodes))["min_tokens"]
+
     def wanted(name):
         return options.rows is None or name.startswith(tuple(options.rows))
 

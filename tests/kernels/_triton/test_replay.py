@@ -24,7 +24,7 @@ def tensors(n=3):
     return [torch.zeros(1, 2, 4, 8) for _ in range(n)]
 
 
-ROOM = partial(replay.Results.attention, heads=None)
+ROOM = partial(replay.room_for_attention, heads=None)
 
 
 @contextmanager
@@ -58,7 +58,7 @@ def test_a_repetition_launches_with_its_own_addresses():
 
 def test_a_residual_that_is_made_again():
     (q, dense), made, started = tensors(2), Residual.empty((1, 2, 4, 8), DEVICE), []
-    room = partial(replay.Results.residual, shape=(1, 2, 4, 8))
+    room = partial(replay.room_for_residual, shape=(1, 2, 4, 8))
     with recorded((q, dense, made.quantised), made.scale, room=room) as recording:
         launch(recording, [dense.data_ptr(), made.quantised.data_ptr(), made.scale.data_ptr()], (0, 1, 2), started)
     q, dense = tensors(2)
